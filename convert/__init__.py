@@ -1,0 +1,1 @@
+"""Every foreign format of weights, in and out."""

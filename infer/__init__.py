@@ -1,0 +1,1 @@
+"""Text out of a model: sampling and generation over `model`'s one forward."""

@@ -1,0 +1,46 @@
+"""Every test runs on eight virtual CPU devices, without a network, and with warnings as errors (pyproject.toml)."""
+
+import os
+import socket
+from pathlib import Path
+
+import jax
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, and by the commands tests start
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+MODEL_MODULES = {path.stem for path in (Path(__file__).parent.parent / "model").glob("*.py")} | {"model"}
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of real models, tokenizers and texts that the environment variable PUNA_TEST_DATA names."""
+    path = os.environ.get("PUNA_TEST_DATA")
+    if not path:
+        pytest.skip("needs the shared test data: PUNA_TEST_DATA is not set")
+    return Path(path)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Refuse every connection but those to this machine."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address[0]}: tests use no network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """`model/` never mixes dtypes by accident: its tests run under JAX's strict promotion rules."""
+    if request.module.__name__.removeprefix("test_") in MODEL_MODULES:
+        with jax.numpy_dtype_promotion("strict"):
+            yield
+    else:
+        yield

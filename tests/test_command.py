@@ -1,0 +1,175 @@
+"""Commands fail in one line with exit code 2, and never leave half-written output."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from convert.command import atomic_path, check_free_space, progress
+from model.errors import PunaError
+
+PROGRAM = """
+import os, sys, time, typer
+from pathlib import Path
+from convert.command import atomic_path, main
+from model.errors import PunaError
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+@app.command()
+def write(destination: Path, size: int = 3):
+    with atomic_path(destination) as path:
+        path.mkdir()
+        (path / "half").write_text("x" * size)
+        print("ready", flush=True)
+        sys.stdin.read()
+
+@app.command()
+def fail(kind: str):
+    match kind:
+        case "puna":
+            raise PunaError("top_p is 2.0:\\n give a number in (0, 1]")
+        case "file":
+            open("missing/file.txt")
+        case "full":
+            with atomic_path("out") as path, open("/dev/full", "w") as file:
+                path.mkdir()
+                file.write("x" * 10)
+        case "check":
+            raise typer.Exit(1)
+
+@app.command()
+def talk():
+    for line in range(100_000):
+        print("line", line)
+
+main(app)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the program above in an empty folder, with the given arguments."""
+    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [sys.executable, str(tmp_path / "program.py"), *arguments],
+            cwd=work,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start
+
+
+def run(process):
+    output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("puna", "error: top_p is 2.0: give a number in (0, 1]"),
+        ("file", "error: No such file or directory: missing/file.txt"),
+        ("full", "error: No space left on device: {work}/out"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(start, tmp_path, kind, line):
+    assert run(start("fail", kind)) == (2, "", line.format(work=tmp_path / "work") + "\n")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_debug_shows_the_traceback(start):
+    code, _, errors = run(start("fail", "--debug", "puna"))
+    assert code == 1 and "Traceback" in errors
+
+
+def test_a_failed_check_exits_1_and_says_nothing_more(start):
+    assert run(start("fail", "check")) == (1, "", "")
+
+
+def test_a_wrong_option_exits_2_without_a_traceback(start):
+    code, output, errors = run(start("fail", "--no-such-option"))
+    assert code == 2 and output == "" and "--no-such-option" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_removes_its_output(start, tmp_path, number):
+    process = start("write", "out")
+    assert process.stdout.readline() == "ready\n"
+    assert len(list((tmp_path / "work").iterdir())) == 1
+    process.send_signal(number)
+    code, _, errors = run(process)
+    assert (code, errors) == (2, f"interrupted by {number.name}: unfinished output was removed\n")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_reader_that_leaves_is_no_error(start):
+    process = start("talk")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.stdin.close()
+    process.wait()
+
+
+def test_output_appears_only_when_complete(tmp_path):
+    destination = tmp_path / "new" / "out"
+    with atomic_path(destination) as path:
+        path.mkdir()
+        (path / "file").write_text("1")
+        assert not destination.exists()
+    assert (destination / "file").read_text() == "1"
+    assert list(destination.parent.iterdir()) == [destination]
+
+
+def test_an_existing_destination_is_refused_by_name(tmp_path):
+    with pytest.raises(PunaError, match=rf"{tmp_path} exists.*--overwrite"), atomic_path(tmp_path):
+        pass
+
+
+def test_overwrite_replaces_only_when_complete(tmp_path):
+    destination = tmp_path / "out"
+    destination.mkdir()
+    (destination / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(destination, overwrite=True) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert (destination / "old").read_text() == "old"
+    with atomic_path(destination, overwrite=True) as path:
+        path.write_text("new")
+    assert destination.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+def test_the_current_directory_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    with pytest.raises(PunaError, match="current directory"), atomic_path(tmp_path, overwrite=True):
+        pass
+
+
+def test_too_little_space_names_path_needed_and_free(tmp_path):
+    check_free_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(PunaError, match=r"there needs 1,000,000,000,000,000,000 bytes and its disk has [\d,]+ free"):
+        check_free_space(tmp_path / "there", 10**18)
+
+
+def test_progress_goes_to_stderr(capsys):
+    with progress("reading", 2_000_000) as advance:
+        advance(2_000_000)
+    output, errors = capsys.readouterr()
+    assert output == "" and "reading" in errors and "2.0/2.0 MB" in errors

@@ -1,0 +1,53 @@
+"""The rooms of the house import each other in one order, and importing any of them does nothing."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "model": {"model"},
+    "convert": {"convert", "model"},
+    "infer": {"infer", "convert", "model"},
+    "train": {"train", "infer", "convert", "model"},
+}
+MODULES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The top-level packages that any import statement under `tree` names."""
+    absolute = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return {module.split(".")[0] for module in absolute | plain}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_keep_the_order(path):
+    room = path.relative_to(ROOT).parts[0]
+    found = imported(ast.parse(path.read_text()))
+    assert found & (MAY_IMPORT.keys() | {"tests", "benchmarks"}) <= MAY_IMPORT[room]
+    assert "transformers" not in found
+
+
+def test_importing_everything_does_nothing():
+    modules = [name(path) for path in MODULES if path.name != "__main__.py"]
+    program = f"""
+import importlib, os, sys
+import jax  # sets variables of its own
+before = dict(os.environ)
+for module in {modules}:
+    importlib.import_module(module)
+assert dict(os.environ) == before, "the environment changed"
+assert not {{"torch", "transformers"}} & sys.modules.keys(), "torch or transformers was imported"
+jax.config.update("jax_num_cpu_devices", 3)  # refused once a backend has started
+assert jax.device_count() == 3
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})

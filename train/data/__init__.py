@@ -1,0 +1,1 @@
+"""From records of text to batches of tokens and labels."""
