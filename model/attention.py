@@ -1,0 +1,85 @@
+"""Attention over keys that lie in index order: one signature, one mask, two implementations.
+
+A mask is made of positions and segments, never of a mode: training, packing, prefill and decoding differ only in
+which of them are given.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.errors import PunaError
+
+MASKED = -1e30  # finite: a query that may see nothing (padding) averages instead of giving NaN
+
+
+class Mask(NamedTuple):
+    """Which keys a query may see: those at its position or before, of its own non-zero segment.
+
+    Positions are int32 [B, T] (queries) and [B, S] (keys), None meaning the index itself; segments likewise, None
+    meaning that all belong together. Segment 0 is padding, seen by nobody.
+    """
+
+    q_positions: Array | None = None
+    k_positions: Array | None = None
+    q_segments: Array | None = None
+    k_segments: Array | None = None
+
+    def same_segment(self) -> Array | None:
+        """Bool [B, T, S], or None where there are no segments."""
+        if self.q_segments is None or self.k_segments is None:
+            return None
+        q, k = self.q_segments[:, :, None], self.k_segments[:, None, :]
+        return (q == k) & (k != 0)
+
+    def dense(self, T: int, S: int) -> Array:
+        """Bool [B or 1, T, S]."""
+        q = jnp.arange(T)[None] if self.q_positions is None else self.q_positions
+        k = jnp.arange(S)[None] if self.k_positions is None else self.k_positions
+        causal = q[:, :, None] >= k[:, None, :]
+        same = self.same_segment()
+        return causal if same is None else causal & same
+
+
+def attend(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    """Softmax attention in XLA, grouped-query: q [B, T, H, d], k and v [B, K, S, d] -> [B, T, H, d].
+
+    The G = H / K heads of a group are folded into the query axis, so that both products are plain batched matmuls
+    and keys are never repeated. Scores and softmax are float32.
+    """
+    B, T, H, d = q.shape
+    K, S = k.shape[1:3]
+    G = H // K
+    q = q.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
+    scores = jnp.einsum("BKQd,BKSd->BKQS", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    seen = mask.dense(T, S)[:, None, None]
+    scores = jnp.where(seen, scores.reshape(B, K, G, T, S), MASKED).reshape(B, K, G * T, S)
+    out = jnp.einsum("BKQS,BKSd->BKQd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
+
+
+def attend_cudnn(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    """The same through cuDNN's fused kernel on NVIDIA GPUs (bfloat16 or float16, head_dim a multiple of 8 up to 256).
+
+    Plain causal passes need no mask in memory; segments and explicit positions are passed as one, [B, 1, T, S].
+    Raises PunaError where the kernel does not apply: it is chosen by name and never silently replaced.
+    """
+    d = q.shape[-1]
+    if jax.default_backend() != "gpu":
+        raise PunaError(f"attention 'cudnn' needs an NVIDIA GPU, not {jax.default_backend()}; choose 'xla'")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise PunaError(f"attention 'cudnn' computes in bfloat16 or float16, not {q.dtype}; choose 'xla' or a dtype")
+    if d % 8 or d > 256:
+        raise PunaError(f"attention 'cudnn' takes a head_dim that is a multiple of 8 up to 256, not {d}; choose 'xla'")
+    T, S = q.shape[1], k.shape[2]
+    by_index = mask.q_positions is None and mask.k_positions is None and T == S
+    seen = mask.same_segment() if by_index else mask.dense(T, S)
+    if seen is not None:
+        seen = jnp.broadcast_to(seen, (q.shape[0], T, S))[:, None]
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=by_index, implementation="cudnn")
+
+
+ATTENTIONS = {"xla": attend, "cudnn": attend_cudnn}

@@ -1,0 +1,97 @@
+"""The key-value cache: what attention has seen, kept per row and updated in place.
+
+A key of position p lies at index p, so a row's cache needs no record of order. Layers are a tuple beside unstacked
+parameters and one stacked array beside stacked ones: as a scan *carry* it is updated in place, as a scan output it
+would be copied. Donate the cache to the jitted function that updates it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from model.config import LlamaConfig
+from model.sharding import named_sharding
+
+
+class KVCache(struct.PyTreeNode):
+    """`k` and `v`: [L, B, K, S, d], or a tuple of L arrays [B, K, S, d]; `lengths`: int32 [B], tokens seen per row."""
+
+    k: Any
+    v: Any
+    lengths: Array
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of positions there is room for."""
+        return jax.tree.leaves(self.k)[0].shape[-2]
+
+    def unstack(self) -> "KVCache":
+        """Layers as a tuple."""
+        return self if isinstance(self.k, tuple) else self.replace(k=tuple(self.k), v=tuple(self.v))
+
+    def stack(self) -> "KVCache":
+        """Layers as one array."""
+        return self.replace(k=jnp.stack(self.k), v=jnp.stack(self.v)) if isinstance(self.k, tuple) else self
+
+
+def init_cache(
+    config: LlamaConfig, batch: int, max_length: int, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+) -> KVCache:
+    """An empty stacked cache for `batch` rows of up to `max_length` tokens (`.unstack()` it for unstacked layers).
+
+    Over a mesh, heads are split as the model's are.
+    """
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+
+    def zeros() -> KVCache:
+        return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), lengths=jnp.zeros(batch, jnp.int32))
+
+    if mesh is None:
+        return zeros()
+    axes = ("layers", None, "kv_heads", None, None)
+
+    def lay_out(x: jax.ShapeDtypeStruct) -> NamedSharding:
+        return named_sharding(mesh, axes if x.ndim == len(axes) else (None,), x.shape, "cache")
+
+    return jax.jit(zeros, out_shardings=jax.tree.map(lay_out, jax.eval_shape(zeros)))()
+
+
+class LayerCache(struct.PyTreeNode):
+    """One layer's window on the cache during a pass: its `k` and `v`, all layers' with the index `layer`, or its own.
+
+    `slots` [B] are the cache rows that the batch's rows stand for (None: the same rows); attention reads the first
+    `window` positions only.
+    """
+
+    k: Array
+    v: Array
+    layer: Array | None
+    slots: Array | None
+    window: int = struct.field(pytree_node=False)
+
+    def extend(self, k: Array, v: Array, positions: Array) -> tuple[Array, Array, "LayerCache"]:
+        """Writes k and v [B, T, K, d] at `positions` [B, T]; those at or past the capacity are dropped.
+
+        Returns the keys and values to attend to, [B, K, window, d], and the cache after the write.
+        """
+        rows = jnp.arange(k.shape[0]) if self.slots is None else self.slots
+        at: Any = (rows[:, None], slice(None), positions)
+        if self.layer is not None:
+            at = (self.layer, *at)
+        new = self.replace(
+            k=self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
+            v=self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
+        )
+        return new._read(new.k, k.dtype), new._read(new.v, v.dtype), new
+
+    def _read(self, array: Array, dtype: DTypeLike) -> Array:
+        if self.layer is not None:
+            array = jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
+        if self.slots is not None:
+            array = array[self.slots]
+        return array[:, :, : self.window].astype(dtype)

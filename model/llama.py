@@ -1,0 +1,233 @@
+"""LLaMA (arXiv:2302.13971, 2307.09288, 2407.21783): one forward for training, prefill, decoding, sharded or not.
+
+Einsum letters: B batch, T queries, S keys, D model, H heads, K key-value heads, G = H / K, Q = G * T, d head_dim,
+F mlp, V vocabulary, L layers. Weights are leaves of any kind that `linear` knows; nothing here asks which.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from model.attention import Mask, attend
+from model.cache import KVCache, LayerCache
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.linear import linear
+from model.params import Params
+from model.rope import rotate, tables
+from model.sharding import constrain
+
+REPLICATED_SEQUENCE = ("batch", None, None)
+SPLIT_SEQUENCE = ("batch", "sequence", None)  # sequence parallelism (arXiv:2205.05198): norms and residuals split too
+
+
+class Context(NamedTuple):
+    """What all layers of one pass share: RoPE tables [B, T, d/2], the mask, and where keys go in the cache [B, T]."""
+
+    cos: Array
+    sin: Array
+    mask: Mask
+    positions: Array
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMSNorm (arXiv:1910.07467) of x [..., D] in float32, cast back before the weight multiplies, as Meta does."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return weight.astype(x.dtype) * wide.astype(x.dtype)
+
+
+def mlp(x: Array, layer: Params) -> Array:
+    """SwiGLU (arXiv:2002.05202): x [B, T, D] -> [B, T, D]."""
+    gate = linear(x, layer["w_gate"], layer.get("b_gate"))
+    up = linear(x, layer["w_up"], layer.get("b_up"))
+    return linear(jax.nn.silu(gate) * up, layer["w_down"], layer.get("b_down"))
+
+
+def attention(
+    x: Array, layer: Params, config: LlamaConfig, context: Context, cache: LayerCache | None, attend: Callable = attend
+) -> tuple[Array, LayerCache | None]:
+    """Grouped-query attention with RoPE: x [B, T, D] -> [B, T, D], and the layer's cache with this pass's keys."""
+    B, T, _ = x.shape
+
+    def heads(weight: str, bias: str) -> Array:
+        return linear(x, layer[weight], layer.get(bias)).reshape(B, T, -1, config.head_dim)
+
+    q = rotate(heads("wq", "bq"), context.cos, context.sin)
+    k = rotate(heads("wk", "bk"), context.cos, context.sin)
+    v = heads("wv", "bv")
+    if cache is None:
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    else:
+        k, v, cache = cache.extend(k, v, context.positions)
+    out = attend(q, k, v, context.mask).reshape(B, T, -1)
+    return linear(out, layer["wo"], layer.get("bo")), cache
+
+
+def block(
+    x: Array,
+    layer: Params,
+    config: LlamaConfig,
+    context: Context,
+    cache: LayerCache | None,
+    *,
+    attend: Callable = attend,
+    norm: Callable = rms_norm,
+    mlp: Callable = mlp,
+    residual: tuple[str | None, ...] = REPLICATED_SEQUENCE,
+) -> tuple[Array, LayerCache | None]:
+    """One decoder layer. For a variation, pass `partial(block, attend=..., norm=..., mlp=..., residual=...)`.
+
+    One constraint on the residual stream keeps FSDP gathering one layer's weights instead of exchanging activations.
+    """
+    x = constrain(x, residual)
+    mixed, cache = attention(norm(x, layer["attn_norm"], config.rms_norm_eps), layer, config, context, cache, attend)
+    x = x + mixed
+    return x + mlp(norm(x, layer["mlp_norm"], config.rms_norm_eps), layer), cache
+
+
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda f: f,
+    "dots": lambda f: jax.checkpoint(
+        f, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": lambda f: jax.checkpoint(f, prevent_cse=False),
+}
+
+
+def hidden(
+    params: Params,
+    tokens: Array,
+    config: LlamaConfig,
+    *,
+    positions: Array | None = None,
+    segments: Array | None = None,
+    cache: KVCache | None = None,
+    slots: Array | None = None,
+    window: int | None = None,
+    dtype: DTypeLike | None = None,
+    block: Callable = block,
+    norm: Callable = rms_norm,
+    remat: str = "none",
+) -> tuple[Array, KVCache | None]:
+    """tokens int32 [B, T] -> the final normalized residual stream [B, T, D], and the cache with this pass's keys.
+
+    positions: int32 [B, T]; None continues each row's cache, or counts from 0, anew at each segment.
+    segments: int32 [B, T]; 0 is padding, equal non-zero segments attend to each other. With a cache, 0 marks tokens
+      that are not there: they are not written.
+    slots, window: see `LayerCache`. dtype: what is computed in; None for the embedding's.
+    block, norm: the decoder layer and the final norm, as functions. remat: none, dots or full, what the backward
+      pass recomputes.
+    A token id outside the vocabulary gives NaN, not another token. Raises PunaError for an unknown remat, and for a
+    cache that reaches beyond the original context of a model with dynamic RoPE (its frequencies would have changed
+    under the keys already written).
+    """
+    if remat not in REMAT:
+        raise PunaError(f"remat {remat!r} is not known; choose {', '.join(REMAT)}")
+    if cache is not None:
+        _refuse_dynamic(config, cache)
+    capacity = None if cache is None else cache.capacity
+    lengths = None if cache is None else cache.lengths if slots is None else cache.lengths[slots]
+    where = _positions(tokens, positions, segments, lengths, capacity)
+    if cache is None:
+        mask = Mask(positions, positions, segments, segments)
+    else:
+        mask = Mask(q_positions=where)
+    cos, sin = tables(config, where, segments if cache is None else None)
+    context = Context(cos, sin, mask, where)
+
+    def layer_step(x: Array, layer: Params, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
+        return block(x, layer, config, context, cache)
+
+    step = REMAT[remat](layer_step)
+    # The table is gathered over fsdp as any weight is; else the compiler moves activations from D to B as it can.
+    x = jnp.take(constrain(params["embed"], ("vocab", None)), tokens, axis=0)
+    x = constrain(x if dtype is None else x.astype(dtype), REPLICATED_SEQUENCE)
+    if isinstance(params["layers"], tuple):
+        x, cache = _loop(step, x, params["layers"], cache, slots, window)
+    else:
+        x, cache = _scan(step, x, params["layers"], cache, slots, window)
+    if cache is not None:
+        seen = jnp.where(where < cache.capacity, where + 1, 0).max(axis=1)
+        rows = jnp.arange(len(tokens)) if slots is None else slots
+        cache = cache.replace(lengths=cache.lengths.at[rows].max(seen, mode="drop"))
+    return norm(x, params["final_norm"], config.rms_norm_eps), cache
+
+
+def logits(params: Params, x: Array, config: LlamaConfig) -> Array:
+    """x [..., D] -> float32 [..., V], with the embedding's transpose where the two are tied."""
+    head = params["embed"].T if config.tie_word_embeddings else params["lm_head"]
+    return linear(x, head, out_dtype=jnp.float32)
+
+
+def forward(params: Params, tokens: Array, config: LlamaConfig, **keywords: Any) -> tuple[Array, KVCache | None]:
+    """tokens [B, T] -> logits float32 [B, T, V], and the cache (None where none was given). Keywords: see `hidden`."""
+    x, cache = hidden(params, tokens, config, **keywords)
+    return logits(params, x, config), cache
+
+
+def _positions(
+    tokens: Array, positions: Array | None, segments: Array | None, lengths: Array | None, capacity: int | None
+) -> Array:
+    """The position of every token, int32 [B, T]; those that a cache must not keep lie at its capacity."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if capacity is None or lengths is None:
+        if positions is not None or segments is None:
+            return index if positions is None else jnp.broadcast_to(positions, tokens.shape)
+        starts = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments)], axis=1) != 0
+        return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    if segments is None:
+        return lengths[:, None] + index if positions is None else jnp.broadcast_to(positions, tokens.shape)
+    real = segments != 0
+    if positions is None:
+        positions = lengths[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    return jnp.where(real, positions, capacity)
+
+
+def _refuse_dynamic(config: LlamaConfig, cache: KVCache) -> None:
+    scaling, original = config.rope_scaling, config.max_position_embeddings
+    if scaling is not None and scaling.rope_type == "dynamic" and cache.capacity > original:
+        raise PunaError(
+            f"a cache of {cache.capacity} positions reaches beyond the original context of {original}, where "
+            f"rope_type 'dynamic' changes the frequencies of keys already cached; make it {original} or shorter"
+        )
+
+
+def _loop(
+    step: Callable, x: Array, layers: tuple[Params, ...], cache: KVCache | None, slots: Array | None, window: int | None
+) -> tuple[Array, KVCache | None]:
+    """Runs unstacked layers: no weight is sliced, each layer's cache is an array of its own."""
+    if cache is None:
+        for layer in layers:
+            x, _ = step(x, layer, None)
+        return x, None
+    cache = cache.unstack()
+    ks, vs = [], []
+    for layer, k, v in zip(layers, cache.k, cache.v, strict=True):
+        x, new = step(x, layer, LayerCache(k, v, None, slots, window or cache.capacity))
+        ks.append(new.k)
+        vs.append(new.v)
+    return x, cache.replace(k=tuple(ks), v=tuple(vs))
+
+
+def _scan(
+    step: Callable, x: Array, layers: Params, cache: KVCache | None, slots: Array | None, window: int | None
+) -> tuple[Array, KVCache | None]:
+    """Runs stacked layers as one scan; the cache is carried, never an output."""
+    if cache is None:
+        return jax.lax.scan(lambda x, layer: (step(x, layer, None)[0], None), x, layers)[0], None
+    cache = cache.stack()
+    extent = window or cache.capacity
+
+    def body(carry: tuple[Array, Array, Array], scanned: tuple[Params, Array]) -> tuple[Any, None]:
+        (x, k, v), (layer, index) = carry, scanned
+        x, new = step(x, layer, LayerCache(k, v, index, slots, extent))
+        return (x, new.k, new.v), None
+
+    indices = jnp.arange(cache.k.shape[0])
+    (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (layers, indices))
+    return x, cache.replace(k=k, v=v)
