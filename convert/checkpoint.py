@@ -1,0 +1,155 @@
+"""A model on disk, whatever its format: its config, and every parameter as an unread tensor in our layout.
+
+The format of a folder is detected from its content. A Hub id (`org/name[@revision]`) is downloaded first.
+"""
+
+import fnmatch
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.stored import Stored
+from model.config import LlamaConfig
+from model.errors import PunaError
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_WANTED = ["*.json", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` are named as in convert/names.py: `embed`, `layers.0.wq`, ...; `folder` holds the companion files."""
+
+    config: LlamaConfig
+    tensors: dict[str, Stored]
+    folder: Path
+    format: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_model(path: str | Path) -> Checkpoint:
+    """The model at a local folder of any format we read, or of a Hub id.
+
+    Raises PunaError naming what is missing, left over, truncated or of the wrong shape.
+    """
+    folder = locate(path)
+    match detect(folder):
+        case "hf":
+            from convert.hf import read_hf as read
+        case "meta":
+            from convert.meta import read_meta as read
+        case _:
+            from convert.orbax import read_orbax as read
+    return read(folder)
+
+
+def locate(path: str | Path) -> Path:
+    """The local folder that `path` names, downloaded where it is a Hub id and no folder. Raises PunaError."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise PunaError(f"{path} is a file: give the folder that holds the model")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise PunaError(f"{path}: no such folder, and no Hub id of the form org/name[@revision]")
+    return _download(*(str(path).split("@", 1)))
+
+
+def _download(name: str, revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [*_WANTED, *_hub_weights(name, revision)]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise PunaError(f"{name} is no local folder, and the Hub did not give it: {reason}") from None
+
+
+def _hub_weights(name: str, revision: str | None) -> list[str]:
+    """The pattern of the weights to download: of several formats in a repository, one. All where the Hub does not
+    answer, since the cache may still hold what it gave before."""
+    from huggingface_hub import HfApi
+
+    patterns = ["*.safetensors", "pytorch_model*.bin", "consolidated.*.pth"]
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except (OSError, ValueError):
+        return patterns
+    return [pattern for pattern in patterns if fnmatch.filter(files, pattern)][:1]
+
+
+def detect(folder: Path) -> str:
+    """hf, meta or orbax. Raises PunaError for a folder that holds none of them, or more than one."""
+    signs = {
+        "hf": [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*.index.json")],
+        "meta": list(folder.glob("consolidated.*.pth")),
+        "orbax": [path for path in [folder / "params"] if path.is_dir()],
+    }
+    found = {kind: paths for kind, paths in signs.items() if paths}
+    if len(found) > 1:
+        examples = ", ".join(f"{paths[0].name} ({kind})" for kind, paths in found.items())
+        raise PunaError(f"{folder} holds models of several formats: {examples}; keep one, or give the folder of one")
+    if found:
+        return next(iter(found))
+    if (folder / "params.json").exists() and not (folder / "config.json").exists():
+        raise PunaError(f"{folder} has params.json and no consolidated.*.pth: Meta's weights are missing")
+    raise PunaError(f"{folder} holds no *.safetensors, pytorch_model*.bin, consolidated.*.pth or params/: no model")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises PunaError naming the file where it is missing or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PunaError(f"{path} is missing") from None
+    except ValueError as error:
+        raise PunaError(f"{path} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise PunaError(f"{path} holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what goes with the weights: the tokenizer's files and the generation defaults."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_generation_config(folder: Path, config: LlamaConfig) -> None:
+    """`generation_config.json`, from the config's token ids, where the source had none."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        said = config.to_hf()
+        ids = {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if said[key] is not None}
+        write_json(path, {"_from_model_config": True, **ids})
+
+
+def main_dtype(tensors: Mapping[str, Stored]) -> str:
+    """The name of the dtype that most of the bytes have: what a config.json calls the model's."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
+    return max(sizes, key=sizes.__getitem__)

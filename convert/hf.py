@@ -1,0 +1,112 @@
+"""Hugging Face folders: config.json, and safetensors or pickled weights, in one file or sharded with an index."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
+from convert.names import from_foreign, is_buffer, rows
+from convert.pickled import read_pickled
+from convert.safetensor import read_safetensors, write_safetensors
+from convert.stored import Advance, Stored, same_bytes
+from model.config import LlamaConfig
+from model.errors import PunaError
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def read_hf(folder: Path) -> Checkpoint:
+    """The model in an HF folder. Safetensors win over pickled weights where both are there, as in transformers."""
+    said = read_json(folder / "config.json")
+    if (quantization := said.pop("quantization_config", None)) is not None:
+        method = quantization.get("quant_method", "unknown")
+        raise PunaError(f"{folder}: weights quantized by {method} are not read; give the unquantized model")
+    config = LlamaConfig.from_hf(said)
+    tensors = read_weights(folder)
+    if config.tie_word_embeddings:
+        _drop_tied_head(tensors, folder)
+    for name, tensor in tensors.items():
+        if tensor.dtype.name not in _FLOATS and not is_buffer(name):
+            raise PunaError(f"{tensor.where}: {name} has dtype {tensor.dtype.name}; weights are {', '.join(_FLOATS)}")
+    return Checkpoint(config, from_foreign(config, tensors, str(folder)), folder, "hf")
+
+
+def read_weights(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder under its own name. Raises PunaError where index and files disagree."""
+    for stem, suffix, read in (
+        ("model", "safetensors", read_safetensors),
+        ("pytorch_model", "bin", read_pickled),
+    ):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.exists():
+            return _read_indexed(index, read)
+        files = sorted(folder.glob(f"{stem}*.{suffix}"))
+        if files:
+            return _merge({file: read(file) for file in files})
+    others = ", ".join(path.name for path in folder.glob("*.safetensors"))
+    raise PunaError(f"{folder} has no model*.safetensors, only {others}: is it an adapter? merge it into its base")
+
+
+def _read_indexed(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+    weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise PunaError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names: fetch the missing shard")
+    files = {name: read(index.parent / name) for name in names}
+    for tensor, name in weight_map.items():
+        if tensor not in files[name]:
+            raise PunaError(f"{index} places {tensor} in {name}, which does not hold it")
+    for name, tensors in files.items():
+        if extra := [tensor for tensor in tensors if weight_map.get(tensor) != name]:
+            raise PunaError(f"{index} does not list {', '.join(sorted(extra))}, which {name} holds")
+    return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
+
+
+def _merge(files: Mapping[Path, dict[str, Stored]]) -> dict[str, Stored]:
+    merged: dict[str, Stored] = {}
+    for path, tensors in files.items():
+        if twice := merged.keys() & tensors.keys():
+            raise PunaError(f"{path} repeats {', '.join(sorted(twice))} of another file in its folder")
+        merged |= tensors
+    return merged
+
+
+def _drop_tied_head(tensors: dict[str, Stored], folder: Path) -> None:
+    """Some tied models store the head too. It must be the embedding's copy, or it would be lost in silence."""
+    head, embed = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
+    if head is not None and embed is not None and not same_bytes(head, embed):
+        raise PunaError(
+            f"{folder}: tie_word_embeddings is true and lm_head.weight differs from model.embed_tokens.weight; "
+            "set tie_word_embeddings to false to keep it"
+        )
+
+
+def write_hf(
+    folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], advance: Advance, max_shard_size: int
+) -> None:
+    """Write config.json, generation_config.json and safetensors: one file, or shards of at most `max_shard_size`
+    bytes (a tensor larger than that has a file of its own) with their index."""
+    write_json(folder / "config.json", config.to_hf(main_dtype(tensors)))
+    write_generation_config(folder, config)
+    write_weights(folder, {row.hf: row.turned(tensors[row.name]) for row in rows(config)}, advance, max_shard_size)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Stored], advance: Advance, max_shard_size: int) -> None:
+    """Write tensors under their own names as safetensors, with an index where they take several files."""
+    shards: list[dict[str, Stored]] = [{}]
+    room = max_shard_size
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_size
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", tensors, advance)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, shard, advance)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,0 +1,105 @@
+"""Reading a model into memory: straight into the shards that each device holds, one layer at a time.
+
+The stacked parameters are allocated empty on their devices; each layer is read from its file, only the slices that
+local devices hold, and written into its place. So loading needs the parameters' memory and one layer more.
+"""
+
+from functools import cache, partial, reduce
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from convert.checkpoint import Checkpoint, open_model
+from convert.stored import Index, Stored, contiguous
+from model.config import LlamaConfig
+from model.params import Params, ParamSpec, param_specs
+from model.sharding import named_sharding
+
+
+def load_model(
+    path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> tuple[LlamaConfig, Params]:
+    """The config and the stacked parameters of the model at `path`: a folder of any format we read, or a Hub id.
+
+    dtype: what to convert to; None keeps what is stored. mesh: the devices to load onto (sharded as
+    model.sharding.RULES say); None is the first device. Raises PunaError naming what is wrong with the files.
+    """
+    checkpoint = open_model(path)
+    return checkpoint.config, load_params(checkpoint, dtype, mesh)
+
+
+def load_params(checkpoint: Checkpoint, dtype: DTypeLike | None, mesh: Mesh | None) -> Params:
+    """The stacked parameters of an open checkpoint."""
+    specs = param_specs(checkpoint.config)
+    layers = specs.pop("layers")
+    depth = checkpoint.config.num_hidden_layers
+    dtypes = {key: dtype or _common_dtype(checkpoint, key, depth) for key in layers}
+
+    def read(name: str, spec: ParamSpec, dtype: DTypeLike | None) -> jax.Array:
+        tensor = checkpoint.tensors[name]
+        return _placed(tensor.cast(np.dtype(dtype or tensor.dtype)), _sharding(name, spec, mesh))
+
+    def layer(number: int) -> Params:
+        each = {key: ParamSpec(spec.shape[1:], spec.axes[1:], spec.init) for key, spec in layers.items()}
+        return {key: read(f"layers.{number}.{key}", spec, dtypes[key]) for key, spec in each.items()}
+
+    params = {name: _owned(read(name, spec, dtype)) for name, spec in specs.items()}
+    first = layer(0)
+    stacked = _put(_empty(first, depth), first, 0)
+    for number in range(1, depth):
+        stacked = _put(stacked, layer(number), number)
+    return params | {"layers": stacked}
+
+
+def _common_dtype(checkpoint: Checkpoint, key: str, depth: int) -> DTypeLike:
+    """The dtype that holds one parameter of every layer: they are stacked in one array."""
+    return reduce(jnp.promote_types, (checkpoint.tensors[f"layers.{i}.{key}"].dtype for i in range(depth)))
+
+
+def _sharding(name: str, spec: ParamSpec, mesh: Mesh | None) -> Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    return named_sharding(mesh, spec.axes, spec.shape, name)
+
+
+def _placed(tensor: Stored, sharding: Sharding) -> jax.Array:
+    """The tensor on its devices, of which each part is read once, even where several devices hold it."""
+
+    @cache
+    def part(*bounds: tuple[int, int]) -> np.ndarray:
+        return contiguous(tensor.read(tuple(slice(*bound) for bound in bounds)))
+
+    def callback(index: Index | None) -> np.ndarray:
+        return part(*(side.indices(size)[:2] for side, size in zip(index or (), tensor.shape, strict=True)))
+
+    return jax.make_array_from_callback(tensor.shape, sharding, callback, tensor.dtype)
+
+
+def _stacked(sharding: Sharding) -> Sharding:
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return sharding
+
+
+def _empty(layer: Params, depth: int) -> Params:
+    """Room for `depth` layers like this one."""
+
+    def make() -> Params:
+        return jax.tree.map(lambda x: jnp.zeros((depth, *x.shape), x.dtype), layer)
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: _stacked(x.sharding), layer))()
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stacked: Params, layer: Params, number: int) -> Params:
+    return jax.tree.map(lambda all, one: all.at[number].set(one), stacked, layer)
+
+
+@jax.jit
+def _owned(array: jax.Array) -> jax.Array:
+    """A copy: on the CPU the array may be the mapped file itself, which must not change under it."""
+    return jnp.copy(array)

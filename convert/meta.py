@@ -1,0 +1,130 @@
+"""Meta's folders: params.json and `consolidated.NN.pth`, split over 1 to 8 model-parallel shards.
+
+wq, wk, wv, w1, w3 and the output are split along their rows, wo and w2 along their columns, norms are copies in every
+shard. Embeddings are split along columns by LLaMA 1 and 2, along rows by Llama 3; shapes tell. Key-value heads are
+repeated where there are more shards than heads. Meta rotates adjacent pairs of a head's entries and we rotate its
+halves, so that the rows of wq and wk are in another order within each head.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from convert.checkpoint import Checkpoint, read_json, write_generation_config, write_json
+from convert.names import Row, account, check_shape, rows
+from convert.pickled import import_torch, read_pickled, write_pickled
+from convert.stored import Advance, Stored, joined, shares_memory
+from model.config import LlamaConfig
+from model.errors import PunaError
+
+_COLUMNS = ("wo", "w_down")
+_KEY_VALUE = ("wk", "wv")
+_ROTATED = ("wq", "wk")
+_LLAMA3_VOCABULARY = 128000
+
+
+def _kind(row: Row) -> str:
+    return row.name.rpartition(".")[2]
+
+
+def _pairs_to_halves(size: int, head_dim: int) -> np.ndarray:
+    """For each row of a weight in our order, the row of Meta's that holds it."""
+    return np.arange(size).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def read_meta(folder: Path) -> Checkpoint:
+    """The model in one of Meta's folders.
+
+    `params.json` does not say whether embeddings are tied. They are where the output is absent, or shares the
+    embedding's storage, as torch.save keeps what is one.
+    """
+    shards = [read_pickled(path) for path in _shard_files(folder)]
+    params = read_json(folder / "params.json")
+    embeddings = [shard["tok_embeddings.weight"] for shard in shards if "tok_embeddings.weight" in shard]
+    if len(embeddings) < len(shards):
+        raise PunaError(f"{folder}: a consolidated.*.pth lacks tok_embeddings.weight; these are no LLaMA shards")
+    dim = params.get("model", params).get("dim")
+    embed = joined(embeddings, 0 if embeddings[0].shape[1] == dim else 1)
+    config = LlamaConfig.from_meta(params, vocab_size=embed.shape[0])
+    config = replace(config, tie_word_embeddings=all(_is_tied(shard) for shard in shards))
+    check_shape("tok_embeddings.weight", embed, (config.vocab_size, config.hidden_size))
+    table = rows(config)
+    for path, shard in zip(_shard_files(folder), shards, strict=True):
+        tied = {"output.weight"} if config.tie_word_embeddings else set()
+        account((row.meta for row in table), shard.keys() - tied, str(path))
+    tensors = {row.name: _joined(row, [shard[row.meta] for shard in shards], config) for row in table[1:]}
+    return Checkpoint(config, {"embed": embed, **tensors}, folder, "meta")
+
+
+def _is_tied(shard: dict[str, Stored]) -> bool:
+    return "output.weight" not in shard or shares_memory(shard["output.weight"], shard["tok_embeddings.weight"])
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("consolidated.*.pth"))
+    numbers = [int(match[1]) if (match := re.search(r"\.(\d+)\.pth$", file.name)) else -1 for file in files]
+    if missing := set(range(max(numbers) + 1)) - set(numbers):
+        names = ", ".join(f"consolidated.{number:02}.pth" for number in sorted(missing))
+        raise PunaError(f"{folder} lacks {names}: fetch the missing shard")
+    return files
+
+
+def _joined(row: Row, shards: list[Stored], config: LlamaConfig) -> Stored:
+    """One parameter in our layout from its pieces."""
+    kind = _kind(row)
+    if len(row.shape) == 1:
+        shards = shards[:1]
+    if kind in _KEY_VALUE:
+        copies = max(len(shards) // config.num_key_value_heads, 1)
+        shards = shards[::copies]
+    tensor = joined(shards, 1 if kind in _COLUMNS else 0)
+    if tensor.shape != row.foreign_shape:
+        raise PunaError(
+            f"{shards[0].where}: {len(shards)} shards of {row.meta} make shape {tensor.shape}; params.json says "
+            f"{row.foreign_shape}: is a consolidated.*.pth missing?"
+        )
+    if kind in _ROTATED:
+        tensor = tensor.taken(0, _pairs_to_halves(tensor.shape[0], config.head_dim))
+    return row.turned(tensor)
+
+
+def write_meta(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], advance: Advance, shards: int) -> None:
+    """Write params.json and `shards` files consolidated.NN.pth.
+
+    Rows of the vocabulary that do not divide are the last shard's. Raises PunaError where another dimension does not
+    divide over the shards, and where Meta's format cannot say what the config does.
+    """
+    import_torch("writing Meta's .pth files")
+    write_json(folder / "params.json", config.to_meta())
+    write_generation_config(folder, config)
+    for shard in range(shards):
+        pieces = {row.meta: _piece(row, tensors[row.name], config, shard, shards) for row in rows(config)}
+        if config.tie_word_embeddings:  # Meta's code has an output in any case; here it is the same storage
+            pieces["output.weight"] = pieces["tok_embeddings.weight"]
+        write_pickled(folder / f"consolidated.{shard:02}.pth", pieces, advance)
+
+
+def _piece(row: Row, tensor: Stored, config: LlamaConfig, shard: int, shards: int) -> Stored:
+    """Shard number `shard` of one parameter, in Meta's layout."""
+    kind = _kind(row)
+    tensor = row.turned(tensor)
+    if len(row.shape) == 1:
+        return tensor
+    if kind in _ROTATED:
+        tensor = tensor.taken(0, np.argsort(_pairs_to_halves(tensor.shape[0], config.head_dim)))
+    by_columns = kind == "embed" and config.vocab_size < _LLAMA3_VOCABULARY and not config.tie_word_embeddings
+    axis = 1 if kind in _COLUMNS or by_columns else 0
+    units = {"wq": config.num_attention_heads, "wo": config.num_attention_heads}.get(kind, tensor.shape[axis])
+    if kind in _KEY_VALUE:
+        units = config.num_key_value_heads
+        if shards % units == 0:  # several shards hold the same head
+            shard, shards = shard * units // shards, units
+    is_vocabulary = tensor.shape[axis] == config.vocab_size and kind in ("embed", "lm_head")
+    if units % shards and not is_vocabulary:
+        raise PunaError(f"--shards {shards}: {row.meta} has {units} rows or heads to split, which do not divide by it")
+    share = tensor.shape[axis] // shards
+    stop = tensor.shape[axis] if shard == shards - 1 else (shard + 1) * share
+    return tensor.part(axis, shard * share, stop)

@@ -1,0 +1,112 @@
+"""One table from our parameters to other people's tensor names, and the account of every tensor, both ways.
+
+Unstacked, our parameters are named `embed`, `layers.3.wq`, `final_norm`. Linear weights are `[in, out]` here and
+`[out, in]` everywhere else; Meta's query and key rows are also in another order (see meta.py).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from convert.stored import Stored
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.params import param_specs
+
+# our name: (Hugging Face's, Meta's), inside a layer and outside
+_LAYER = {
+    "attn_norm": ("input_layernorm.weight", "attention_norm.weight"),
+    "wq": ("self_attn.q_proj.weight", "attention.wq.weight"),
+    "wk": ("self_attn.k_proj.weight", "attention.wk.weight"),
+    "wv": ("self_attn.v_proj.weight", "attention.wv.weight"),
+    "wo": ("self_attn.o_proj.weight", "attention.wo.weight"),
+    "mlp_norm": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+    "w_gate": ("mlp.gate_proj.weight", "feed_forward.w1.weight"),
+    "w_up": ("mlp.up_proj.weight", "feed_forward.w3.weight"),
+    "w_down": ("mlp.down_proj.weight", "feed_forward.w2.weight"),
+    "bq": ("self_attn.q_proj.bias", "attention.wq.bias"),
+    "bk": ("self_attn.k_proj.bias", "attention.wk.bias"),
+    "bv": ("self_attn.v_proj.bias", "attention.wv.bias"),
+    "bo": ("self_attn.o_proj.bias", "attention.wo.bias"),
+    "b_gate": ("mlp.gate_proj.bias", "feed_forward.w1.bias"),
+    "b_up": ("mlp.up_proj.bias", "feed_forward.w3.bias"),
+    "b_down": ("mlp.down_proj.bias", "feed_forward.w2.bias"),
+}
+_OUTER = {
+    "embed": ("model.embed_tokens.weight", "tok_embeddings.weight"),
+    "final_norm": ("model.norm.weight", "norm.weight"),
+    "lm_head": ("lm_head.weight", "output.weight"),
+}
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")  # computed from the config; some files carry them
+
+
+class Row(NamedTuple):
+    """One unstacked parameter: our name and shape, and its name in other formats, where linears lie transposed."""
+
+    name: str
+    shape: tuple[int, ...]
+    hf: str
+    meta: str
+    is_transposed: bool
+
+    @property
+    def foreign_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.is_transposed else self.shape
+
+    def turned(self, tensor: Stored) -> Stored:
+        """From a foreign layout to ours, or back."""
+        return tensor.transposed() if self.is_transposed else tensor
+
+
+def rows(config: LlamaConfig) -> list[Row]:
+    """Every parameter of the model in the order of a forward pass, layers unstacked."""
+    specs = param_specs(config)
+    layers = [
+        Row(f"layers.{i}.{name}", spec.shape[1:], f"model.layers.{i}.{hf}", f"layers.{i}.{meta}", len(spec.shape) == 3)
+        for i in range(config.num_hidden_layers)
+        for name, spec in specs["layers"].items()
+        for hf, meta in [_LAYER[name]]
+    ]
+    outer = {name: Row(name, specs[name].shape, *_OUTER[name], name == "lm_head") for name in _OUTER if name in specs}
+    return [outer.pop("embed"), *layers, *outer.values()]
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a foreign tensor is known to be computed, not trained, so that it may be left where it is."""
+    return _BUFFERS.search(name) is not None
+
+
+def account(expected: Iterable[str], found: Iterable[str], where: str) -> None:
+    """Raises PunaError listing the tensors that `where` lacks or has too many, unless they are known buffers."""
+    expected, found = set(expected), {name for name in found if not is_buffer(name)}
+    complaints = [
+        f"{verb} {_listed(names)}"
+        for verb, names in (("lacks", expected - found), ("has unknown", found - expected))
+        if names
+    ]
+    if complaints:
+        raise PunaError(f"{where} {' and '.join(complaints)}: is it complete, and is the config its own?")
+
+
+def check_shape(name: str, tensor: Stored, shape: tuple[int, ...]) -> None:
+    """Raises PunaError where the tensor is not of the shape that the config says."""
+    if tensor.shape != shape:
+        raise PunaError(f"{tensor.where}: {name} has shape {tensor.shape}; the config says {shape}")
+
+
+def from_foreign(config: LlamaConfig, tensors: Mapping[str, Stored], where: str) -> dict[str, Stored]:
+    """Tensors under Hugging Face's names, all accounted for, under ours and in our layout."""
+    table = rows(config)
+    account((row.hf for row in table), tensors, where)
+    for row in table:
+        check_shape(row.hf, tensors[row.hf], row.foreign_shape)
+    return {row.name: row.turned(tensors[row.hf]) for row in table}
+
+
+def _listed(names: set[str], most: int = 8) -> str:
+    def numerically(name: str) -> list[int | str]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    ordered = sorted(names, key=numerically)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return f"{len(ordered)} tensor{'s' * (len(ordered) > 1)} ({', '.join(ordered[:most])}{more})"

@@ -1,0 +1,80 @@
+"""One safetensors file: eight bytes of header length, a JSON header, and the tensors' bytes.
+
+Reading maps the file, so that a slice costs no more than its own pages; writing lays the header out first and then
+streams, so that a file larger than memory is no trouble.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from convert.stored import Advance, Stored, contiguous, stored
+from model.errors import PunaError
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of the file by name, unread.
+
+    Raises PunaError where the header is not one, or where the file does not hold the bytes it promises.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise PunaError(f"{path} is truncated or not a safetensors file: {size:,} bytes; fetch it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise PunaError(f"{path} is not a safetensors file: its header is no JSON; fetch it again") from None
+    header.pop("__metadata__", None)
+    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        if stop > len(data):
+            end = 8 + length + stop
+            raise PunaError(f"{path} is truncated: {name} ends at byte {end:,} of {size:,}; fetch it again")
+        if entry["dtype"] not in DTYPES:
+            raise PunaError(f"{path}: {name} has dtype {entry['dtype']}; known: {', '.join(DTYPES)}")
+        dtype = DTYPES[entry["dtype"]]
+        if math.prod(entry["shape"]) * dtype.itemsize != stop - start:
+            raise PunaError(f"{path}: {name} of shape {entry['shape']} does not fill its {stop - start:,} bytes")
+        tensors[name] = stored(data[start:stop].view(dtype).reshape(entry["shape"]), str(path))
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], advance: Advance = lambda count: None) -> None:
+    """Write the tensors, read one at a time and in order; `advance` hears of each tensor's bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks which framework's layout it is
+    offset = 0
+    for name, tensor in tensors.items():
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(contiguous(tensor.load()).reshape(-1).view(np.uint8).data)
+            advance(tensor.nbytes)

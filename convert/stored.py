@@ -1,0 +1,127 @@
+"""Tensors that stay in their files: shape and dtype known at once, numbers read when asked and only where asked.
+
+Every format gives `Stored` tensors, and transposing, permuting, joining and casting them is as lazy as they are;
+so a conversion holds one tensor at a time, and a sharded load reads only the slices that its devices hold.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+Index = tuple[slice, ...]
+Advance = Callable[[int], None]  # hears of bytes done
+
+_ROWS = 16  # of a transposed array copied together: whole cache lines of the copy, few enough to stay in the cache
+_THREADED_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of `shape` and `dtype` in the file or folder `where`.
+
+    `read(index)` takes one slice with start, stop and step 1 for each dimension, and gives that part: often a view of
+    the mapped file, to be copied (`contiguous`) or written before it is forgotten.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+    where: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def load(self) -> np.ndarray:
+        """The whole tensor."""
+        return self.read(tuple(slice(0, size) for size in self.shape))
+
+    def transposed(self) -> "Stored":
+        """With its dimensions in reverse order."""
+        return replace(self, shape=self.shape[::-1], read=lambda index: self.read(index[::-1]).T)
+
+    def cast(self, dtype: np.dtype) -> "Stored":
+        if dtype == self.dtype:
+            return self
+        return replace(self, dtype=dtype, read=lambda index: self.read(index).astype(dtype))
+
+    def taken(self, axis: int, order: np.ndarray) -> "Stored":
+        """With the entries `order` of `axis`, as `np.take` has them."""
+
+        def read(index: Index) -> np.ndarray:
+            wanted = order[index[axis]]
+            low, high = int(wanted.min()), int(wanted.max()) + 1
+            part = self.read((*index[:axis], slice(low, high), *index[axis + 1 :]))
+            return np.take(part, wanted - low, axis)
+
+        return replace(self, shape=(*self.shape[:axis], len(order), *self.shape[axis + 1 :]), read=read)
+
+    def part(self, axis: int, start: int, stop: int) -> "Stored":
+        """The entries `start` to `stop` of `axis`."""
+
+        def read(index: Index) -> np.ndarray:
+            inner = slice(start + index[axis].start, start + index[axis].stop)
+            return self.read((*index[:axis], inner, *index[axis + 1 :]))
+
+        return replace(self, shape=(*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), read=read)
+
+
+def stored(array: np.ndarray, where: str) -> Stored:
+    """An array at hand, or a mapped one, as a `Stored`."""
+    return Stored(array.shape, array.dtype, lambda index: array[index], where)
+
+
+def joined(parts: Sequence[Stored], axis: int) -> Stored:
+    """`parts` one after the other along `axis`; a slice reads from those that it touches."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(part.shape[axis] for part in parts)]).tolist()
+
+    def read(index: Index) -> np.ndarray:
+        start, stop = index[axis].start, index[axis].stop
+        pieces = []
+        for part, first in zip(parts, starts, strict=False):
+            inner = slice(max(start - first, 0), min(stop - first, part.shape[axis]))
+            if inner.start < inner.stop:
+                pieces.append(part.read((*index[:axis], inner, *index[axis + 1 :])))
+        return np.concatenate(pieces, axis)
+
+    first = parts[0]
+    return replace(first, shape=(*first.shape[:axis], starts[-1], *first.shape[axis + 1 :]), read=read)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """`array` in row-major order. A large transposed matrix is copied in stripes, on every core: about eight times
+    as fast as NumPy's own walk, which misses the cache at each element."""
+    if array.flags.c_contiguous:
+        return array
+    if array.ndim != 2 or not array.T.flags.c_contiguous or array.nbytes < _THREADED_BYTES:
+        return np.ascontiguousarray(array)
+    copy = np.empty(array.shape, array.dtype)
+    bits = np.dtype(f"u{array.dtype.itemsize}")  # NumPy copies its own types without holding the interpreter's lock
+    source, target = array.T.view(bits), copy.view(bits)
+
+    def stripes(start: int, stop: int) -> None:
+        for row in range(start, stop, _ROWS):
+            rows = slice(row, min(row + _ROWS, stop))
+            target[:, rows] = source[rows].T
+
+    workers = os.cpu_count() or 1
+    share = -(-len(source) // (workers * _ROWS)) * _ROWS
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda start: stripes(start, min(start + share, len(source))), range(0, len(source), share)))
+    return copy
+
+
+def same_bytes(a: Stored, b: Stored) -> bool:
+    """Whether two tensors hold the same numbers, bit for bit."""
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and a.load().tobytes() == b.load().tobytes()
+
+
+def shares_memory(a: Stored, b: Stored) -> bool:
+    """Whether two mapped tensors are one and the same place of a file."""
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and a.load().ctypes.data == b.load().ctypes.data
