@@ -1,0 +1,291 @@
+"""Several processes as one run: who they are, whether they can work together, and how they leave.
+
+Every run is initialised as distributed, even one of a single process: JAX's notifier for SIGTERM comes with it. After
+`initialize` nothing may set a Python handler for SIGTERM, which would silently replace that notifier.
+"""
+
+import fcntl
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from model.errors import PunaError
+
+EXIT_FAILED, EXIT_WRONG, EXIT_PREEMPTED, EXIT_PEER_LOST = 1, 2, 85, 86
+_HEARTBEAT_SECONDS, _CONNECT_SECONDS, _SHARED_SECONDS = 30, 300, 60
+_HOST_BYTES = 256
+
+
+class Preempted(SystemExit):
+    """Raised by the loop once a step is saved after SIGTERM; the process ends with exit code 85."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
+
+
+def initialize() -> None:
+    """Join this process to its run. Call it before any JAX computation.
+
+    The run is described by COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID, or by Slurm, Open MPI or Kubernetes;
+    without any of them it has one process. HEARTBEAT_SECONDS (30) is how long a silent process counts as alive and
+    CONNECT_SECONDS (300) how long the processes wait for each other at the start.
+
+    Raises PunaError naming the processes, and the hosts where the environment tells, that did not come in time.
+    """
+    address, count, index = _from_environment(os.environ)
+    timeout = _seconds("CONNECT_SECONDS", _CONNECT_SECONDS)
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            local_device_ids=_local_device_ids(os.environ),
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=_seconds("HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise PunaError(_who_is_missing(str(error), address, timeout)) from error
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Wrap the whole work of a process: several processes leave at once, without waiting for one another.
+
+    A process that fails among several must not run Python's exit handlers: they wait for peers which, in turn, wait
+    inside a collective. Alone, errors pass through unchanged; `Preempted` leaves in either case.
+    """
+    try:
+        yield
+    except Preempted:
+        _leave(EXIT_PREEMPTED)
+    except PunaError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        _leave(EXIT_WRONG)
+    except jax.errors.JaxRuntimeError:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        _leave(EXIT_PEER_LOST)
+    except BaseException:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        _leave(EXIT_FAILED)
+
+
+def reached_preemption(step: int) -> bool:
+    """Whether `step` is the one to save and stop at, after SIGTERM came to any process. Ask at every step."""
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextmanager
+def lock(run_dir: str | Path) -> Iterator[None]:
+    """Hold the run directory, which is made if need be, so that a second run in it is refused by name.
+
+    Process 0 holds the lock for all. The kernel releases it however the process ends.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise PunaError(
+                f"{run_dir} is in use by {file.read().strip() or 'another run'}: wait for it, stop it, or give another "
+                "run.output_dir"
+            ) from None
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}", file=file, flush=True)
+        yield
+
+
+def preflight(run_dir: str | Path, batch_sharding: Sharding, batch_shape: tuple[int, ...], data_key: str) -> str:
+    """Check that the processes can train together, before any of them starts; returns a line about the devices.
+
+    Every row of the batch is fed by some process and no two processes overlap in part of their rows; all read the
+    same data (`data_key` names it: a cache key, a seed); a file that process 0 writes in `run_dir` is read by all.
+
+    Raises PunaError naming the hosts that differ.
+    """
+    hosts = _gather_text(socket.gethostname())
+    _check_data_key(hosts, _gather_text(data_key))
+    rows = multihost_utils.process_allgather(_rows(batch_sharding, batch_shape))
+    _check_rows(hosts, np.atleast_2d(rows))
+    _check_shared(Path(run_dir), hosts)
+    counts = multihost_utils.process_allgather(np.asarray(jax.local_device_count())).reshape(-1)
+    devices: dict[str, int] = {}
+    for host, count in zip(hosts, counts, strict=True):
+        devices[host] = devices.get(host, 0) + int(count)
+    kind = jax.devices()[0].device_kind
+    return f"{jax.device_count()} devices ({kind}): " + ", ".join(f"{host} {n}" for host, n in devices.items())
+
+
+def _from_environment(env: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
+    """Coordinator, number of processes and index; None where JAX detects them from the cluster it runs in."""
+    names = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+    given = [name for name in names if env.get(name)]
+    if len(given) == len(names):
+        return env["COORDINATOR_ADDRESS"], _whole(env, "NUM_PROCESSES"), _whole(env, "PROCESS_ID")
+    if given:
+        missing = ", ".join(name for name in names if name not in given)
+        raise PunaError(f"{', '.join(given)} is set and {missing} is not: set all three, or none")
+    if _in_cluster(env):
+        return None, None, None
+    return f"127.0.0.1:{free_port()}", 1, 0
+
+
+def _in_cluster(env: Mapping[str, str]) -> bool:
+    """Whether a scheduler started this process as one of a job: what JAX's own detection looks for."""
+    return "SLURM_PROCID" in env or "OMPI_MCA_orte_hnp_uri" in env or "JOB_COMPLETION_INDEX" in env
+
+
+def _local_device_ids(env: Mapping[str, str]) -> tuple[int, ...] | None:
+    """() for all devices of the host where it has one process; None for JAX's choice, which is one a process."""
+    return None if "JAX_LOCAL_DEVICE_IDS" in env or _tasks_on_this_host(env) > 1 else ()
+
+
+def _tasks_on_this_host(env: Mapping[str, str]) -> int:
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in env:
+        return int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    if "SLURM_STEP_TASKS_PER_NODE" in env:
+        return expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])[int(env.get("SLURM_NODEID", 0))]
+    return 1
+
+
+def expand_counts(text: str) -> list[int]:
+    """Slurm's tasks per node, one a node: "2(x3),1" is [2, 2, 2, 1]."""
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, times in parts for _ in range(int(times or 1))]
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Slurm's compressed host list: "gpu[01-03,7],login" is gpu01, gpu02, gpu03, gpu7, login."""
+    hosts = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", text):
+        if not ranges:
+            hosts.append(prefix + suffix)
+            continue
+        for part in ranges.split(","):
+            first, _, last = part.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+            hosts += [f"{prefix}{number:0{len(first)}d}{suffix}" for number in numbers]
+    return hosts
+
+
+def process_hosts(env: Mapping[str, str]) -> list[str]:
+    """The host of every process where the scheduler tells (Slurm), else []."""
+    if "SLURM_STEP_NODELIST" not in env or "SLURM_STEP_TASKS_PER_NODE" not in env:
+        return []
+    hosts, counts = expand_hosts(env["SLURM_STEP_NODELIST"]), expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])
+    return [host for host, count in zip(hosts, counts, strict=True) for _ in range(count)]
+
+
+def _who_is_missing(message: str, address: str | None, timeout: int) -> str:
+    """JAX's message of a time-out as one line that names the processes it waited for."""
+    hosts = process_hosts(os.environ)
+    late = sorted({int(task) for task in re.findall(r"task:(\d+)", message.partition("timed out task names")[2])})
+    names = [f"process {i}" + (f" on {hosts[i]}" if i < len(hosts) else "") for i in late]
+    where = f" at {address}" if address else ""
+    if names:
+        return (
+            f"{', '.join(names)} did not connect{where} within {timeout} s (CONNECT_SECONDS): start it, or look there"
+        )
+    coordinator = "process 0" + (f" on {hosts[0]}" if hosts else "")
+    return f"{coordinator} was not reached{where} within {timeout} s (CONNECT_SECONDS): {message.splitlines()[0]}"
+
+
+def _rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
+    """Which rows of a batch of `shape` this process feeds: bool [rows]."""
+    mine = np.zeros(shape[0], bool)
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        if index is not None:
+            mine[index[0]] = True
+    return mine
+
+
+def _check_rows(hosts: list[str], rows: np.ndarray) -> None:
+    """`rows` is bool [processes, rows]: all are fed, and two processes feed either the same rows or different ones."""
+    unfed = np.flatnonzero(~rows.any(0))
+    if unfed.size:
+        raise PunaError(f"rows {unfed.tolist()} of the batch are fed by no process: choose another [mesh]")
+    for i, mine in enumerate(rows):
+        for j in range(i):
+            if (mine & rows[j]).any() and (mine != rows[j]).any():
+                raise PunaError(f"processes {j} ({hosts[j]}) and {i} ({hosts[i]}) share part of their rows: [mesh]")
+
+
+def _check_data_key(hosts: list[str], keys: list[str]) -> None:
+    different = [f"process {i} ({hosts[i]})" for i, key in enumerate(keys) if key != keys[0]]
+    if different:
+        raise PunaError(
+            f"{', '.join(different)} would train on other data than process 0: is its copy of [data] the same?"
+        )
+
+
+def _check_shared(run_dir: Path, hosts: list[str]) -> None:
+    """A file written by process 0 must be read by all within a minute, which network file systems may need."""
+    nonce = _gather_text(secrets.token_hex(8))[0]
+    path = run_dir / f".preflight-{nonce}"
+    if jax.process_index() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(nonce)
+    deadline = time.monotonic() + _seconds("SHARED_SECONDS", _SHARED_SECONDS)
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    saw = multihost_utils.process_allgather(np.asarray(seen)).reshape(-1)
+    path.unlink(missing_ok=True)
+    blind = sorted({hosts[i] for i in np.flatnonzero(~saw)})
+    if blind:
+        raise PunaError(
+            f"{run_dir} is not shared: {', '.join(blind)} cannot see what {hosts[0]} writes there; give a "
+            "run.output_dir on storage that all hosts mount"
+        )
+
+
+def _gather_text(text: str) -> list[str]:
+    """`text` of every process, cut to 256 bytes."""
+    raw = text.encode()[:_HOST_BYTES].ljust(_HOST_BYTES, b"\0")
+    every = multihost_utils.process_allgather(np.frombuffer(raw, np.uint8))
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(every).reshape(-1, _HOST_BYTES)]
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _seconds(name: str, default: int) -> int:
+    return _whole(os.environ, name) if os.environ.get(name) else default
+
+
+def _whole(env: Mapping[str, str], name: str) -> int:
+    if not env[name].isdecimal():
+        raise PunaError(f"{name}={env[name]!r} is not a whole number")
+    return int(env[name])
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

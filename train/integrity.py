@@ -1,0 +1,95 @@
+"""What a checkpoint records of a state, array by array: dotted names, shapes, dtypes and fingerprints.
+
+A state is any tree of arrays. Its checkpoint knows only nested names, so that it outlives the classes of the tree.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
+
+from convert import manifest
+from model.errors import PunaError
+
+
+class CheckpointError(PunaError):
+    """A checkpoint that cannot be written or trusted."""
+
+
+def shapes(tree: Any) -> dict[str, dict[str, Any]]:
+    """The shape and dtype of every array in `tree`, by dotted name."""
+    return {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in _named(tree).items()}
+
+
+def check_fit(folder: Path, tree: Any, complete: bool) -> None:
+    """Raise unless `tree` asks for arrays that the checkpoint has (all of them if `complete`), as it has them."""
+    saved = {name: (x["shape"], x["dtype"]) for name, x in manifest.read(folder)["arrays"].items()}
+    asked = {name: (x["shape"], x["dtype"]) for name, x in shapes(tree).items()}
+    names = [name for name in asked | (saved if complete else {}) if asked.get(name) != saved.get(name)]
+    if names:
+        differences = [
+            f"{name} is {_words(saved.get(name))} there, {_words(asked.get(name))} here" for name in names[:3]
+        ]
+        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"checkpoint {folder} does not fit this configuration: {'; '.join(differences)}{more}. "
+            "Restore the settings of the run, or give another run.output_dir"
+        )
+
+
+def _words(array: tuple[list[int], str] | None) -> str:
+    return f"{array[1]}{array[0]}" if array else "absent"
+
+
+def changed_arrays(folder: Path, tree: Any) -> list[str]:
+    """Names of the arrays of `tree` that are not what was saved, whatever the meshes of then and now."""
+    saved = manifest.read(folder)["arrays"]
+    now = jax.device_get(fingerprints(tree))
+    return [name for name, value in now.items() if int(value) != saved[name]["fingerprint"]]
+
+
+@jax.jit
+def fingerprints(tree: Any) -> dict[str, jax.Array]:
+    """`convert.manifest.fingerprint` of every array in `tree`, by dotted name, in one compiled program."""
+    return {name: manifest.fingerprint(x) for name, x in _named(tree).items()}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(map(_key, path)): leaf for path, leaf in leaves}
+
+
+def nested(tree: Any) -> dict[str, Any]:
+    """`tree` as dicts of dicts of leaves, whatever its classes."""
+    root: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, name = map(_key, path)
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return root
+
+
+def like(tree: Any, arrays: dict[str, Any]) -> Any:
+    """The leaves of the nested dict `arrays` in the structure of `tree`: the inverse of `nested`."""
+
+    def leaf(path: KeyPath, _: Any) -> Any:
+        node = arrays
+        for key in map(_key, path):
+            node = node[key]
+        return node
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _key(entry: Any) -> str:
+    match entry:
+        case DictKey(key) | FlattenedIndexKey(key):
+            return str(key)
+        case GetAttrKey(name):
+            return name
+        case SequenceKey(index):
+            return str(index)
+    raise TypeError(f"no name for {entry!r}")
