@@ -1,0 +1,287 @@
+"""A run as one frozen record: TOML sections onto nested dataclasses, dotted overrides, and everything named when wrong.
+
+The keys carry the ecosystem's names. An unknown key or a wrong type is an error that names the setting, and all of
+them are named at once. The presence of [lora] or [quantize] is the switch that turns them on.
+"""
+
+import importlib
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from model.errors import PunaError
+from train.data.config import DataConfig
+from train.data.config import check as check_data
+from train.schema import flat, read
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model]: one of `path` (a checkpoint to continue from), `preset` (a published shape, from scratch) or explicit
+    dims (`hidden_size` and so on, under Hugging Face's names; also those that a preset should differ in).
+
+    tokenizer: a file or folder; the checkpoint's own by default. dtype: what is computed in. param_dtype: how weights
+    are kept (float32 masters by default); gradients and optimizer state follow it. remat: what the backward pass
+    recomputes. loss_chunk: rows of logits alive at a time. attention is "xla", "cudnn" or "module:function"; block,
+    norm and loss are "module:function" replacements.
+    """
+
+    path: str | None = None
+    preset: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int | None = None
+    rms_norm_eps: float | None = None
+    rope_theta: float | None = None
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    initializer_range: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    loss_chunk: int = 512
+    block: str | None = None
+    attention: str = "xla"
+    norm: str | None = None
+    loss: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """[optim]: the optimizer and its schedule, under transformers' names.
+
+    warmup_steps wins over warmup_ratio, as there. wsd holds the rate and decays it over the last `decay_ratio` of the
+    steps. z_loss is the weight of log(Z)^2 (PaLM, arXiv:2204.02311; 1e-4 there). max_grad_norm 0 turns clipping off.
+    offload keeps the optimizer state in host memory between steps.
+    """
+
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: float = 2e-5
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_ratio: float = 0.0
+    warmup_steps: int = 0
+    decay_ratio: float = 0.1
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    z_loss: float = 0.0
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """[lora]: adapters of rank `rank`, scaled alpha / rank, on `targets` (names, or "all-linear"); only they train,
+    with the modules in `modules_to_save`. The patterns give single modules another rank or alpha, as peft's do."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """[quantize]: how the frozen base is kept under [lora] (QLoRA, arXiv:2305.14314)."""
+
+    method: Literal["int8", "int4", "nf4"] = "nf4"
+    double_quant: bool = False
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """[mesh]: sizes whose product is the number of devices; -1 is the rest. sequence_parallel splits the activations
+    between blocks over the tensor axis too."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """[run]: how long, how much at a time, and what is kept.
+
+    batch_size counts the sequences of one update over all devices; gradient_accumulation_steps cuts it into that many
+    microbatches. max_steps 0 means num_train_epochs decides. save_steps and save_minutes each start a save when due (0
+    turns one off); save_total_limit keeps the last n and every keep_every-th step. max_skipped_steps non-finite updates
+    in a row end the run. deterministic asks the backend for bitwise repeatable kernels. prepare is a "module:function"
+    that gets the Config before the data is read, to make or fetch it.
+    """
+
+    output_dir: str = "runs/default"
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_steps: int = 0
+    num_train_epochs: float = 1.0
+    seed: int = 0
+    logging_steps: int = 1
+    save_steps: int = 500
+    save_minutes: float = 0.0
+    save_total_limit: int = 3
+    keep_every: int = 0
+    eval_steps: int = 0
+    max_skipped_steps: int = 10
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    deterministic: bool = False
+    prepare: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is told."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    lora: LoraConfig | None = None
+    quantize: QuantizeConfig | None = None
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig()
+
+
+# What a run may change when it resumes: nothing that alters the numbers beyond rounding, and how long it goes on.
+MAY_CHANGE = (
+    "mesh",
+    "model.remat",
+    "model.loss_chunk",
+    "optim.offload",
+    "run.gradient_accumulation_steps",
+    "run.output_dir",
+    "run.max_steps",
+    "run.num_train_epochs",
+    "run.logging_steps",
+    "run.save_steps",
+    "run.save_minutes",
+    "run.save_total_limit",
+    "run.keep_every",
+    "run.eval_steps",
+    "run.max_skipped_steps",
+    "run.report_to",
+    "run.deterministic",
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file, then `section.key=value` overrides, whose values are TOML (or plain text where that fails).
+
+    Raises PunaError naming every unknown key (with the nearest known one) and every value of the wrong type.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise PunaError(f"{path}: not TOML: {error}") from None
+    for override in overrides:
+        _override(table, override)
+    return read_config(table)
+
+
+def read_config(table: dict[str, Any]) -> Config:
+    """The Config that a parsed TOML document means; see `load_config` for what it raises."""
+    config = read(Config, {"model": {}, "data": {}} | table)
+    _check(config)
+    return config
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not sections or not name:
+        raise PunaError(f"{override!r} is not an override; write section.key=value, as in run.max_steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise PunaError(f"{override!r}: {section} is a value, not a section")
+    table[name] = value
+
+
+def _check(config: Config) -> None:
+    """Refuses values that no run could use, by name."""
+    check_data(config.data)
+    optim, run, model = config.optim, config.run, config.model
+    positive = {
+        "optim.learning_rate": optim.learning_rate,
+        "run.batch_size": run.batch_size,
+        "run.gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "run.logging_steps": run.logging_steps,
+        "run.num_train_epochs": run.num_train_epochs,
+        "run.max_skipped_steps": run.max_skipped_steps,
+        "run.save_total_limit": run.save_total_limit,
+        "model.loss_chunk": model.loss_chunk,
+        "lora.rank": config.lora.rank if config.lora else 1,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise PunaError(f"{name} is {value}; it must be above 0")
+    not_negative = {
+        **{f"run.{name}": getattr(run, name) for name in ("max_steps", "save_steps", "save_minutes", "eval_steps")},
+        **{f"optim.{name}": getattr(optim, name) for name in ("weight_decay", "warmup_steps", "max_grad_norm")},
+        "optim.z_loss": optim.z_loss,
+    }
+    for name, value in not_negative.items():
+        if value < 0:
+            raise PunaError(f"{name} is {value}; it must be 0 or above")
+    for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
+        if not 0 <= getattr(optim, name) <= 1:
+            raise PunaError(f"optim.{name} is {getattr(optim, name)}; it must be between 0 and 1")
+    if run.batch_size % run.gradient_accumulation_steps:
+        raise PunaError(
+            f"run.batch_size {run.batch_size} does not divide into run.gradient_accumulation_steps "
+            f"{run.gradient_accumulation_steps} microbatches"
+        )
+    if model.path is not None and model.preset is not None:
+        raise PunaError("model.path and model.preset are both given; keep path to continue, preset to start afresh")
+    if config.quantize is not None and config.lora is None:
+        raise PunaError("quantize is given without lora: quantized weights do not train; add a [lora] section")
+
+
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configs differ: dotted name -> (old, new)."""
+    before, after = dict(flat(old)), dict(flat(new))
+    names = dict.fromkeys([*before, *after])
+    return {n: (before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)}
+
+
+def refuse_changes(old: Config, new: Config) -> None:
+    """Raises PunaError naming every setting that differs and may not when a run resumes."""
+    refused = [
+        f"{name} was {before!r} and is {after!r}"
+        for name, (before, after) in changes(old, new).items()
+        if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+    if refused:
+        raise PunaError(
+            f"{new.run.output_dir} holds a run with other settings: {'; '.join(refused)}. "
+            "Take them back to resume it, or give another run.output_dir"
+        )
+
+
+def load_function(name: str, setting: str) -> Callable[..., Any]:
+    """The function that "module:function" names. Raises PunaError naming the setting where there is none."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PunaError(f'{setting} is "{name}": {error}; write "module:function"') from None

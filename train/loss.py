@@ -1,0 +1,115 @@
+"""Cross-entropy over a large vocabulary without its logits: chunks of rows, gradients made on the way forward.
+
+Logits of all rows would be the largest array of a training step. Here a scan makes those of `chunk` rows, takes their
+loss and their gradients at once (three products instead of the four of a checkpointed chunk), and keeps only the
+gradients. Under a mesh it is one `shard_map`: the head is gathered over fsdp once, the vocabulary stays split over
+tensor, and its gradient is scattered once at the end.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import Mesh, PartitionSpec
+
+from model.sharding import partition_spec
+
+IGNORE = -100  # the target of a token that is not trained on, Hugging Face's convention
+
+Loss = Callable[[Array, Array, Array], Array]
+
+
+def make_loss(mesh: Mesh, chunk: int = 512, z_loss: float = 0.0) -> Loss:
+    """`loss(x [B, T, D], head [D, V], targets int32 [B, T])` -> float32 sum of the losses of the trained tokens.
+
+    Adds z_loss * log(Z)^2 per token. `chunk` rows of logits are alive at a time on every device. The head's gradient is
+    not computed where nobody asks for it (a frozen head, or evaluation).
+    """
+
+    @jax.custom_vjp
+    def loss(x: Array, head: Array, targets: Array) -> Array:
+        return run(x, head, targets, want_x=False, want_head=False)[0]
+
+    def forward(x: Any, head: Any, targets: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
+        total, dx, dhead = run(x.value, head.value, targets.value, want_x=x.perturbed, want_head=head.perturbed)
+        return total, (dx, dhead)
+
+    def backward(residuals: tuple[Array | None, Array | None], g: Any) -> tuple[Array | None, ...]:
+        if isinstance(g, SymbolicZero):
+            return None, None, None
+        return *(None if d is None else (d * g).astype(d.dtype) for d in residuals), None
+
+    loss.defvjp(forward, backward, symbolic_zeros=True)
+
+    def run(x: Array, head: Array, targets: Array, want_x: bool, want_head: bool) -> tuple[Any, ...]:
+        rows = partition_spec(mesh, ("batch", None, None), x.shape, "hidden")
+        weight = partition_spec(mesh, ("embed", "vocab"), head.shape, "lm_head")
+        local = partial(_local, chunk=chunk, z_loss=z_loss, want_x=want_x, want_head=want_head, mesh=mesh)
+        # No differentiation passes through the shard_map, so its replication checks would add nothing.
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, weight, PartitionSpec(*rows[:2])),
+            out_specs=(PartitionSpec(), rows if want_x else None, weight if want_head else None),
+            check_vma=False,
+        )(x, head, targets)
+
+    return loss
+
+
+def _local(
+    x: Array, head: Array, targets: Array, *, chunk: int, z_loss: float, want_x: bool, want_head: bool, mesh: Mesh
+) -> tuple[Array, Array | None, Array | None]:
+    """One device's part: x [b, T, D], head [D / fsdp, V / tensor], targets [b, T]. See `make_loss`."""
+    B, T, D = x.shape
+    dtype = head.dtype
+    head = head.astype(x.dtype)
+    if mesh.shape["fsdp"] > 1:
+        head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
+    first = jax.lax.axis_index("tensor") * head.shape[1]
+    size = min(chunk, B * T)
+    flat, wanted = _chunks(x.reshape(B * T, D), size, 0), _chunks(targets.reshape(B * T), size, IGNORE)
+
+    def step(carry: tuple[Array, Array | None], rows: tuple[Array, Array]) -> tuple[Any, Array | None]:
+        (total, dhead), (h, target) = carry, rows
+        logits = jnp.matmul(h, head, preferred_element_type=jnp.float32)
+        top = jax.lax.pmax(logits.max(axis=-1), "tensor")
+        powers = jnp.exp(logits - top[:, None])
+        denominator = jax.lax.psum(powers.sum(axis=-1), "tensor")
+        log_z = top + jnp.log(denominator)
+        hit = jnp.arange(head.shape[1]) == (target - first)[:, None]
+        chosen = jax.lax.psum(jnp.sum(logits, axis=-1, where=hit), "tensor")
+        trained = target != IGNORE
+        total += jnp.sum(log_z - chosen + z_loss * jnp.square(log_z), where=trained)
+        if not (want_x or want_head):
+            return (total, None), None
+        # d loss / d logits = softmax * (1 + 2 z_loss log Z) - onehot
+        slope = jnp.where(trained, (1 + 2 * z_loss * log_z) / denominator, 0.0)
+        dlogits = (powers * slope[:, None] - (hit & trained[:, None])).astype(x.dtype)
+        if dhead is not None:
+            dhead += jnp.matmul(h.T, dlogits, preferred_element_type=jnp.float32)
+        dh = jnp.matmul(dlogits, head.T, preferred_element_type=jnp.float32).astype(x.dtype) if want_x else None
+        return (total, dhead), dh
+
+    start = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32) if want_head else None
+    (total, dhead), dx = jax.lax.scan(step, start, (flat, wanted))
+    total = jax.lax.psum(total, ("data", "fsdp"))
+    if dx is not None:
+        dx = jax.lax.psum(dx.reshape(-1, D)[: B * T].reshape(x.shape), "tensor")
+    if dhead is not None:
+        if mesh.shape["fsdp"] > 1:
+            dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=0, tiled=True)
+        dhead = jax.lax.psum(dhead, "data").astype(dtype)
+    return total, dx, dhead
+
+
+def _chunks(x: Array, size: int, fill: int) -> Array:
+    """x [n, ...] -> [chunks, size, ...], the last one filled up."""
+    missing = -len(x) % size
+    if missing:
+        x = jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+    return x.reshape(-1, size, *x.shape[1:])

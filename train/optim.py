@@ -1,0 +1,117 @@
+"""What turns gradients into updates: optax transformations, a schedule, and the mask of what decays.
+
+A transformation here leaves out the learning rate: the step multiplies by `schedule(step)`, so that the rate is a
+function of the step alone and a resumed run, or one with another number of steps, needs nothing restored for it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from train.config import OptimConfig
+
+Schedule = Callable[[Array], Array]
+
+
+def make_schedule(optim: OptimConfig, total_steps: int) -> Schedule:
+    """The learning rate at every step of `total_steps`, equal to transformers' `get_*_schedule` of the same name.
+
+    Steps count from 0 (the first update). After a linear warmup the rate is constant, falls linearly or as half a
+    cosine to `min_lr_ratio` at the end, or (wsd, arXiv:2404.06395) stays and falls as half a cosine over the last
+    `decay_ratio` of the steps.
+    """
+    warmup = optim.warmup_steps or math.ceil(total_steps * optim.warmup_ratio)
+    decay = max(1, math.ceil(total_steps * optim.decay_ratio))
+    start = {"wsd": max(warmup, total_steps - decay)}.get(optim.lr_scheduler_type, warmup)
+    shapes: dict[str, Callable[[Array], Array]] = {
+        "constant": jnp.ones_like,
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)),
+        "wsd": lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)),
+    }
+    shape, low = shapes[optim.lr_scheduler_type], optim.min_lr_ratio
+
+    def schedule(step: Array) -> Array:
+        at = jnp.asarray(step, jnp.float32)
+        rising = at / max(1, warmup)
+        if optim.lr_scheduler_type == "wsd":
+            rising = rising * (1 - low) + low
+        done = jnp.clip((at - start) / max(1, total_steps - start), 0, 1)
+        after = shape(done) * (1 - low) + low
+        return optim.learning_rate * jnp.where(at < warmup, rising, after)
+
+    return schedule
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: transformers' rule, every weight but norms and biases, told by name.
+
+    Adapters (`LoraArray` leaves and their parts) live under their weight's name and decay as it does.
+    """
+
+    def decays(path: Any, leaf: Any) -> bool:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return not (names[-1].endswith("norm") or names[-1].startswith("b"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(optim: OptimConfig) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101), or Adafactor (arXiv:1804.04235) as transformers sets it up for a given rate:
+    no relative step, no scaling by the parameter, no momentum. Both without the learning rate."""
+    if optim.optimizer == "adafactor":
+        scale = per_layer(
+            optax.chain(
+                optax.scale_by_factored_rms(min_dim_size_to_factor=1, decay_rate=0.8, epsilon=1e-30),
+                optax.clip_by_block_rms(1.0),
+            )
+        )
+    else:
+        scale = optax.scale_by_adam(optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon)
+    return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
+
+
+def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets a transformation that looks at whole tensors see one layer at a time, though layers are stacked.
+
+    Its state is the layers' (with a leading axis L throughout), under the parameters' own key, and the rest's.
+    """
+
+    def divide(tree: Any) -> tuple[Any, Any]:
+        return tree["layers"], {name: value for name, value in tree.items() if name != "layers"}
+
+    def join(layers: Any, rest: Any) -> Any:
+        return {**rest, "layers": layers}
+
+    def init(params: Any) -> Any:
+        layers, rest = divide(params)
+        return {"layers": jax.vmap(transformation.init)(layers)}, transformation.init(rest)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        (layers, rest), (p_layers, p_rest) = divide(updates), divide(params)
+        layers, layers_state = jax.vmap(transformation.update)(layers, state[0]["layers"], p_layers)
+        rest, rest_state = transformation.update(rest, state[1], p_rest)
+        return join(layers, rest), ({"layers": layers_state}, rest_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def global_norm(tree: Any) -> Array:
+    """The Euclidean norm over all leaves together, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+def clip(grads: Any, norm: Array, max_norm: float) -> Any:
+    """Gradients scaled so that their global norm, which is `norm`, is at most `max_norm` (0: left as they are).
+
+    The 1e-6 is torch's `clip_grad_norm_`.
+    """
+    if not max_norm:
+        return grads
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
