@@ -1,0 +1,240 @@
+"""One Tokenizer over the three kinds of tokenizer file that LLaMA checkpoints carry.
+
+A Vocabulary (vocabulary.py) is read from the file; special tokens, streaming decode and the companion files of a
+checkpoint folder are the same for all three, and are here.
+"""
+
+import codecs
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from model.errors import PunaError
+from model.vocabulary import ROLES, AddedToken, Vocabulary, added_token, is_ranks, read_json, read_vocabulary
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+# A byte that is not UTF-8 becomes a lone surrogate under "surrogateescape", one for each byte as SentencePiece has it.
+INVALID_BYTES = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Special tokens written in text are text: their ids come from `special_id`, `add_bos` and `add_eos` alone. Every call
+    of `encode` stands for itself, so SentencePiece prefixes each piece of a template with its dummy space (as
+    transformers' legacy LlamaTokenizer does, on which the published templates rely).
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        added: Collection[AddedToken],
+        roles: Mapping[str, str],
+        chat_template: str | None,
+        files: Mapping[str, Path],
+    ):
+        ids = {token.content: token.id for token in added if token.id is not None}
+        self._special_ids = {token.content: ids[token.content] for token in added if token.special}
+        self._special_text = {id: content.encode() for content, id in self._special_ids.items()}
+        ordinary = [token for token in added if not token.special]
+        self._ordinary_ids = {token.content: ids[token.content] for token in ordinary}
+        longest_first = sorted(ordinary, key=lambda token: len(token.content), reverse=True)
+        self._ordinary = re.compile("|".join(token.pattern for token in longest_first) or "(?!)")
+
+        self.vocab_size = max(len(vocabulary.pieces), *(id + 1 for id in ids.values()), 0)
+        self._pieces = vocabulary.pieces + [b""] * (self.vocab_size - len(vocabulary.pieces))
+        for content, id in ids.items():
+            self._pieces[id] = b"" if content in self._special_ids else content.encode()
+        self._encode = vocabulary.encoder(self._special_ids.keys())
+        self._dummy_prefix, self._errors = vocabulary.dummy_prefix, vocabulary.errors
+
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self._special_ids.get(roles.get(r, "")) for r in ROLES)
+        self.chat_template = chat_template
+        self._files = files
+
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
+        """The ids of `text`, which never hold a special one but those asked for.
+
+        Raises PunaError for a lone surrogate, and where the tokenizer has no such token to add.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            surrogate = f"the lone surrogate {ascii(text[error.start])} at character {error.start}"
+            raise PunaError(f"text with {surrogate} is not Unicode text: replace it before encoding") from None
+        ids = [self._required("bos", self.bos_id)] if add_bos else []
+        start = 0
+        for match in self._ordinary.finditer(text):
+            ids += self._encode(text[start : match.start()])
+            ids += [self._ordinary_ids[content] for content in match.groups() if content is not None]
+            start = match.end()
+        ids += self._encode(text[start:])
+        return [*ids, self._required("eos", self.eos_id)] if add_eos else ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises PunaError for an id outside the vocabulary.
+
+        `skip_special=False` shows special tokens by their names.
+        """
+        stream = Stream(self, skip_special)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def stream(self) -> "Stream":
+        """Decode ids one at a time."""
+        return Stream(self)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written `text`, as in `special_id("<|eot_id|>")`."""
+        return self._special_ids.get(text)
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The id of every special token, by its text."""
+        return self._special_ids
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token spells; none for a special one. Raises PunaError for an id outside the vocabulary."""
+        if not 0 <= id < self.vocab_size:
+            raise PunaError(f"token id {id} is outside the tokenizer's vocab_size of {self.vocab_size}")
+        return self._pieces[id]
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the files this tokenizer was read from to `folder`, under the names they have in checkpoints."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, source in self._files.items():
+            shutil.copyfile(source, Path(folder) / name)
+
+    def _required(self, name: str, id: int | None) -> int:
+        if id is None:
+            raise PunaError(f"the tokenizer has no {name} token: name one as {name}_token in tokenizer_config.json")
+        return id
+
+
+class Stream:
+    """Decodes ids as they come: the pushed texts and the flushed rest join to what `decode` gives for all of them.
+
+    A character whose last byte is still to come is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._token_bytes = tokenizer.token_bytes
+        self._special_text = {} if skip_special else tokenizer._special_text
+        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer._errors)
+        self._drop_space = tokenizer._dummy_prefix
+
+    def push(self, id: int) -> str:
+        """The text that this id completes, which may be none."""
+        return self._text(self._special_text.get(id) or self._token_bytes(id), final=False)
+
+    def flush(self) -> str:
+        """The text of the bytes still held back."""
+        return self._text(b"", final=True)
+
+    def _text(self, data: bytes, final: bool) -> str:
+        text = self._decoder.decode(data, final)
+        if self._drop_space and text:
+            self._drop_space = False
+            text = text.removeprefix(" ")
+        return text.translate(INVALID_BYTES)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, with what its companion files add, or of a single file standing alone.
+
+    The kind of file is found from its content. Raises PunaError where there is none, or of no kind we know.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PunaError(f"{path}: no such tokenizer file or folder")
+    if path.is_file():
+        vocabulary = read_vocabulary(path)
+        name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+        return _assemble(vocabulary, Companions(), {name: path})
+    files = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+    main = _main_file(files)
+    if main is None:
+        raise PunaError(f"{path} has no tokenizer: looked for tokenizer.model and tokenizer.json")
+    return _assemble(read_vocabulary(main), _companions(files), files)
+
+
+def _main_file(files: Mapping[str, Path]) -> Path | None:
+    model, converted = files.get("tokenizer.model"), files.get("tokenizer.json")
+    if model and converted and not is_ranks(model.read_bytes()):
+        # The SentencePiece model is what the weights were trained with. A LLaMA tokenizer.json is converted from it,
+        # and transformers' conversion is not equal to it: it differs in leading spaces and in runs of spaces.
+        return model
+    # Beside tiktoken ranks, tokenizer.json merges alike and also says what the special tokens of its release are named.
+    return converted or model
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What the JSON files beside a vocabulary add to it."""
+
+    added: list[AddedToken] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    specials: list[str] = field(default_factory=list)
+    chat_template: str | None = None
+
+
+def _assemble(vocabulary: Vocabulary, companions: Companions, files: Mapping[str, Path]) -> Tokenizer:
+    tokens = {token.content: token for token in vocabulary.added}
+    for token in companions.added:
+        known = tokens.get(token.content, token)
+        tokens[token.content] = replace(token, special=token.special or known.special)
+    roles = vocabulary.roles | companions.roles
+    if "[PAD]" in tokens or "[PAD]" in vocabulary.ids:
+        roles.setdefault("pad_token", "[PAD]")  # appended under this name by the Alpaca family, not always declared
+    for content in (*roles.values(), *companions.specials):
+        token = tokens.get(content, AddedToken(content, vocabulary.ids.get(content)))
+        tokens[content] = replace(token, special=True)
+    next_id = max(len(vocabulary.pieces), *(token.id + 1 for token in tokens.values() if token.id is not None), 0)
+    for content, token in tokens.items():
+        if token.id is None:  # declared, but in no table: it takes the next id, as in transformers
+            tokens[content] = replace(token, id=next_id)
+            next_id += 1
+    return Tokenizer(vocabulary, tokens.values(), roles, companions.chat_template, files)
+
+
+def _companions(files: Mapping[str, Path]) -> Companions:
+    config = read_json(files.get("tokenizer_config.json"))
+    names = {key: value for key, value in read_json(files.get("special_tokens_map.json")).items() if value}
+    # transformers: the map overrides the configuration of old checkpoints; a table of added tokens marks a new one.
+    declared = names | config if "added_tokens_decoder" in config else config | names
+    added = [AddedToken(content, id) for content, id in read_json(files.get("added_tokens.json")).items()]
+    added += map(added_token, read_json(files.get("tokenizer.json")).get("added_tokens", []))
+    added += [added_token(t | {"id": int(id)}) for id, t in config.get("added_tokens_decoder", {}).items()]
+    others = [declared.get(key) for key in ("sep_token", "cls_token", "mask_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        listed = declared.get(key) or []
+        others += listed.values() if isinstance(listed, dict) else listed
+    return Companions(
+        added=added,
+        roles={role: _content(declared[role]) for role in ROLES if declared.get(role)},
+        specials=[_content(token) for token in others if token],
+        chat_template=_chat_template(files, config),
+    )
+
+
+def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].read_text()
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token

@@ -1,0 +1,260 @@
+"""What one tokenizer file says: the bytes of every token, and a function from text to ids.
+
+Three readers, one for each kind of file: SentencePiece models, tiktoken ranks and tokenizer.json.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from google.protobuf import message, message_factory
+from sentencepiece import sentencepiece_model_pb2
+
+from model.errors import PunaError
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+USUAL_ROLES = {
+    "<s>": "bos_token",
+    "</s>": "eos_token",
+    "<unk>": "unk_token",
+    "<|begin_of_text|>": "bos_token",
+    "<|end_of_text|>": "eos_token",
+}
+SPACE = "▁"  # SentencePiece's mark for a space
+
+# Meta's Llama 3 tokenizer: how text is cut before merging, the special tokens after the ranks, and the longest text
+# and the longest run of blanks or of non-blanks that tiktoken is given at once.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIALS = (
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>"),
+    *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
+)
+LLAMA3_ROLES = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|end_of_text|>",
+    "pad_token": "<|finetune_right_pad_id|>",
+}
+MAX_CHARACTERS = 400_000
+MAX_RUN = 25_000
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token beside the trained vocabulary. A special one has meaning to templates and is never read from text."""
+
+    content: str
+    id: int | None = None
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression that finds the token in text, with its content as the one group."""
+        word = ("(?<!\\w)", "(?!\\w)") if self.single_word else ("", "")
+        blanks = ("\\s*" if self.lstrip else "", "\\s*" if self.rstrip else "")
+        return f"{blanks[0]}{word[0]}({re.escape(self.content)}){word[1]}{blanks[1]}"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What one tokenizer file says.
+
+    `pieces` are the bytes of each id, `ids` the id of each piece's text, and `encoder` makes, from the special tokens'
+    texts, a function from text to ids that cannot yield them. `errors` is the codec error handler for invalid UTF-8.
+    """
+
+    pieces: list[bytes]
+    ids: Mapping[str, int]
+    added: list[AddedToken]
+    roles: dict[str, str]
+    encoder: Callable[[Set[str]], Callable[[str], list[int]]]
+    dummy_prefix: bool
+    errors: str
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    data = path.read_bytes()
+    if data.lstrip()[:1] == b"{":
+        return _read_merges(path)
+    return _read_ranks(data, path) if is_ranks(data) else _read_sentencepiece(data, path)
+
+
+def added_token(entry: dict[str, Any]) -> AddedToken:
+    return AddedToken(**{name: entry[name] for name in AddedToken.__dataclass_fields__ if name in entry})
+
+
+def read_json(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise PunaError(f"{path} is not valid JSON: {error}") from None
+
+
+# SentencePiece: LLaMA 1 and 2, and the vocabularies merged from them.
+
+
+def parse_sentencepiece(data: bytes, path: str | Path) -> Any:
+    """SentencePiece's ModelProto message. Raises PunaError where `data` holds none."""
+    descriptor = sentencepiece_model_pb2.DESCRIPTOR.message_types_by_name["ModelProto"]
+    proto: Any = message_factory.GetMessageClass(descriptor)()
+    try:
+        proto.ParseFromString(data)
+    except message.DecodeError:
+        proto.Clear()
+    if not proto.pieces:
+        raise PunaError(f"{path} is no tokenizer: expected a SentencePiece model, a tokenizer.json or tiktoken ranks")
+    return proto
+
+
+def _read_sentencepiece(data: bytes, path: Path) -> Vocabulary:
+    proto = parse_sentencepiece(data, path)
+    kind = proto.SentencePiece.Type
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise PunaError(f"{path} is a damaged SentencePiece model: {error}") from None
+    unspoken = (kind.UNKNOWN, kind.CONTROL)
+
+    def spelled(piece: Any) -> bytes:
+        if piece.type == kind.BYTE:
+            return bytes([int(piece.piece[3:5], 16)])
+        return piece.piece.replace(SPACE, " ").encode()
+
+    def encoder(specials: Set[str]) -> Callable[[str], list[int]]:
+        spoken = [p for p in proto.pieces if p.piece in specials and p.type not in unspoken]
+        for piece in spoken:
+            piece.type = kind.CONTROL  # so that no text can spell it
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()).encode if spoken else encode
+
+    encode = processor.encode
+    roles = zip(ROLES, (processor.bos_id(), processor.eos_id(), processor.unk_id(), processor.pad_id()), strict=True)
+    return Vocabulary(
+        pieces=[spelled(piece) for piece in proto.pieces],
+        ids={piece.piece: id for id, piece in enumerate(proto.pieces)},
+        added=[AddedToken(p.piece, id, special=True) for id, p in enumerate(proto.pieces) if p.type in unspoken],
+        roles={role: proto.pieces[id].piece for role, id in roles if id >= 0},
+        encoder=encoder,
+        dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
+        errors="surrogateescape",
+    )
+
+
+# tiktoken ranks: Llama 3 as Meta distributes it.
+
+
+def is_ranks(data: bytes) -> bool:
+    return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data) is not None
+
+
+def _read_ranks(data: bytes, path: Path) -> Vocabulary:
+    import tiktoken
+
+    try:
+        lines = [line.split() for line in data.splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise PunaError(f"{path}: a line is not a base64 token and its rank ({error}): the file is damaged") from None
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise PunaError(f"{path}: the {len(lines)} ranks do not count up from 0: the file is damaged")
+    library = tiktoken.Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    return Vocabulary(
+        pieces=sorted(ranks, key=ranks.__getitem__),
+        ids={},
+        added=[AddedToken(content, len(ranks) + i, special=True) for i, content in enumerate(LLAMA3_SPECIALS)],
+        roles=LLAMA3_ROLES,
+        encoder=lambda specials: partial(_encode_in_chunks, library.encode_ordinary),
+        dummy_prefix=False,
+        errors="replace",
+    )
+
+
+def _encode_in_chunks(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Meta's rule: tiktoken fails on very long texts, and is quadratic in runs without a break."""
+    ids = []
+    for start in range(0, len(text), MAX_CHARACTERS):
+        window = text[start : start + MAX_CHARACTERS]
+        long_runs = re.finditer(rf"\s{{{MAX_RUN + 1},}}|\S{{{MAX_RUN + 1},}}", window)
+        cuts = [0, *(i for run in long_runs for i in range(run.start() + MAX_RUN, run.end(), MAX_RUN)), len(window)]
+        for left, right in zip(cuts, cuts[1:], strict=False):
+            ids += encode(window[left:right])
+    return ids
+
+
+# tokenizer.json: the `tokenizers` library.
+
+
+def _read_merges(path: Path) -> Vocabulary:
+    spec = read_json(path)
+    model, decoder = spec.get("model") or {}, spec.get("decoder") or {}
+    if model.get("type") != "BPE":
+        raise PunaError(f"{path}: a tokenizer model of type {model.get('type')!r} is not supported: LLaMA's are BPE")
+    steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
+    vocab: dict[str, int] = model["vocab"]
+    added = [added_token(entry) for entry in spec.get("added_tokens", [])]
+    if "ByteLevel" in steps:
+        spell, dummy_prefix, errors = partial(_spell_byte_level, _byte_level_alphabet()), False, "replace"
+    elif model.get("byte_fallback") or "Metaspace" in steps:
+        metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})
+        dummy_prefix = "Strip" in steps or metaspace.get("prepend_scheme") != "never"
+        spell, errors = _spell_metaspace, "surrogateescape"
+    else:
+        raise PunaError(f"{path}: a decoder of {sorted(steps)} is not supported: expected ByteLevel or byte fallback")
+
+    def encoder(specials: Set[str]) -> Callable[[str], list[int]]:
+        # A special token leaves the vocabulary and the merges, so that no text can spell it. Added tokens, which this
+        # library would look for in text, are Tokenizer's; truncation and post-processing are nobody's here.
+        kept = {piece: id for piece, id in vocab.items() if piece not in specials or piece == model.get("unk_token")}
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        merges = [pair for pair in pairs if specials.isdisjoint((*pair, "".join(pair)))]
+        plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        stripped = spec | plain | {"model": model | {"vocab": kept, "merges": merges}}
+        library = tokenizers.Tokenizer.from_str(json.dumps(stripped))
+        return lambda text: library.encode(text, add_special_tokens=False).ids
+
+    pieces = [b""] * (max(vocab.values(), default=-1) + 1)
+    for piece, id in vocab.items():
+        pieces[id] = spell(piece)
+    named = {token.content for token in added} | vocab.keys()
+    return Vocabulary(
+        pieces=pieces,
+        ids=vocab,
+        added=added,
+        roles={role: name for name, role in USUAL_ROLES.items() if name in named},
+        encoder=encoder,
+        dummy_prefix=dummy_prefix,
+        errors=errors,
+    )
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's letter for each byte: printable Latin-1 stands for itself, the others follow U+0100 in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _spell_byte_level(alphabet: Mapping[str, int], piece: str) -> bytes:
+    if not alphabet.keys() >= set(piece):
+        return piece.encode()
+    return bytes(alphabet[letter] for letter in piece)
+
+
+def _spell_metaspace(piece: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
