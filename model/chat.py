@@ -1,0 +1,353 @@
+"""Conversation templates: messages become *pieces*, and each piece is encoded apart.
+
+A piece is either text or the name of one special token, and says whether a model is trained to produce it. Special
+tokens enter by id, and text never becomes one, so what a user writes cannot forge a turn. One `Template` value
+serves training (the mask) and inference (the generation prompt and what stops a reply), so that the two cannot differ.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from model.chat_jinja import jinja_render
+from model.errors import PunaError
+from model.tokenizer import Tokenizer
+
+Message = Mapping[str, str]  # role and content; a user message may carry an `input` beside its content
+
+BOS, EOS = "bos_token", "eos_token"  # special pieces that stand for the tokenizer's own
+
+
+class Piece(NamedTuple):
+    """Text, or one special token by name (`BOS`, `EOS`, or its text); `trained` where a loss is taken on it."""
+
+    text: str
+    trained: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written.
+
+    `render(messages, add_generation_prompt)` gives the pieces. `stop` are texts that end a reply and `stop_tokens`
+    the special tokens that do. `separately` tokenizes every piece on its own; otherwise neighbouring texts are
+    tokenized as one and the mask covers as many tokens as the masked text has on its own (Stanford Alpaca's way).
+    """
+
+    name: str
+    render: Callable[[Sequence[Message], bool], list[Piece]]
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = (EOS,)
+    separately: bool = False
+
+
+# --- from pieces to token ids
+
+
+def _runs(pieces: Sequence[Piece], separately: bool) -> Iterator[tuple[Piece, ...]]:
+    """Group pieces into what is tokenized together: a special token alone, neighbouring texts as one."""
+    if separately:
+        yield from ((piece,) for piece in pieces)
+        return
+    for special, group in groupby(pieces, key=lambda piece: piece.special):
+        run = tuple(group)
+        yield from ((piece,) for piece in run) if special else (run,)
+
+
+def _boundaries(run: Sequence[Piece]) -> list[tuple[str, bool]]:
+    """The prefixes of a run after which `trained` changes, with the value before the change."""
+    found, text = [], ""
+    for piece, following in zip(run, run[1:], strict=False):
+        text += piece.text
+        if piece.trained != following.trained:
+            found.append((text, piece.trained))
+    return found
+
+
+def encode_pieces(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, separately: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Token ids of `pieces`, and for each whether it is trained.
+
+    Raises:
+        PunaError: a piece names a special token that the tokenizer lacks.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    for run in _runs(pieces, separately):
+        start = len(ids)
+        if run[0].special:
+            ids.extend(special_ids(run[0].text, tokenizer))
+        else:
+            ids.extend(tokenizer.encode("".join(piece.text for piece in run)))
+            for prefix, before in _boundaries(run):
+                end = min(start + len(tokenizer.encode(prefix)), len(ids))
+                trained.extend([before] * (end - len(trained)))
+        trained.extend([run[-1].trained] * (len(ids) - len(trained)))
+    return ids, trained
+
+
+def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a conversation ready for the assistant's next reply."""
+    return encode_pieces(template.render(messages, True), tokenizer, template.separately)[0]
+
+
+def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
+    """The id of the special token `name`, as a list: empty for the BOS of a tokenizer that has none."""
+    if name == BOS:
+        return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    found = tokenizer.eos_id if name == EOS else tokenizer.special_id(name)
+    if found is None:
+        wanted = "an EOS token" if name == EOS else f"the special token {name!r}"
+        raise PunaError(f"the template writes {wanted}, which the tokenizer lacks: choose another template")
+    return [found]
+
+
+def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a reply under `template`: its own stop tokens and the tokenizer's EOS."""
+    own = [tokenizer.special_id(name) for name in template.stop_tokens if name != EOS]
+    return tuple(dict.fromkeys(found for found in (*own, tokenizer.eos_id) if found is not None))
+
+
+# --- named templates
+
+
+def _exchanges(messages: Sequence[Message], name: str) -> tuple[str | None, list[tuple[Message, str | None]]]:
+    """A system message, if any, and (user message, answer) pairs; the last answer is None where none is given yet."""
+    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    turns = messages[system is not None :]
+    for number, message in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if message["role"] != expected:
+            raise PunaError(
+                f"template {name!r} needs user and assistant in turn, beginning with user: "
+                f"turn {number + 1} is {message['role']!r}, not {expected!r}"
+            )
+    if not turns:
+        raise PunaError(f"template {name!r} needs at least one user message")
+    answers = [message["content"] for message in turns[1::2]] + [None]
+    return system, list(zip(turns[::2], answers, strict=False))
+
+
+def _asked(message: Message) -> str:
+    """A user message with its input, if any, on the line below."""
+    return f"{message['content']}\n{message['input']}" if message.get("input") else message["content"]
+
+
+def _no_system(system: str | None, name: str) -> None:
+    if system is not None:
+        raise PunaError(f"template {name!r} has no place for a system message: remove it or choose another template")
+
+
+def _answered(answer: str | None) -> list[Piece]:
+    return [] if answer is None else [Piece(answer, True), Piece(EOS, True, special=True)]
+
+
+_ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+_ALPACA_INPUT = ", paired with an input that provides further context"
+
+
+def _alpaca(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    system, exchanges = _exchanges(messages, "alpaca")
+    pieces = [Piece(BOS, special=True)]
+    for number, (user, answer) in enumerate(exchanges):
+        given = user.get("input")
+        header = "" if number else (system or _ALPACA.format(_ALPACA_INPUT if given else "")) + "\n\n"
+        middle = f"\n\n### Input:\n{given}" if given else ""
+        pieces.append(Piece(f"{header}### Instruction:\n{user['content']}{middle}\n\n### Response:"))
+        pieces.extend(_answered(answer))
+    return pieces
+
+
+def _chinese_alpaca(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    system, exchanges = _exchanges(messages, "chinese-alpaca")
+    pieces = [Piece(BOS, special=True)]
+    for number, (user, answer) in enumerate(exchanges):
+        header = "" if number else (system or _ALPACA.format("")) + "\n\n"
+        pieces.append(Piece(f"{header}### Instruction:\n{_asked(user)}\n\n### Response: "))
+        pieces.extend(_answered(answer))
+    return pieces
+
+
+def _chinese_alpaca_inference(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    system, exchanges = _exchanges(messages, "chinese-alpaca-inference")
+    _no_system(system, "chinese-alpaca-inference")
+    pieces = [Piece(BOS, special=True)]
+    for user, answer in exchanges:
+        pieces.append(Piece(f"### Instruction:\n\n{_asked(user)}\n\n### Response:\n\n"))
+        pieces.extend(_answered(answer))
+    return pieces
+
+
+def _wizardlm(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    """Llama-X: BOS is `</s>` too (its tokenizer set all special tokens to it), inputs are ignored, and a newline
+    follows the prompt at inference only."""
+    system, exchanges = _exchanges(messages, "wizardlm")
+    _no_system(system, "wizardlm")
+    pieces = [Piece(EOS, special=True)]
+    for user, answer in exchanges:
+        newline = "\n" if add_generation_prompt and answer is None else ""
+        pieces.append(Piece(f"{user['content']}\n\n### Response:{newline}"))
+        pieces.extend(_answered(answer))
+    return pieces
+
+
+def _prompt_completion(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    system, exchanges = _exchanges(messages, "plain")
+    _no_system(system, "plain")
+    if len(exchanges) > 1:
+        raise PunaError(f"templates 'plain' and 'qlora' hold one exchange, not {len(exchanges)}: name a chat template")
+    (user, answer), *_ = exchanges
+    return [Piece(BOS, special=True), Piece(_asked(user)), *_answered(answer)]
+
+
+_VICUNA = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+)
+
+
+def _vicuna(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    """FastChat v0.2 and later, `vicuna_v1.1`."""
+    system, exchanges = _exchanges(messages, "vicuna_v1.1")
+    pieces = [Piece(BOS, special=True), Piece((system or _VICUNA.format("user")) + " ")]
+    for user, answer in exchanges:
+        last = answer is None and not add_generation_prompt
+        pieces.append(Piece(f"USER: {_asked(user)} " + ("" if last else "ASSISTANT:")))
+        pieces.extend(_answered(None if answer is None else f" {answer}"))
+    return pieces
+
+
+# The example that FastChat v0.1.10 (Apache-2.0) puts before every conversation at inference, byte for byte.
+_ONE_SHOT = (
+    "Human: What are the key differences between renewable and non-renewable energy sources?###"
+    "Assistant: Renewable energy sources are those that can be replenished naturally in a relatively short amount of "
+    "time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
+    "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences between "
+    "renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
+    "finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
+    "non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and "
+    "needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources "
+    "are not, and their depletion can lead to economic and social instability.\n###"
+)
+
+
+def _vicuna_v0(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    """FastChat v0.1.10, whose training text differs from its prompt. Its loss covers the header, not human turns."""
+    system, exchanges = _exchanges(messages, "vicuna_v0")
+    header = system or _VICUNA.format("human")
+    pieces = [Piece(BOS, special=True)]
+    if add_generation_prompt:
+        pieces.append(Piece(f"{header}###{_ONE_SHOT}"))
+        for user, answer in exchanges:
+            pieces.append(Piece(f"Human: {_asked(user)}###Assistant:"))
+            pieces.extend([] if answer is None else [Piece(f" {answer}###", True)])
+        return pieces
+    pieces.append(Piece(f"{header}\n\n", True))
+    for user, answer in exchanges:
+        pieces.append(Piece(f"### Human: {_asked(user)}\n"))
+        pieces.extend([] if answer is None else [Piece(f"### Assistant: {answer}\n", True)])
+    return pieces
+
+
+def _llama2(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    system, exchanges = _exchanges(messages, "llama2")
+    pieces = []
+    for number, (user, answer) in enumerate(exchanges):
+        header = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system is not None and not number else ""
+        pieces.extend([Piece(BOS, special=True), Piece(f"[INST] {(header + _asked(user)).strip()} [/INST]")])
+        pieces.extend(_answered(None if answer is None else f" {answer.strip()} "))
+    return pieces
+
+
+def _llama3(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    pieces = [Piece("<|begin_of_text|>", special=True)]
+    for message in messages:
+        trained = message["role"] == "assistant"
+        pieces.extend(_llama3_header(message["role"]))
+        pieces.append(Piece(_asked(message).strip(), trained))
+        pieces.append(Piece("<|eot_id|>", trained, special=True))
+    return pieces + (_llama3_header("assistant") if add_generation_prompt else [])
+
+
+def _llama3_header(role: str) -> list[Piece]:
+    start, end = Piece("<|start_header_id|>", special=True), Piece("<|end_header_id|>", special=True)
+    return [start, Piece(role), end, Piece("\n\n")]
+
+
+def _chatml(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+    pieces = []
+    for message in messages:
+        trained = message["role"] == "assistant"
+        pieces.extend([Piece("<|im_start|>", special=True), Piece(f"{message['role']}\n")])
+        pieces.extend([Piece(_asked(message), trained), Piece("<|im_end|>", trained, special=True), Piece("\n")])
+    if add_generation_prompt:
+        pieces.extend([Piece("<|im_start|>", special=True), Piece("assistant\n")])
+    return pieces
+
+
+_ALPACA_STOP = ("### Instruction:",)
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template("alpaca", _alpaca, _ALPACA_STOP),
+        Template("vicuna_v1.1", _vicuna),
+        Template("vicuna_v0", _vicuna_v0, ("###",)),
+        Template("wizardlm", _wizardlm),
+        Template("llama2", _llama2),
+        Template("llama3", _llama3, stop_tokens=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")),
+        Template("chatml", _chatml, stop_tokens=("<|im_end|>",)),
+        Template("chinese-alpaca", _chinese_alpaca, _ALPACA_STOP, separately=True),
+        Template("chinese-alpaca-inference", _chinese_alpaca_inference, _ALPACA_STOP, separately=True),
+        Template("plain", _prompt_completion),
+        Template("qlora", _prompt_completion, separately=True),
+    )
+}
+
+
+def get_template(name: str, tokenizer: Tokenizer) -> Template:
+    """The template `name`: a key of TEMPLATES, "chat_template" (the checkpoint's own), or a path to a .jinja file.
+
+    Raises:
+        PunaError: no such template, or the tokenizer brings none.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name == "chat_template":
+        if tokenizer.chat_template is None:
+            raise PunaError(f"this tokenizer has no chat_template: name one of {', '.join(TEMPLATES)}")
+        return jinja_template(tokenizer.chat_template, tokenizer)
+    if name.endswith(".jinja") and Path(name).is_file():
+        return jinja_template(Path(name).read_text(encoding="utf-8"), tokenizer)
+    raise PunaError(
+        f"template {name!r} is unknown: use one of {', '.join(TEMPLATES)}, chat_template, or a path to a .jinja file"
+    )
+
+
+def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
+    """The jinja chat template `source` as a Template; special tokens that it writes itself become special pieces.
+
+    The tokens that a model is trained on are those inside `{% generation %}` where the template has it, and otherwise
+    what each assistant message adds to the conversation rendered with a generation prompt.
+    """
+    render = jinja_render(source, tokenizer)
+
+    def pieces(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+        asked = [{**message, "content": _asked(message)} for message in messages]
+        return [Piece(*piece) for piece in render(asked, add_generation_prompt, not add_generation_prompt)]
+
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    written = [text for text, _, special in render(conversation, False, False) if special]
+    return Template("chat_template", pieces, stop_tokens=(*written[-1:], EOS))

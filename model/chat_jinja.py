@@ -1,0 +1,178 @@
+"""A checkpoint's own jinja chat template, rendered in a sandbox, with what users wrote kept apart from what it writes.
+
+Before rendering, every special token that a message *contains* is broken by a mark that no message holds; after
+rendering, the special tokens that are still whole are the template's own, and the marks are taken out.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.errors import PunaError
+from model.tokenizer import Tokenizer
+
+# Noncharacters: valid code points that Unicode reserves for a program's own use.
+_OPEN, _CLOSE = "\ufdee", "\ufdef"
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDEE)]
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`, transformers' tag around what the assistant writes: marks its ends."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Macro) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+class _Specials:
+    """The special tokens' texts, ready for searching."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = sorted(texts, key=len, reverse=True)
+        any_of = "|".join(map(re.escape, self.texts)) or r"(?!)"
+        self.pattern = re.compile(any_of)
+        self.first = re.compile(f"(?=(?:{any_of}))(.)", re.DOTALL)  # the first character of each, overlapping or not
+        self.heads = tuple({text[:cut] for text in self.texts for cut in range(1, len(text))})
+        self.tails = tuple({text[cut:] for text in self.texts for cut in range(1, len(text))})
+
+    def protect(self, value: Any, mark: str) -> Any:
+        """`value` with the special tokens in its texts broken by `mark`, also those that only start or end in one."""
+        if isinstance(value, Mapping):
+            return {key: self.protect(item, mark) for key, item in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [self.protect(item, mark) for item in value]
+        if not isinstance(value, str):
+            return value
+        value = self.first.sub(rf"\1{mark}", value)
+        core = value.strip()
+        before, after = value[: len(value) - len(value.lstrip())], value[len(value.rstrip()) :] if core else ""
+        return f"{before}{mark * core.startswith(self.tails)}{core}{mark * core.endswith(self.heads)}{after}"
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """JSON as it is, where jinja's own filter escapes it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def jinja_render(
+    source: str, tokenizer: Tokenizer
+) -> Callable[[Sequence[Mapping[str, Any]], bool, bool], list[tuple[str, bool, bool]]]:
+    """Compile `source`. The result, `render(messages, add_generation_prompt, masked)`, gives (text, trained, special)
+    in order; without `masked` nothing is trained.
+
+    Raises:
+        PunaError: the template does not compile, refuses the messages, or rewrites earlier turns so that what each
+            assistant message adds cannot be told (such a template needs `{% generation %}`).
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    try:
+        compiled = environment.from_string(source)
+    except TemplateError as error:
+        raise PunaError(f"the chat template does not compile: {error}") from error
+    specials = _Specials(tokenizer.special_tokens)
+    names: dict[int | None, str] = {number: text for text, number in tokenizer.special_tokens.items()}
+    constants = {
+        "bos_token": names.get(tokenizer.bos_id, ""),
+        "eos_token": names.get(tokenizer.eos_id, ""),
+        "pad_token": names.get(tokenizer.pad_id, ""),
+        "unk_token": names.get(tokenizer.unk_id, ""),
+    }
+
+    def text_of(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        try:
+            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **constants)
+        except Exception as error:  # a template is foreign code: whatever it does wrong, it refuses
+            raise PunaError(f"the chat template refuses these messages: {error}") from error
+
+    def render(
+        messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, masked: bool
+    ) -> list[tuple[str, bool, bool]]:
+        mark = _unused_mark(messages)
+        protected = [specials.protect(message, mark) for message in messages]
+        text = text_of(protected, add_generation_prompt)
+        if _OPEN in text:
+            text, spans = _tagged_spans(text)
+        else:
+            spans = _assistant_spans(protected, text, text_of, specials) if masked else []
+        return _split(text, spans, specials, mark)
+
+    return render
+
+
+def _unused_mark(messages: Sequence[Mapping[str, Any]]) -> str:
+    written = set(json.dumps(messages, ensure_ascii=False))
+    free = [mark for mark in _MARKS if mark not in written]
+    if not free or written & {_OPEN, _CLOSE}:
+        raise PunaError("a message holds Unicode noncharacters (U+FDD0 to U+FDEF), which chat templates cannot carry")
+    return free[0]
+
+
+def _tagged_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """`text` without the marks of `{% generation %}`, and the spans that they enclosed."""
+    plain, spans, position = [], [], 0
+    for number, part in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", text)):
+        if number % 2:
+            spans.append((position, position + len(part)))
+        plain.append(part)
+        position += len(part)
+    return "".join(plain), spans
+
+
+def _assistant_spans(
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    text_of: Callable[[Sequence[Mapping[str, Any]], bool], str],
+    specials: _Specials,
+) -> list[tuple[int, int]]:
+    """What each assistant message adds to its generation prompt, through the special token that ends it."""
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, replied = text_of(messages[:number], True), text_of(messages[: number + 1], False)
+        if not (replied.startswith(prompt) and text.startswith(replied)):
+            raise PunaError(
+                "the chat template rewrites earlier turns, so the tokens of an answer cannot be told: "
+                "enclose them in {% generation %} in the template, or choose a named template"
+            )
+        ends = [found.end() for found in specials.pattern.finditer(replied, len(prompt))]
+        closed = bool(ends) and not replied[ends[-1] :].strip()
+        spans.append((len(prompt), ends[-1] if closed else len(replied)))
+    return spans
+
+
+def _split(text: str, spans: Sequence[tuple[int, int]], specials: _Specials, mark: str) -> list[tuple[str, bool, bool]]:
+    """Cut `text` at special tokens and at the ends of trained spans, and take the marks out."""
+    found = {match.start(): match.end() for match in specials.pattern.finditer(text)}
+    cuts = sorted({0, len(text), *found, *found.values(), *(end for span in spans for end in span)})
+    pieces = []
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        trained = any(first <= start and end <= last for first, last in spans)
+        pieces.append((text[start:end].replace(mark, ""), trained, start in found))
+    return [piece for piece in pieces if piece[0]]
