@@ -1,0 +1,232 @@
+"""Tokenized data sets, written once under a name made of everything that they depend on.
+
+Whichever process comes first writes; the others watch the file system (no collective is held up by it). A folder is
+complete when it has its name.
+"""
+
+import fcntl
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from convert.command import atomic_path
+from model.errors import PunaError
+from model.tokenizer import Tokenizer
+from train.data.config import DataConfig, Source
+from train.data.encode import Encoder, encoder
+from train.data.packing import Rows, best_fit_decreasing, padded, split_spans, wrapped
+from train.data.readers import Faults, Row, load_hub, read_rows, source_files
+from train.data.tokenize import Chunk, tokenize
+
+VERSION = 1  # of the files below; another version is another name
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the records of one source. Tokens count what is kept, in rows or not."""
+
+    records: int = 0
+    empty: int = 0
+    cut: int = 0
+    cut_tokens: int = 0
+    split: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    left_over_tokens: int = 0
+    rows: int = 0
+    max_length: int = 0
+
+    @property
+    def masked_tokens(self) -> int:
+        return self.tokens - self.trained_tokens
+
+    def __str__(self) -> str:
+        fill = self.tokens / (self.rows * self.max_length) if self.rows else 0.0
+        said = [
+            f"{self.records:,} records read",
+            f"{self.empty:,} empty ones dropped",
+            f"{self.cut:,} cut ({self.cut_tokens:,} tokens lost)",
+            f"{self.split:,} split",
+            f"{self.tokens:,} tokens, {self.trained_tokens:,} trained and {self.masked_tokens:,} masked",
+            f"{self.rows:,} rows of {self.max_length}, {fill:.1%} full",
+            f"{self.left_over_tokens:,} tokens left over",
+        ]
+        return "; ".join(said)
+
+
+# --- names
+
+
+def cache_name(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+    """The name of `source` as tokenized: a hash of its content, the tokenizer's, and every setting that matters."""
+    files = source_files(source.path)
+    content = [(str(file), file_hash(file)) for file in files] or [(source.path, load_hub(source.path)._fingerprint)]
+    settings = [source.format, source.template, source.response_template, sorted((source.columns or {}).items())]
+    rows = [config.max_length, config.packing, config.packing_strategy]
+    jinja = tokenizer.chat_template if source.template in ("auto", "chat_template") else None
+    if source.template and source.template.endswith(".jinja"):
+        jinja = Path(source.template).read_text(encoding="utf-8")
+    described = [VERSION, content, tokenizer_hash(tokenizer), settings, rows, jinja]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 over the names and contents of the tokenizer's files."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        hashes = {file.name: file_hash(file) for file in sorted(Path(folder).iterdir())}
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+# --- one writer, any number of readers
+
+
+def written_once(folder: Path, write: Callable[[Path], None], wait_seconds: float) -> None:
+    """Return when `folder` is there: written by this process, or by another that is at it already.
+
+    The lock is the operating system's, so a writer that dies frees it and another takes over.
+
+    Raises:
+        PunaError: another process has held the lock for `wait_seconds` and the folder is still not there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_seconds
+    lock = folder.parent / f"{folder.name}.lock"
+    while not folder.exists():
+        with lock.open("w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise PunaError(
+                        f"waited {wait_seconds:.0f} s for {folder}, which another process is still writing (it holds "
+                        f"{lock}): let it finish and start again, or give another data.cache_dir"
+                    ) from None
+                time.sleep(POLL_SECONDS)
+                continue
+            if not folder.exists():
+                for abandoned in folder.parent.glob(f".{folder.name}.tmp-*"):  # by a writer that was killed
+                    shutil.rmtree(abandoned)
+                with atomic_path(folder) as temporary:
+                    temporary.mkdir()
+                    write(temporary)
+
+
+def tokenize_into(folder: Path, config: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
+    """Read, tokenize and pack `source` into `folder`.
+
+    tokens.bin (uint16, or uint32 where the vocabulary needs it) and trained.bin (bool) hold the examples end to end;
+    index.npz where each begins and came from, and the rows; meta.json the rest.
+
+    Raises:
+        PunaError: naming the faults of the data as `path:line: reason`.
+    """
+    faults = Faults()
+    encode, rows = _first_read(source, tokenizer, faults)
+    wrap = config.packing and config.packing_strategy == "wrapped"
+    chunks = tokenize(rows, encode, None if wrap or encode.splits else config.max_length, faults)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    with _progress(source.path) as advance:
+        paths, origins, offsets, counts = _write_examples(folder, chunks, dtype, advance)
+    faults.check()
+    packed = pack(offsets, config)
+    if not len(packed):
+        raise PunaError(f"{source.path} gives no row: {counts.tokens:,} tokens for data.max_length {config.max_length}")
+    counts = replace(
+        counts,
+        split=int(np.sum(np.diff(offsets) > config.max_length)),
+        left_over_tokens=int(offsets[-1] - packed.length.sum()) if wrap else 0,
+        rows=len(packed),
+        max_length=config.max_length,
+    )
+    np.savez(
+        folder / "index.npz",
+        offsets=offsets,
+        origins=origins,
+        row_offsets=packed.offsets,
+        start=packed.start,
+        length=packed.length,
+    )
+    meta = {"dtype": dtype.name, "paths": paths, "counts": asdict(counts)}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _first_read(source: Source, tokenizer: Tokenizer, faults: Faults) -> tuple[Encoder, Iterator[Row]]:
+    """The encoder that the first record of `source` calls for, and all its records."""
+    rows = read_rows(source.path, faults)
+    first = next(rows, None)
+    if first is None:
+        faults.check()
+        raise PunaError(f"data.path {source.path!r} holds no records")
+    options = source.template or "auto", source.format or "auto", source.columns, source.response_template or ""
+    try:
+        return encoder(first.record, tokenizer, *options), itertools.chain([first], rows)
+    except PunaError as error:
+        raise PunaError(f"{first.path}:{first.line}: {error}") from None
+
+
+def _write_examples(
+    folder: Path, chunks: Iterable[Chunk], dtype: np.dtype, advance: Callable[[int, int], None]
+) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64], Counts]:
+    """Write the tokens of `chunks`. Returns the paths, (path number, line) and offset of each example, and counts."""
+    paths: dict[str, int] = {}
+    origins: list[tuple[int, int]] = []
+    lengths: list[int] = []
+    counts = Counts()
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
+        for chunk in chunks:
+            tokens.write(chunk.tokens.astype(dtype).tobytes())
+            trained.write(chunk.trained.tobytes())
+            lengths += chunk.lengths
+            origins += [(paths.setdefault(p, len(paths)), n) for p, n in zip(chunk.paths, chunk.lines, strict=True)]
+            counts = replace(
+                counts,
+                records=counts.records + chunk.records,
+                empty=counts.empty + chunk.empty,
+                cut=counts.cut + chunk.cut,
+                cut_tokens=counts.cut_tokens + chunk.cut_tokens,
+                tokens=counts.tokens + len(chunk.tokens),
+                trained_tokens=counts.trained_tokens + int(chunk.trained.sum()),
+            )
+            advance(counts.records, counts.tokens)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    return list(paths), np.array(origins, np.int64).reshape(-1, 2), offsets, counts
+
+
+def pack(offsets: NDArray[np.int64], config: DataConfig) -> Rows:
+    """The rows that examples between `offsets` make under `config`."""
+    if config.packing and config.packing_strategy == "wrapped":
+        return wrapped(int(offsets[-1]), config.max_length)
+    spans = split_spans(offsets, config.max_length)
+    return best_fit_decreasing(*spans, config.max_length) if config.packing else padded(*spans)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    shown = TextColumn("tokenizing {task.description}: {task.completed:,} records, {task.fields[tokens]:,} tokens")
+    with Progress(SpinnerColumn(), shown, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=None, tokens=0)
+
+        def advance(records: int, tokens: int) -> None:
+            bar.update(task, completed=records, tokens=tokens)
+
+        yield advance

@@ -1,0 +1,94 @@
+"""The [data] section: where examples come from, how they are written as tokens, and how tokens become rows."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.errors import PunaError
+
+Format = Literal["auto", "text", "instruction", "conversations", "messages", "prompt_completion"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of several places to read: what is not given here is as [data] has it.
+
+    weight: the share of rows drawn from here, relative to the other sources. Without any weight the sources are one
+    data set, each row of which is seen once an epoch.
+    """
+
+    path: str
+    weight: float | None = None
+    format: Format | None = None
+    template: str | None = None
+    response_template: str | None = None
+    columns: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data].
+
+    path: a json, jsonl, csv, parquet, arrow or txt file (each line of a txt file is a document), a folder of these, a
+    Hub data set "org/name[@revision][:split]", or a list of such paths or of tables (see Source).
+    format: what a record is; "auto" tells it from the first record's keys. columns: our key -> the record's, as in
+    {text = "article"}.
+    template: a conversation template's name, "chat_template" for the checkpoint's own, a .jinja file, or a text with
+    {column} placeholders, of which response_template, where given, is the last part that is not trained on (DialogSum:
+    "### Output:\\n"). "auto" takes alpaca for instruction records, vicuna_v1.1 for conversations, the checkpoint's own
+    for messages and plain for prompt_completion.
+    max_length: tokens in a row. Longer answers and conversations are cut (and counted), longer texts are split.
+    packing: several examples a row, apart from each other (TRL's names): "bfd" is best-fit decreasing; "wrapped" joins
+    everything and cuts it every max_length tokens, attending across documents, and leaves out the last incomplete row.
+    eval_path: held-out examples; validation_split: the fraction of rows held out instead.
+    cache_dir: where tokenized rows are kept; $XDG_CACHE_HOME/puna by default.
+    """
+
+    path: str | tuple[str | Source, ...] = ""
+    format: Format = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    template: str = "auto"
+    response_template: str = ""
+    max_length: int = 1024
+    packing: bool = False
+    packing_strategy: Literal["bfd", "wrapped"] = "bfd"
+    eval_path: str | None = None
+    validation_split: float = 0.0
+    seed: int = 0
+    cache_dir: str | None = None
+
+
+def check(config: DataConfig) -> None:
+    """Refuse values that no run could use, by name."""
+    if not config.path:
+        raise PunaError("data.path is missing: give a file, a folder or a Hub data set")
+    if config.max_length < 2:
+        raise PunaError(f"data.max_length is {config.max_length}; it must be 2 or more")
+    if not 0 <= config.validation_split < 1:
+        raise PunaError(f"data.validation_split is {config.validation_split}; it must be at least 0 and below 1")
+    if config.validation_split and config.eval_path:
+        raise PunaError("data.eval_path and data.validation_split are both given: keep one")
+    if config.packing_strategy == "wrapped" and not config.packing:
+        raise PunaError('data.packing_strategy is "wrapped" without packing: set data.packing = true')
+    weights = [source.weight for source in sources(config)]
+    if any(weight is not None and weight <= 0 for weight in weights):
+        raise PunaError("data.path: every weight must be above 0")
+    if len({weight is None for weight in weights}) > 1:
+        raise PunaError("data.path: give every source a weight, or none")
+
+
+def sources(config: DataConfig) -> tuple[Source, ...]:
+    """What `config.path` names, each complete with the settings of [data]."""
+    listed = (config.path,) if isinstance(config.path, str) else config.path
+    return tuple(complete(config, Source(each) if isinstance(each, str) else each) for each in listed)
+
+
+def complete(config: DataConfig, source: Source) -> Source:
+    """`source` with what it leaves out taken from `config`."""
+    return Source(
+        path=source.path,
+        weight=source.weight,
+        format=source.format or config.format,
+        template=source.template or config.template,
+        response_template=config.response_template if source.response_template is None else source.response_template,
+        columns=config.columns if source.columns is None else source.columns,
+    )

@@ -1,0 +1,167 @@
+"""A tokenized data set as rows on disk, and what a configuration's paths become: training sets and a held-out one."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import PunaError
+from model.tokenizer import Tokenizer
+from train.data.cache import Counts, cache_name, tokenize_into, written_once
+from train.data.config import DataConfig, Source, check, complete, sources
+from train.data.encode import IGNORED
+from train.data.packing import Rows, select
+from train.data.permute import key, permute
+
+Batch = dict[str, NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """Rows of `max_length` tokens over memory-mapped examples.
+
+    `tokens` and `trained` hold the examples end to end, `offsets` [E + 1] where each begins, `origins` [E, 2] the
+    number of its path in `paths` and its line.
+    """
+
+    tokens: NDArray[np.unsignedinteger]
+    trained: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    origins: NDArray[np.int64]
+    paths: tuple[str, ...]
+    rows: Rows
+    max_length: int
+    pad_id: int
+    counts: Counts
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The rows with these numbers (-1 is an empty row), all int32 [B, T] with T = max_length:
+
+        tokens; labels, the TARGETS, already shifted: `labels[:, t]` is what the model must say at t, namely token
+        t + 1 of the same segment where that token is trained, else -100; segments, from 1 in each row, 0 is padding;
+        positions, which restart at each segment.
+        """
+        chosen = np.asarray(rows, np.int64)
+        names = ("tokens", "labels", "segments", "positions")
+        batch = {name: np.zeros((len(chosen), self.max_length), np.int32) for name in names}
+        batch["tokens"][:] = self.pad_id
+        batch["labels"][:] = IGNORED
+        kept = np.flatnonzero(chosen >= 0)
+        part = select(self.rows, chosen[kept])
+        if not len(part.length):
+            return batch
+        counts = np.diff(part.offsets)
+        before = np.cumsum(part.length) - part.length  # tokens of the batch before each span
+        row_begins = np.repeat(before[part.offsets[:-1]], counts)
+        place = np.repeat(np.repeat(kept * self.max_length, counts) + before - row_begins, part.length)
+        positions = np.arange(part.length.sum()) - np.repeat(before, part.length)
+        place += positions
+        stored = np.repeat(part.start, part.length) + positions
+        tokens, trained = self.tokens[stored].astype(np.int32), self.trained[stored]
+        targets = np.where(np.append(trained[1:], False), np.append(tokens[1:], 0), IGNORED)
+        targets[before[1:] - 1] = IGNORED  # the last token of a span has no target
+        targets[-1] = IGNORED
+        numbers = np.arange(len(part.length)) - np.repeat(part.offsets[:-1], counts)
+        segments = np.repeat(numbers + 1, part.length)
+        for name, values in zip(names, (tokens, targets, segments, positions), strict=True):
+            batch[name].reshape(-1)[place] = values
+        return batch
+
+    def example(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Token ids of one example as it is kept (cut, not split), and which of them are trained."""
+        stored = slice(self.offsets[number], self.offsets[number + 1])
+        return np.asarray(self.tokens[stored], np.int64), np.asarray(self.trained[stored])
+
+    def where(self, row: int) -> list[str]:
+        """`path:line` of every example in a row."""
+        spans = slice(self.rows.offsets[row], self.rows.offsets[row + 1])
+        first = np.searchsorted(self.offsets, self.rows.start[spans], side="right") - 1
+        last = np.searchsorted(self.offsets, self.rows.start[spans] + self.rows.length[spans], side="left")
+        examples = {number for begin, end in zip(first, last, strict=True) for number in range(begin, end)}
+        return [f"{self.paths[path]}:{line}" for path, line in self.origins[sorted(examples)].tolist()]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run reads: its training sets, their weights where they have any, and the held-out rows."""
+
+    train: tuple[PackedDataset, ...]
+    weights: tuple[float, ...] | None = None
+    evaluation: PackedDataset | None = None
+
+
+def load_dataset(config: DataConfig, tokenizer: Tokenizer, wait_seconds: float = 3600.0) -> Datasets:
+    """Read, tokenize and pack what `config` names, or take it from the cache. Every process may call this at once.
+
+    Raises:
+        PunaError: a setting is wrong, or the data is (`path:line: reason`, up to 20 and then a count), or another
+            process has been writing the same cache entry for `wait_seconds`.
+    """
+    check(config)
+    listed = sources(config)
+    train = tuple(_open(config, source, tokenizer, wait_seconds) for source in listed)
+    weights = tuple(source.weight for source in listed if source.weight is not None) or None
+    if config.eval_path:
+        evaluation = _open(config, complete(config, Source(config.eval_path)), tokenizer, wait_seconds)
+        return Datasets(train, weights, evaluation)
+    if config.validation_split:
+        if len(listed) > 1:
+            raise PunaError("data.validation_split splits one source: give data.eval_path with several")
+        kept, held_out = hold_out(train[0], config.validation_split, config.seed)
+        return Datasets((kept,), weights, held_out)
+    return Datasets(train, weights)
+
+
+def hold_out(dataset: PackedDataset, fraction: float, seed: int) -> tuple[PackedDataset, PackedDataset]:
+    """Two disjoint parts of a data set; the second has `fraction` of its rows, rounded up, chosen by `seed`.
+
+    Raises:
+        PunaError: nothing would be left to train on.
+    """
+    size = len(dataset)
+    held = -int(-size * fraction // 1)
+    if held >= size:
+        raise PunaError(f"data.validation_split {fraction} leaves none of the {size} rows to train on: lower it")
+    order = permute(np.arange(size), size, key(seed, 1))
+
+    def part(chosen: NDArray[np.int64]) -> PackedDataset:
+        return replace(dataset, rows=select(dataset.rows, np.sort(chosen)))
+
+    return part(order[held:]), part(order[:held])
+
+
+def _open(config: DataConfig, source: Source, tokenizer: Tokenizer, wait_seconds: float) -> PackedDataset:
+    folder = cache_folder(config) / cache_name(config, source, tokenizer)
+    written_once(folder, lambda temporary: tokenize_into(temporary, config, source, tokenizer), wait_seconds)
+    return open_dataset(folder, 0 if tokenizer.pad_id is None else tokenizer.pad_id)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenized data sets are kept."""
+    if config.cache_dir:
+        return Path(config.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "puna"
+
+
+def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
+    """Open what `tokenize_into` wrote. Raises PunaError where it is damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        index = np.load(folder / "index.npz")
+        offsets = index["offsets"]
+        tokens = np.asarray(np.memmap(folder / "tokens.bin", meta["dtype"], "r", shape=(int(offsets[-1]),)))
+        trained = np.asarray(np.memmap(folder / "trained.bin", bool, "r", shape=(int(offsets[-1]),)))
+        rows = Rows(index["row_offsets"], index["start"], index["length"])
+        counts = Counts(**meta["counts"])
+        return PackedDataset(
+            tokens, trained, offsets, index["origins"], tuple(meta["paths"]), rows, counts.max_length, pad_id, counts
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PunaError(f"the tokenized data in {folder} is damaged ({error}): delete that folder") from error

@@ -1,0 +1,89 @@
+"""How examples become rows of one length: spans of the token stream, placed into rows.
+
+A row is a list of spans, a span is a run of one example's tokens, and no token is copied to make them.
+"""
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row r holds spans `offsets[r]` to `offsets[r + 1]`; span s is `length[s]` tokens from `start[s]` on."""
+
+    offsets: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def split_spans(offsets: NDArray[np.int64], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Start and length of the spans, none above `max_length`, that cover the examples between `offsets`.
+
+    A longer example becomes several spans, each starting with the last token of the one before: that token is context
+    there and target here, so every token but an example's first is a target exactly once.
+    """
+    lengths = np.diff(offsets)
+    parts = np.maximum(1, -(-(lengths - 1) // (max_length - 1)))
+    example = np.repeat(np.arange(len(lengths)), parts)
+    part = np.arange(len(example)) - np.repeat(np.cumsum(parts) - parts, parts)
+    inside = part * (max_length - 1)
+    return offsets[:-1][example] + inside, np.minimum(max_length, lengths[example] - inside)
+
+
+def padded(start: NDArray[np.int64], length: NDArray[np.int64]) -> Rows:
+    """One span a row."""
+    return Rows(np.arange(len(start) + 1), start, length)
+
+
+def wrapped(total: int, max_length: int) -> Rows:
+    """The token stream cut every `max_length` tokens, whatever it holds; the last incomplete row is left out.
+
+    This is transformers' run_clm grouping (and Chinese-LLaMA's pre-training): a row attends across its documents.
+    """
+    rows = total // max_length
+    return Rows(np.arange(rows + 1), np.arange(rows) * max_length, np.full(rows, max_length))
+
+
+def best_fit_decreasing(start: NDArray[np.int64], length: NDArray[np.int64], max_length: int) -> Rows:
+    """Spans from the longest to the shortest, each into the fullest row that has room (arXiv:2404.10830).
+
+    Deterministic: spans of one length keep their order, and of equally full rows the last opened is filled.
+    """
+    order = np.argsort(-length, kind="stable")
+    members: list[list[int]] = []
+    rows_by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of rows_by_room, sorted
+    for span in order.tolist():
+        size = int(length[span])
+        place = bisect.bisect_left(rooms, size)
+        if place == len(rooms):
+            row, room = len(members), max_length
+            members.append([])
+        else:
+            room = rooms[place]
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                del rows_by_room[room], rooms[place]
+        members[row].append(span)
+        left = room - size
+        if left > 1:  # no example is shorter than two tokens
+            if left not in rows_by_room:
+                rows_by_room[left] = []
+                bisect.insort(rooms, left)
+            rows_by_room[left].append(row)
+    spans = np.array([span for row in members for span in row], np.int64)
+    return Rows(np.cumsum([0, *map(len, members)]), start[spans], length[spans])
+
+
+def select(rows: Rows, chosen: NDArray[np.int64]) -> Rows:
+    """The rows with the numbers `chosen`, in that order."""
+    counts = np.diff(rows.offsets)[chosen]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    spans = np.repeat(rows.offsets[:-1][chosen] - offsets[:-1], counts) + np.arange(offsets[-1])
+    return Rows(offsets, rows.start[spans], rows.length[spans])

@@ -1,0 +1,110 @@
+"""Which rows a step sees, as a pure function of seed and step: nothing to save, nothing to replay on resuming."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import PunaError
+from train.data.dataset import Batch, Datasets, PackedDataset
+from train.data.permute import key, permute
+
+PERIOD = 1024  # rows in which a mixture has each source exactly at its share
+
+
+class Sampler:
+    """Global batches of `batch_size` rows. Step s takes samples s * batch_size and on of one endless sequence.
+
+    Without weights the sequence is the rows of all data sets in a new random order each epoch (a batch may hold the
+    end of one epoch and the start of the next). With weights each run of PERIOD samples has every data set at its
+    share, in random order, and each data set is gone through in its own epochs.
+    """
+
+    def __init__(self, datasets: Datasets, batch_size: int, seed: int = 0):
+        self.datasets, self.batch_size, self.seed = datasets.train, batch_size, seed
+        self.sizes = [len(dataset) for dataset in self.datasets]
+        self.begins = np.concatenate([[0], np.cumsum(self.sizes)])
+        self.shares = None if datasets.weights is None else _shares(datasets.weights)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in an epoch."""
+        return int(self.begins[-1])
+
+    def epoch(self, step: int) -> float:
+        """Epochs gone through before `step`; in a mixture, as if all rows were drawn alike."""
+        return step * self.batch_size / self.num_rows
+
+    def rows(self, step: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """The numbers, over all data sets, of rows `start` to `stop` of the global batch of `step` (from 0)."""
+        stop = self.batch_size if stop is None else stop
+        samples = step * self.batch_size + np.arange(start, stop)
+        if self.shares is None:
+            return self._shuffle(samples, 0, self.num_rows)
+        blocks, slots = np.divmod(samples, PERIOD)
+        source, drawn = np.empty((2, len(samples)), np.int64)
+        for block in np.unique(blocks):
+            mine = blocks == block
+            chosen, ranks = _deal(self.shares, key(self.seed, 3, int(block)))
+            source[mine] = chosen[slots[mine]]
+            drawn[mine] = block * self.shares[source[mine]] + ranks[slots[mine]]
+        rows = self.begins[source]
+        for number in np.unique(source):
+            mine = source == number
+            rows[mine] += self._shuffle(drawn[mine], int(number) + 1, self.sizes[number])
+        return rows
+
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+        """Rows `start` to `stop` of the global batch of `step`: see PackedDataset.batch, and `rows` [B] for `where`.
+
+        What a row holds does not depend on how the batch is divided among processes.
+        """
+        rows = self.rows(step, start, stop)
+        source = self._source(rows)
+        batch = self.datasets[0].batch(np.full(len(rows), -1))
+        for number in np.unique(source):
+            mine = source == number
+            for name, values in self.datasets[number].batch(rows[mine] - self.begins[number]).items():
+                batch[name][mine] = values
+        return batch | {"rows": rows.astype(np.int32)}
+
+    def _source(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self.begins, rows, side="right") - 1
+
+    def where(self, row: int) -> list[str]:
+        """`path:line` of every example in the row with this number."""
+        source = int(self._source(np.array([row]))[0])
+        return self.datasets[source].where(row - int(self.begins[source]))
+
+    def _shuffle(self, samples: NDArray[np.int64], stream: int, size: int) -> NDArray[np.int64]:
+        epochs, index = np.divmod(samples, size)
+        keys = {epoch: key(self.seed, 2, stream, epoch)[0] for epoch in set(epochs.tolist())}
+        return permute(index, size, np.array([keys[epoch] for epoch in epochs.tolist()], np.uint64))
+
+
+def _deal(shares: NDArray[np.int64], keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each slot of a block of PERIOD samples: its data set, and how many of that set's slots come before."""
+    chosen = np.repeat(np.arange(len(shares)), shares)[permute(np.arange(PERIOD), PERIOD, keys)]
+    ranks = np.empty(PERIOD, np.int64)
+    for number, share in enumerate(shares):
+        ranks[chosen == number] = np.arange(share)
+    return chosen, ranks
+
+
+def _shares(weights: tuple[float, ...]) -> NDArray[np.int64]:
+    """Slots of PERIOD in proportion to `weights`, by largest remainder. Raises PunaError where one gets none."""
+    exact = np.array(weights) / sum(weights) * PERIOD
+    shares = np.floor(exact).astype(np.int64)
+    for number in np.argsort(shares - exact, kind="stable")[: PERIOD - shares.sum()]:
+        shares[number] += 1
+    if not shares.all():
+        raise PunaError(f"data.path: a weight is under {1 / PERIOD:.4f} of their sum, too little to be drawn: raise it")
+    return shares
+
+
+def in_order(dataset: PackedDataset, batch_size: int) -> Iterator[Batch]:
+    """Every row once, as evaluation reads them; empty rows, of which `rows` is -1, fill the last batch."""
+    for start in range(0, len(dataset), batch_size):
+        rows = np.arange(start, start + batch_size)
+        rows[rows >= len(dataset)] = -1
+        yield dataset.batch(rows) | {"rows": rows.astype(np.int32)}
