@@ -7,14 +7,15 @@ import fnmatch
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert.stored import Stored
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.quantize import QuantizedArray
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -24,7 +25,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WANTED = ["*.json", "*.model", "*.jinja"]
@@ -32,12 +32,16 @@ _WANTED = ["*.json", "*.model", "*.jinja"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` are named as in convert/names.py: `embed`, `layers.0.wq`, ...; `folder` holds the companion files."""
+    """`tensors` are named as in convert/names.py: `embed`, `layers.0.wq`, ...; `folder` holds the companion files.
+
+    Of the weights in `quantized`, which loads them as they are, `tensors` reads the dequantized numbers.
+    """
 
     config: LlamaConfig
     tensors: dict[str, Stored]
     folder: Path
     format: str
+    quantized: Mapping[str, Callable[[], QuantizedArray]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +82,7 @@ def _download(name: str, revision: str | None = None) -> Path:
     wanted = [*_WANTED, *_hub_weights(name, revision)]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the Hub's own, or whichever HTTP library's
         reason = " ".join(str(error).split())
         raise PunaError(f"{name} is no local folder, and the Hub did not give it: {reason}") from None
 
@@ -90,8 +94,8 @@ def _hub_weights(name: str, revision: str | None) -> list[str]:
 
     patterns = ["*.safetensors", "pytorch_model*.bin", "consolidated.*.pth"]
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
-    except (OSError, ValueError):
+        files = [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=10).siblings or ()]
+    except Exception:  # of whichever HTTP library; snapshot_download meets the same, and says it
         return patterns
     return [pattern for pattern in patterns if fnmatch.filter(files, pattern)][:1]
 
@@ -99,7 +103,7 @@ def _hub_weights(name: str, revision: str | None) -> list[str]:
 def detect(folder: Path) -> str:
     """hf, meta or orbax. Raises PunaError for a folder that holds none of them, or more than one."""
     signs = {
-        "hf": [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*.index.json")],
+        "hf": [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*.index.json")],
         "meta": list(folder.glob("consolidated.*.pth")),
         "orbax": [path for path in [folder / "params"] if path.is_dir()],
     }
@@ -111,7 +115,11 @@ def detect(folder: Path) -> str:
         return next(iter(found))
     if (folder / "params.json").exists() and not (folder / "config.json").exists():
         raise PunaError(f"{folder} has params.json and no consolidated.*.pth: Meta's weights are missing")
-    raise PunaError(f"{folder} holds no *.safetensors, pytorch_model*.bin, consolidated.*.pth or params/: no model")
+    if (folder / "adapter_config.json").exists():
+        raise PunaError(f"{folder} is an adapter, not a model: merge it into its base, or give it as an adapter")
+    raise PunaError(
+        f"{folder} holds no model*.safetensors, pytorch_model*.bin, consolidated.*.pth or params/: no model"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -131,9 +139,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what goes with the weights: the tokenizer's files and the generation defaults."""
-    for name in COMPANIONS:
+def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Copy those files of a folder that are there."""
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

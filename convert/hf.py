@@ -7,7 +7,7 @@ from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generati
 from convert.names import from_foreign, is_buffer, rows
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
-from convert.stored import Advance, Stored, same_bytes
+from convert.stored import Bar, Stored, same_bytes
 from model.config import LlamaConfig
 from model.errors import PunaError
 
@@ -42,8 +42,7 @@ def read_weights(folder: Path) -> dict[str, Stored]:
         files = sorted(folder.glob(f"{stem}*.{suffix}"))
         if files:
             return _merge({file: read(file) for file in files})
-    others = ", ".join(path.name for path in folder.glob("*.safetensors"))
-    raise PunaError(f"{folder} has no model*.safetensors, only {others}: is it an adapter? merge it into its base")
+    raise PunaError(f"{folder} has no model*.safetensors and no pytorch_model*.bin: fetch the weights")
 
 
 def _read_indexed(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
@@ -80,17 +79,15 @@ def _drop_tied_head(tensors: dict[str, Stored], folder: Path) -> None:
         )
 
 
-def write_hf(
-    folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], advance: Advance, max_shard_size: int
-) -> None:
+def write_hf(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], bar: Bar, max_shard_size: int) -> None:
     """Write config.json, generation_config.json and safetensors: one file, or shards of at most `max_shard_size`
     bytes (a tensor larger than that has a file of its own) with their index."""
     write_json(folder / "config.json", config.to_hf(main_dtype(tensors)))
     write_generation_config(folder, config)
-    write_weights(folder, {row.hf: row.turned(tensors[row.name]) for row in rows(config)}, advance, max_shard_size)
+    write_weights(folder, {row.hf: row.turned(tensors[row.name]) for row in rows(config)}, bar, max_shard_size)
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Stored], advance: Advance, max_shard_size: int) -> None:
+def write_weights(folder: Path, tensors: Mapping[str, Stored], bar: Bar, max_shard_size: int) -> None:
     """Write tensors under their own names as safetensors, with an index where they take several files."""
     shards: list[dict[str, Stored]] = [{}]
     room = max_shard_size
@@ -100,13 +97,14 @@ def write_weights(folder: Path, tensors: Mapping[str, Stored], advance: Advance,
             room = max_shard_size
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", tensors, advance)
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / file, shard, advance)
-        weight_map |= dict.fromkeys(shard, file)
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    with bar(total) as advance:
+        for file, shard in zip(files, shards, strict=True):
+            write_safetensors(folder / file, shard, advance)

@@ -4,6 +4,7 @@ The stacked parameters are allocated empty on their devices; each layer is read 
 local devices hold, and written into its place. So loading needs the parameters' memory and one layer more.
 """
 
+from collections.abc import Callable
 from functools import cache, partial, reduce
 from pathlib import Path
 
@@ -16,36 +17,59 @@ from jax.typing import DTypeLike
 from convert.checkpoint import Checkpoint, open_model
 from convert.stored import Index, Stored, contiguous
 from model.config import LlamaConfig
-from model.params import Params, ParamSpec, param_specs
+from model.params import LINEARS, Params, ParamSpec, param_specs
+from model.quantize import Format, QuantizedArray, shardings
+from model.quantize import quantize as quantize_array
 from model.sharding import named_sharding
+
+Quantize = Callable[[jax.Array], QuantizedArray]
 
 
 def load_model(
-    path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    quantize: Format | Quantize | None = None,
 ) -> tuple[LlamaConfig, Params]:
     """The config and the stacked parameters of the model at `path`: a folder of any format we read, or a Hub id.
 
     dtype: what to convert to; None keeps what is stored. mesh: the devices to load onto (sharded as
-    model.sharding.RULES say); None is the first device. Raises PunaError naming what is wrong with the files.
+    model.sharding.RULES say); None is the first device. quantize: int8, int4 or nf4, or a function from a weight to a
+    quantized one, for the layers' linear weights; each is quantized as it is read.
+    Raises PunaError naming what is wrong with the files.
     """
     checkpoint = open_model(path)
-    return checkpoint.config, load_params(checkpoint, dtype, mesh)
+    return checkpoint.config, load_params(checkpoint, dtype, mesh, quantize)
 
 
-def load_params(checkpoint: Checkpoint, dtype: DTypeLike | None, mesh: Mesh | None) -> Params:
-    """The stacked parameters of an open checkpoint."""
+def load_params(
+    checkpoint: Checkpoint,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    quantize: Format | Quantize | None = None,
+) -> Params:
+    """The stacked parameters of an open checkpoint; see `load_model`."""
     specs = param_specs(checkpoint.config)
     layers = specs.pop("layers")
     depth = checkpoint.config.num_hidden_layers
     dtypes = {key: dtype or _common_dtype(checkpoint, key, depth) for key in layers}
+    is_requested = dtype is not None or quantize is not None  # other numbers than the stored quantized ones
 
     def read(name: str, spec: ParamSpec, dtype: DTypeLike | None) -> jax.Array:
         tensor = checkpoint.tensors[name]
         return _placed(tensor.cast(np.dtype(dtype or tensor.dtype)), _sharding(name, spec, mesh))
 
+    def weight(name: str, key: str, spec: ParamSpec) -> jax.Array | QuantizedArray:
+        if name in checkpoint.quantized and not is_requested:
+            return _placed_quantized(checkpoint.quantized[name](), key, spec, mesh)
+        array = read(name, spec, dtypes[key])
+        if quantize is None or key not in LINEARS:
+            return array
+        return _placed_quantized(_quantizer(quantize)(array), key, spec, mesh)
+
     def layer(number: int) -> Params:
         each = {key: ParamSpec(spec.shape[1:], spec.axes[1:], spec.init) for key, spec in layers.items()}
-        return {key: read(f"layers.{number}.{key}", spec, dtypes[key]) for key, spec in each.items()}
+        return {key: weight(f"layers.{number}.{key}", key, spec) for key, spec in each.items()}
 
     params = {name: _owned(read(name, spec, dtype)) for name, spec in specs.items()}
     first = layer(0)
@@ -55,14 +79,27 @@ def load_params(checkpoint: Checkpoint, dtype: DTypeLike | None, mesh: Mesh | No
     return params | {"layers": stacked}
 
 
+def _quantizer(quantize: Format | Quantize) -> Quantize:
+    return partial(quantize_array, format=quantize) if isinstance(quantize, str) else quantize
+
+
+def _placed_quantized(array: QuantizedArray, key: str, spec: ParamSpec, mesh: Mesh | None) -> QuantizedArray:
+    where = _first_device() if mesh is None else shardings(array, spec.axes, mesh, f"layers/{key}")
+    return jax.device_put(array, where)
+
+
 def _common_dtype(checkpoint: Checkpoint, key: str, depth: int) -> DTypeLike:
     """The dtype that holds one parameter of every layer: they are stacked in one array."""
     return reduce(jnp.promote_types, (checkpoint.tensors[f"layers.{i}.{key}"].dtype for i in range(depth)))
 
 
+def _first_device() -> Sharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
 def _sharding(name: str, spec: ParamSpec, mesh: Mesh | None) -> Sharding:
     if mesh is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
+        return _first_device()
     return named_sharding(mesh, spec.axes, spec.shape, name)
 
 

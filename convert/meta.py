@@ -15,8 +15,8 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, read_json, write_generation_config, write_json
 from convert.names import Row, account, check_shape, rows
-from convert.pickled import import_torch, read_pickled, write_pickled
-from convert.stored import Advance, Stored, joined, shares_memory
+from convert.pickled import distinct, import_torch, read_pickled, write_pickled
+from convert.stored import Bar, Stored, joined, shares_memory
 from model.config import LlamaConfig
 from model.errors import PunaError
 
@@ -91,7 +91,7 @@ def _joined(row: Row, shards: list[Stored], config: LlamaConfig) -> Stored:
     return row.turned(tensor)
 
 
-def write_meta(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], advance: Advance, shards: int) -> None:
+def write_meta(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], bar: Bar, shards: int) -> None:
     """Write params.json and `shards` files consolidated.NN.pth.
 
     Rows of the vocabulary that do not divide are the last shard's. Raises PunaError where another dimension does not
@@ -100,11 +100,15 @@ def write_meta(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored],
     import_torch("writing Meta's .pth files")
     write_json(folder / "params.json", config.to_meta())
     write_generation_config(folder, config)
+    files: list[dict[str, Stored]] = []
     for shard in range(shards):
         pieces = {row.meta: _piece(row, tensors[row.name], config, shard, shards) for row in rows(config)}
         if config.tie_word_embeddings:  # Meta's code has an output in any case; here it is the same storage
             pieces["output.weight"] = pieces["tok_embeddings.weight"]
-        write_pickled(folder / f"consolidated.{shard:02}.pth", pieces, advance)
+        files.append(pieces)
+    with bar(sum(piece.nbytes for pieces in files for piece in distinct(pieces))) as advance:
+        for shard, pieces in enumerate(files):
+            write_pickled(folder / f"consolidated.{shard:02}.pth", pieces, advance)
 
 
 def _piece(row: Row, tensor: Stored, config: LlamaConfig, shard: int, shards: int) -> Stored:

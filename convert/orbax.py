@@ -15,7 +15,7 @@ import tensorstore
 
 from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
 from convert.names import account, check_shape, rows
-from convert.stored import Advance, Index, Stored, contiguous
+from convert.stored import Bar, Index, Stored, contiguous
 from model.config import LlamaConfig
 from model.errors import PunaError
 
@@ -75,7 +75,7 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> S
     return Stored(tuple(shape), dtype, read, str(path))
 
 
-def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], advance: Advance) -> None:
+def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], bar: Bar) -> None:
     """Write config.json and the trees; while Orbax writes one layer, the next is read."""
     write_json(folder / "config.json", config.to_hf(main_dtype(tensors)))
     write_generation_config(folder, config)
@@ -84,7 +84,8 @@ def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored]
         tree, name = _place(row.name)
         trees.setdefault(tree, {})[name] = tensors[row.name]
     handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
-    with ocp.AsyncCheckpointer(handler) as checkpointer:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with bar(total) as advance, ocp.AsyncCheckpointer(handler) as checkpointer:
         for tree, leaves in trees.items():
             arrays = {name: contiguous(leaf.load()) for name, leaf in leaves.items()}
             chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}

@@ -59,12 +59,12 @@ def _as_numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def write_pickled(path: Path, tensors: Mapping[str, Stored], advance: Advance = lambda count: None) -> None:
+def write_pickled(path: Path, tensors: Mapping[str, Stored], advance: Advance) -> None:
     """Write the tensors as `torch.save` would, read one at a time; `advance` hears of each one's bytes.
 
     A tensor that has two names is stored once, and is one tensor again when read.
     """
-    storages = list({id(tensor): tensor for tensor in tensors.values()}.values())
+    storages = distinct(tensors)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _pickle(tensors, storages))
         archive.writestr("archive/byteorder", "little")
@@ -73,6 +73,11 @@ def write_pickled(path: Path, tensors: Mapping[str, Stored], advance: Advance = 
                 file.write(contiguous(tensor.load()).reshape(-1).view(np.uint8).data)
             advance(tensor.nbytes)
         archive.writestr("archive/version", "3\n")
+
+
+def distinct(tensors: Mapping[str, Stored]) -> list[Stored]:
+    """Each tensor once, whatever its names."""
+    return list({id(tensor): tensor for tensor in tensors.values()}.values())
 
 
 def _pickle(tensors: Mapping[str, Stored], storages: Sequence[Stored]) -> bytes:

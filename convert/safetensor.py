@@ -63,7 +63,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Stored], advance: Advance = lambda count: None) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], advance: Advance) -> None:
     """Write the tensors, read one at a time and in order; `advance` hears of each tensor's bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks which framework's layout it is
     offset = 0

@@ -1,21 +1,24 @@
 """Writing a model: in any format, streamed, complete or not at all."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from convert.checkpoint import Checkpoint, copy_companions
+from convert.checkpoint import TOKENIZER_FILES, Checkpoint
 from convert.command import atomic_path, check_free_space
+from convert.hf import write_hf
+from convert.meta import write_meta
 from convert.names import rows
-from convert.stored import Advance, Index, Stored
+from convert.stored import Bar, Index, Stored, silent
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes of a safetensors file, as transformers has it
-FORMATS = ("hf", "orbax", "meta")
 
 
 class SavesItself(Protocol):
@@ -35,15 +38,23 @@ def save_model(
 ) -> None:
     """Write `params`, stacked or not, as an `hf`, `orbax` or `meta` folder, with the tokenizer's files where given.
 
-    `shards` is the number of Meta's consolidated files. With several processes all call this; the first one writes.
-    Raises PunaError for LoRA or quantized leaves, and for an existing `path` unless `overwrite`.
+    `shards` is the number of Meta's consolidated files. With several processes all call this, and the first one
+    writes; not in Meta's format, which reads in another order. Raises PunaError for LoRA or quantized leaves, and for
+    an existing `path` unless `overwrite`.
     """
     tensors = {row.name: _leaf(params, row.name, row.shape) for row in rows(config)}
+    if jax.process_count() > 1 and format == "meta":
+        raise PunaError(
+            "several processes write no Meta folder: save hf, and convert it with `python -m convert model`"
+        )
     if jax.process_index() > 0:
         for tensor in tensors.values():  # the other half of each gathering read, in the writer's order
             tensor.load()
         return
-    write_model(Path(path), Checkpoint(config, tensors, Path(), format), overwrite, shards=shards, tokenizer=tokenizer)
+    with _new_folder(Path(path), tensors, overwrite) as folder:
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        _write(folder, Checkpoint(config, tensors, folder, format), shards, MAX_SHARD_SIZE, silent)
 
 
 def write_model(
@@ -54,34 +65,43 @@ def write_model(
     shards: int = 1,
     max_shard_size: int = MAX_SHARD_SIZE,
     tokenizer: SavesItself | None = None,
-    advance: Advance = lambda count: None,
+    bar: Bar = silent,
 ) -> None:
-    """Write the checkpoint, in its `format`, under a temporary name and rename it when complete.
+    """Write the checkpoint in its `format`, with the files beside it (of another `tokenizer` where given), under a
+    temporary name, renamed when complete.
 
     Raises PunaError where `path` exists, the disk is too small, or the format cannot hold the model.
     """
-    if checkpoint.format not in FORMATS:
-        raise PunaError(f"format {checkpoint.format!r} is not known; choose {', '.join(FORMATS)}")
-    config, tensors = checkpoint.config, checkpoint.tensors
-    with atomic_path(path, overwrite) as folder:
-        check_free_space(path, checkpoint.nbytes)
-        folder.mkdir()
-        copy_companions(checkpoint.folder, folder)
-        if tokenizer is not None:
+    with _new_folder(path, checkpoint.tensors, overwrite) as folder:
+        copy_files(["generation_config.json"], checkpoint.folder, folder)
+        if tokenizer is None:
+            copy_files(TOKENIZER_FILES, checkpoint.folder, folder)
+        else:
             tokenizer.save(folder)
-        match checkpoint.format:
-            case "hf":
-                from convert.hf import write_hf
+        _write(folder, checkpoint, shards, max_shard_size, bar)
 
-                write_hf(folder, config, tensors, advance, max_shard_size)
-            case "orbax":
-                from convert.orbax import write_orbax
 
-                write_orbax(folder, config, tensors, advance)
-            case _:
-                from convert.meta import write_meta
+@contextmanager
+def _new_folder(path: Path, tensors: Mapping[str, Stored], overwrite: bool) -> Iterator[Path]:
+    with atomic_path(path, overwrite) as folder:
+        check_free_space(path, sum(tensor.nbytes for tensor in tensors.values()))
+        folder.mkdir()
+        yield folder
 
-                write_meta(folder, config, tensors, advance, shards)
+
+def _write(folder: Path, checkpoint: Checkpoint, shards: int, max_shard_size: int, bar: Bar) -> None:
+    config, tensors = checkpoint.config, checkpoint.tensors
+    match checkpoint.format:
+        case "hf":
+            write_hf(folder, config, tensors, bar, max_shard_size)
+        case "meta":
+            write_meta(folder, config, tensors, bar, shards)
+        case "orbax":
+            from convert.orbax import write_orbax  # Orbax takes a second to import
+
+            write_orbax(folder, config, tensors, bar)
+        case unknown:
+            raise PunaError(f"format {unknown!r} is not known; choose hf, orbax or meta")
 
 
 def _leaf(params: Params, name: str, shape: tuple[int, ...]) -> Stored:

@@ -8,15 +8,22 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 Index = tuple[slice, ...]
 Advance = Callable[[int], None]  # hears of bytes done
+Bar = Callable[[int], AbstractContextManager[Advance]]  # given all the bytes to come, shows how many are done
 
 _ROWS = 16  # of a transposed array copied together: whole cache lines of the copy, few enough to stay in the cache
 _THREADED_BYTES = 1 << 22
+
+
+def silent(total: int) -> AbstractContextManager[Advance]:
+    """The `Bar` that shows nothing."""
+    return nullcontext(lambda count: None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""`python -m convert`: models between formats, and what they hold."""
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import typer
+from jax.numpy import dtype as as_dtype
+
+from convert.checkpoint import open_model
+from convert.command import main, progress
+from convert.describe import describe
+from convert.save import write_model
+from convert.verify import compare
+from model.errors import PunaError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+@app.command()
+def model(
+    source: str = typer.Argument(metavar="SRC", help="A model folder of any format, or a Hub id org/name[@revision]."),
+    destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
+    to: str = typer.Option(..., help="hf, orbax or meta."),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; by default as stored."),
+    max_shard_size: str = typer.Option("5GB", help="Bytes of one safetensors file, as in 500MB or 2GiB."),
+    shards: int = typer.Option(1, min=1, help="Model-parallel shards of Meta's format."),
+    overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
+) -> None:
+    """Convert a model. Memory stays at a few layers, whatever the size."""
+    limit = parse_size(max_shard_size)
+    if dtype is not None and dtype not in DTYPES:
+        raise PunaError(f"--dtype {dtype} is not known; choose {', '.join(DTYPES)}")
+    checkpoint = open_model(source)
+    if dtype is not None:
+        kind = np.dtype(as_dtype(dtype))
+        checkpoint = replace(checkpoint, tensors={name: t.cast(kind) for name, t in checkpoint.tensors.items()})
+    target = replace(checkpoint, format=to)
+    bar = partial(progress, f"writing {destination.name}")
+    write_model(destination, target, overwrite, shards=shards, max_shard_size=limit, bar=bar)
+
+
+@app.command()
+def inspect(path: str = typer.Argument(metavar="PATH", help="A model folder of any format, or a Hub id.")) -> None:
+    """Print a model's config, sizes, dtypes, parameter count, and the SHA-256 of each of its files."""
+    for key, value in describe(open_model(path)):
+        print(f"{key:<24}{value}")
+
+
+@app.command()
+def verify(
+    a: str = typer.Argument(metavar="A"),
+    b: str = typer.Argument(metavar="B"),
+    tokens: int = typer.Option(32, min=0, help="Length of the text whose logits are compared; 0 compares none."),
+    atol: float = typer.Option(0.0, min=0.0, help="The largest difference that counts as equal."),
+) -> None:
+    """Compare two models of any formats: every tensor, and the logits. Exit 1 where they differ."""
+    if not compare(a, b, tokens, atol):
+        raise typer.Exit(1)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "500MB" or "2GiB". Raises PunaError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise PunaError(f"--max-shard-size {text!r} is no size; write one as 500MB, 5GB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+if __name__ == "__main__":
+    main(app)

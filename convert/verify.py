@@ -1,0 +1,91 @@
+"""Whether two models are one and the same: every tensor, and the logits at the highest matrix product precision."""
+
+import gc
+from dataclasses import fields
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from convert.checkpoint import Checkpoint, open_model
+from convert.command import progress
+from convert.load import load_params
+from convert.names import rows
+from convert.stored import Stored, contiguous
+from model.llama import forward
+
+_STRIPE_BYTES = 1 << 26
+
+
+def compare(a: str | Path, b: str | Path, tokens: int = 32, atol: float = 0.0) -> bool:
+    """Print how far the models at `a` and `b` are from each other, tensor by tensor and in their logits over `tokens`
+    random tokens; True where nothing differs by more than `atol`. Tied embeddings count as a head of their own."""
+    first, second = open_model(a), open_model(b)
+    for field in fields(first.config):
+        if (one := getattr(first.config, field.name)) != (other := getattr(second.config, field.name)):
+            print(f"config {field.name}: {one} and {other}")
+    same = _compare_tensors(first, second, atol)
+    if tokens and first.config.vocab_size == second.config.vocab_size:
+        difference = float(np.abs(_logits(first, tokens) - _logits(second, tokens)).max())
+        print(f"logits of {tokens} tokens: largest difference {difference:g}")
+        same = same and difference <= atol
+    print("same" if same else "different")
+    return same
+
+
+def _compare_tensors(first: Checkpoint, second: Checkpoint, atol: float) -> bool:
+    ours, theirs = _with_head(first), _with_head(second)
+    different = sorted(ours.keys() ^ theirs.keys())
+    for name in different:
+        print(f"tensor {name}: only in {(first if name in ours else second).folder}")
+    largest = 0.0
+    shared = [name for name in ours if name in theirs]
+    with progress("comparing", sum(ours[name].nbytes for name in shared)) as advance:
+        for name in shared:
+            one, other = ours[name], theirs[name]
+            if one.shape != other.shape:
+                print(f"tensor {name}: shapes {one.shape} and {other.shape}")
+                different.append(name)
+                continue
+            difference = max_difference(one, other)
+            largest = max(largest, difference)
+            if not difference <= atol:
+                print(f"tensor {name}: largest difference {difference:g} ({one.dtype} and {other.dtype})")
+                different.append(name)
+            advance(one.nbytes)
+    print(f"{len(shared)} tensors compared: largest difference {largest:g}, {len(different)} differ")
+    return not different
+
+
+def _with_head(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Every tensor by name, the head of tied embeddings too."""
+    tensors = {row.name: checkpoint.tensors[row.name] for row in rows(checkpoint.config)}
+    return {"lm_head": tensors["embed"].transposed()} | tensors
+
+
+def max_difference(a: Stored, b: Stored) -> float:
+    """The largest absolute difference of two tensors of one shape; infinite where only one of a pair is NaN."""
+    x, y = contiguous(a.load()), contiguous(b.load())
+    largest = 0.0
+    rows = max(_STRIPE_BYTES * len(x) // max(x.nbytes, 1), 1)
+    for start in range(0, len(x), rows):
+        one, other = x[start : start + rows], y[start : start + rows]
+        if one.dtype == other.dtype and np.array_equal(one.view(np.uint8), other.view(np.uint8)):
+            continue
+        one, other = one.astype(np.float32), other.astype(np.float32)
+        with np.errstate(invalid="ignore"):  # infinity less infinity; the two are equal
+            gap = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, np.abs(one - other))
+        largest = max(largest, float(np.nan_to_num(gap, nan=np.inf).max()))
+    return largest
+
+
+def _logits(checkpoint: Checkpoint, tokens: int) -> np.ndarray:
+    """float32 [1, tokens, V] of the same random text for every model of one vocabulary."""
+    config = checkpoint.config
+    text = np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens), np.int32)
+    with jax.default_matmul_precision("highest"):
+        params = load_params(checkpoint, None, None)
+        logits = np.asarray(jax.jit(forward, static_argnums=2)(params, text, config)[0])
+    del params
+    gc.collect()
+    return logits
