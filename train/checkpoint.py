@@ -29,7 +29,7 @@ class Checkpoints:
     """The checkpoints of one training run, which owns `directory`; every process makes one and calls it alike.
 
     Leftovers of saves that were killed are removed at once. `every_steps` and `every_minutes` say when a save is due,
-    `keep_last` and `keep_every` which steps stay: the newest n, and those divisible by k (None: no such rule).
+    `keep_last` and `keep_every` which steps stay: the newest n, and those divisible by k (None or 0: no such rule).
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Checkpoints:
             return True
         self._failure = CheckpointError(
             f"{self._not_written(step)}: it needs {needed:,} bytes and the disk has {free:,} free; free some, or lower "
-            "run.keep_last"
+            "run.save_total_limit"
         )
         _say(str(self._failure))
         return False
@@ -279,7 +279,7 @@ class _Schedule:
     def due(self, step: int) -> bool:
         if self.every_steps and step % self.every_steps == 0:
             return True
-        return self.every_minutes is not None and self._minutes_are_over(step, 60 * self.every_minutes)
+        return bool(self.every_minutes) and self._minutes_are_over(step, 60 * (self.every_minutes or 0))
 
     def _minutes_are_over(self, step: int, period: float) -> bool:
         """Asking costs a collective: having learnt the pace, the next question comes half the remaining time on."""

@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -23,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from model.errors import PunaError
+from train import rollcall
 
 EXIT_FAILED, EXIT_WRONG, EXIT_PREEMPTED, EXIT_PEER_LOST = 1, 2, 85, 86
 _HEARTBEAT_SECONDS, _CONNECT_SECONDS, _SHARED_SECONDS = 30, 300, 60
@@ -43,21 +45,22 @@ def initialize() -> None:
     without any of them it has one process. HEARTBEAT_SECONDS (30) is how long a silent process counts as alive and
     CONNECT_SECONDS (300) how long the processes wait for each other at the start.
 
-    Raises PunaError naming the processes, and the hosts where the environment tells, that did not come in time.
+    Raises PunaError naming the processes that did not come in time, and their hosts under Slurm.
     """
     address, count, index = _from_environment(os.environ)
     timeout = _seconds("CONNECT_SECONDS", _CONNECT_SECONDS)
-    try:
-        jax.distributed.initialize(
-            address,
-            count,
-            index,
-            local_device_ids=_local_device_ids(os.environ),
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=_seconds("HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS),
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise PunaError(_who_is_missing(str(error), address, timeout)) from error
+    if address and count and count > 1:
+        rollcall.meet(address, count, index or 0, timeout, process_hosts(os.environ))
+    jax.distributed.initialize(
+        address,
+        count,
+        index,
+        local_device_ids=_local_device_ids(os.environ),
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=_seconds("HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS),
+    )
+    # `launch` starts its children with SIGTERM held back, so that one that comes early reaches the notifier.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 @contextmanager
@@ -148,14 +151,12 @@ def _from_environment(env: Mapping[str, str]) -> tuple[str | None, int | None, i
     if given:
         missing = ", ".join(name for name in names if name not in given)
         raise PunaError(f"{', '.join(given)} is set and {missing} is not: set all three, or none")
-    if _in_cluster(env):
+    if hosts := process_hosts(env):
+        port = env.get("JAX_COORDINATOR_PORT") or 61440 + int(env["SLURM_JOB_ID"]) % 4096  # as JAX chooses it
+        return f"{hosts[0]}:{port}", len(hosts), _whole(env, "SLURM_PROCID")
+    if "OMPI_MCA_orte_hnp_uri" in env or "JOB_COMPLETION_INDEX" in env:
         return None, None, None
     return f"127.0.0.1:{free_port()}", 1, 0
-
-
-def _in_cluster(env: Mapping[str, str]) -> bool:
-    """Whether a scheduler started this process as one of a job: what JAX's own detection looks for."""
-    return "SLURM_PROCID" in env or "OMPI_MCA_orte_hnp_uri" in env or "JOB_COMPLETION_INDEX" in env
 
 
 def _local_device_ids(env: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -193,24 +194,10 @@ def expand_hosts(text: str) -> list[str]:
 
 def process_hosts(env: Mapping[str, str]) -> list[str]:
     """The host of every process where the scheduler tells (Slurm), else []."""
-    if "SLURM_STEP_NODELIST" not in env or "SLURM_STEP_TASKS_PER_NODE" not in env:
+    if "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env or "SLURM_STEP_TASKS_PER_NODE" not in env:
         return []
     hosts, counts = expand_hosts(env["SLURM_STEP_NODELIST"]), expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])
     return [host for host, count in zip(hosts, counts, strict=True) for _ in range(count)]
-
-
-def _who_is_missing(message: str, address: str | None, timeout: int) -> str:
-    """JAX's message of a time-out as one line that names the processes it waited for."""
-    hosts = process_hosts(os.environ)
-    late = sorted({int(task) for task in re.findall(r"task:(\d+)", message.partition("timed out task names")[2])})
-    names = [f"process {i}" + (f" on {hosts[i]}" if i < len(hosts) else "") for i in late]
-    where = f" at {address}" if address else ""
-    if names:
-        return (
-            f"{', '.join(names)} did not connect{where} within {timeout} s (CONNECT_SECONDS): start it, or look there"
-        )
-    coordinator = "process 0" + (f" on {hosts[0]}" if hosts else "")
-    return f"{coordinator} was not reached{where} within {timeout} s (CONNECT_SECONDS): {message.splitlines()[0]}"
 
 
 def _rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray:
