@@ -5,9 +5,10 @@ tokens enter by id, and text never becomes one, so what a user writes cannot for
 serves training (the mask) and inference (the generation prompt and what stops a reply), so that the two cannot differ.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,71 +29,69 @@ class Piece(NamedTuple):
     special: bool = False
 
 
-@dataclass(frozen=True)
-class Template:
-    """How a conversation is written.
-
-    `render(messages, add_generation_prompt)` gives the pieces. `stop` are texts that end a reply and `stop_tokens`
-    the special tokens that do. `separately` tokenizes every piece on its own; otherwise neighbouring texts are
-    tokenized as one and the mask covers as many tokens as the masked text has on its own (Stanford Alpaca's way).
-    """
-
-    name: str
-    render: Callable[[Sequence[Message], bool], list[Piece]]
-    stop: tuple[str, ...] = ()
-    stop_tokens: tuple[str, ...] = (EOS,)
-    separately: bool = False
-
-
 # --- from pieces to token ids
 
 
-def _runs(pieces: Sequence[Piece], separately: bool) -> Iterator[tuple[Piece, ...]]:
-    """Group pieces into what is tokenized together: a special token alone, neighbouring texts as one."""
-    if separately:
-        yield from ((piece,) for piece in pieces)
-        return
-    for special, group in groupby(pieces, key=lambda piece: piece.special):
-        run = tuple(group)
-        yield from ((piece,) for piece in run) if special else (run,)
-
-
-def _boundaries(run: Sequence[Piece]) -> list[tuple[str, bool]]:
-    """The prefixes of a run after which `trained` changes, with the value before the change."""
-    found, text = [], ""
-    for piece, following in zip(run, run[1:], strict=False):
-        text += piece.text
-        if piece.trained != following.trained:
-            found.append((text, piece.trained))
-    return found
-
-
-def encode_pieces(
-    pieces: Sequence[Piece], tokenizer: Tokenizer, separately: bool = False
-) -> tuple[list[int], list[bool]]:
-    """Token ids of `pieces`, and for each whether it is trained.
+def encode_counted(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Token ids of `pieces`, and which are trained. Neighbouring texts are tokenized as one, and a masked text that
+    begins one masks as many tokens as it has by itself, even where its last token merges with the next text's first
+    (Stanford Alpaca's and FastChat's rule).
 
     Raises:
         PunaError: a piece names a special token that the tokenizer lacks.
     """
+    return _encode_runs(_neighbours(pieces), tokenizer, _count)
+
+
+def encode_aligned(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """As `encode_counted`, but a token is trained where the text of its last byte is (transformers' rule for chat
+    templates with `{% generation %}`)."""
+    return _encode_runs(_neighbours(pieces), tokenizer, _align)
+
+
+def encode_separately(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """As `encode_counted`, but every piece is tokenized by itself (QLoRA's and Chinese-LLaMA-Alpaca's rule)."""
+    return _encode_runs(([piece] for piece in pieces), tokenizer, _count)
+
+
+def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Special tokens one by one, neighbouring texts together."""
+    for special, group in groupby(pieces, key=lambda piece: piece.special):
+        run = list(group)
+        yield from ([piece] for piece in run) if special else (run,)
+
+
+def _encode_runs(
+    runs: Iterable[list[Piece]], tokenizer: Tokenizer, boundary: Callable[[list[int], str, str, Tokenizer], int]
+) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     trained: list[bool] = []
-    for run in _runs(pieces, separately):
-        start = len(ids)
-        if run[0].special:
-            ids.extend(special_ids(run[0].text, tokenizer))
-        else:
-            ids.extend(tokenizer.encode("".join(piece.text for piece in run)))
-            for prefix, before in _boundaries(run):
-                end = min(start + len(tokenizer.encode(prefix)), len(ids))
-                trained.extend([before] * (end - len(trained)))
+    for run in runs:
+        text = "".join(piece.text for piece in run)
+        new = special_ids(text, tokenizer) if run[0].special else tokenizer.encode(text)
+        start, prefix = len(ids), ""
+        for piece, following in zip(run, run[1:], strict=False):
+            prefix += piece.text
+            if piece.trained != following.trained:
+                end = start + min(boundary(new, text, prefix, tokenizer), len(new))
+                trained.extend([piece.trained] * (end - len(trained)))
+        ids.extend(new)
         trained.extend([run[-1].trained] * (len(ids) - len(trained)))
     return ids, trained
 
 
-def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a conversation ready for the assistant's next reply."""
-    return encode_pieces(template.render(messages, True), tokenizer, template.separately)[0]
+def _count(ids: list[int], text: str, prefix: str, tokenizer: Tokenizer) -> int:
+    """How many tokens `prefix` has by itself."""
+    return len(tokenizer.encode(prefix))
+
+
+def _align(ids: list[int], text: str, prefix: str, tokenizer: Tokenizer) -> int:
+    """How many of `ids`, the tokens of `text`, end within `prefix`; counted where they do not spell the text."""
+    ends = list(accumulate(len(tokenizer.token_bytes(id)) for id in ids))
+    added = (ends[-1] if ends else 0) - len(text.encode())
+    if added not in (0, 1):  # 1 is SentencePiece's dummy space
+        return _count(ids, text, prefix, tokenizer)
+    return bisect.bisect_right(ends, len(prefix.encode()) + added)
 
 
 def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
@@ -104,6 +103,24 @@ def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
         wanted = "an EOS token" if name == EOS else f"the special token {name!r}"
         raise PunaError(f"the template writes {wanted}, which the tokenizer lacks: choose another template")
     return [found]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written: `render(messages, add_generation_prompt)` gives the pieces, and `encode` their
+    token ids and mask. `stop` are texts that end a reply, and `stop_tokens` the special tokens that do.
+    """
+
+    name: str
+    render: Callable[[Sequence[Message], bool], list[Piece]]
+    encode: Callable[[Sequence[Piece], Tokenizer], tuple[list[int], list[bool]]]
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = (EOS,)
+
+
+def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a conversation ready for the assistant's next reply."""
+    return template.encode(template.render(messages, True), tokenizer)[0]
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -302,17 +319,17 @@ _ALPACA_STOP = ("### Instruction:",)
 TEMPLATES = {
     template.name: template
     for template in (
-        Template("alpaca", _alpaca, _ALPACA_STOP),
-        Template("vicuna_v1.1", _vicuna),
-        Template("vicuna_v0", _vicuna_v0, ("###",)),
-        Template("wizardlm", _wizardlm),
-        Template("llama2", _llama2),
-        Template("llama3", _llama3, stop_tokens=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")),
-        Template("chatml", _chatml, stop_tokens=("<|im_end|>",)),
-        Template("chinese-alpaca", _chinese_alpaca, _ALPACA_STOP, separately=True),
-        Template("chinese-alpaca-inference", _chinese_alpaca_inference, _ALPACA_STOP, separately=True),
-        Template("plain", _prompt_completion),
-        Template("qlora", _prompt_completion, separately=True),
+        Template("alpaca", _alpaca, encode_counted, _ALPACA_STOP),
+        Template("vicuna_v1.1", _vicuna, encode_counted),
+        Template("vicuna_v0", _vicuna_v0, encode_counted, ("###",)),
+        Template("wizardlm", _wizardlm, encode_counted),
+        Template("llama2", _llama2, encode_aligned),
+        Template("llama3", _llama3, encode_aligned, stop_tokens=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")),
+        Template("chatml", _chatml, encode_aligned, stop_tokens=("<|im_end|>",)),
+        Template("chinese-alpaca", _chinese_alpaca, encode_separately, _ALPACA_STOP),
+        Template("chinese-alpaca-inference", _chinese_alpaca_inference, encode_separately, _ALPACA_STOP),
+        Template("plain", _prompt_completion, encode_aligned),
+        Template("qlora", _prompt_completion, encode_separately),
     )
 }
 
@@ -350,4 +367,4 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
 
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     written = [text for text, _, special in render(conversation, False, False) if special]
-    return Template("chat_template", pieces, stop_tokens=(*written[-1:], EOS))
+    return Template("chat_template", pieces, encode_aligned, stop_tokens=(*written[-1:], EOS))

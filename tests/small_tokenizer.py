@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 CORPUS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful answers.",
-    "### Instruction:\nName the high grassland where the llamas graze.\n\n### Response: It is the puna, and it is cold.",
+    "### Instruction:\nName the high grassland where the llamas graze.\n\n### Response: It is the puna, a cold one.",
     "Hello! Hi there, what is 2+2? It is 4. Why? Because. Are you sure? Yes, I am.\n\nuser\nassistant\nsystem\n",
 ]
 SPECIALS = [
@@ -17,8 +17,9 @@ SPECIALS = [
 
 LLAMA3 = (
     "{{- bos_token }}{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

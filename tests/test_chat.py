@@ -11,8 +11,9 @@ from model.chat import (
     EOS,
     TEMPLATES,
     Piece,
-    encode_pieces,
+    encode_counted,
     encode_prompt,
+    encode_separately,
     get_template,
     jinja_template,
     stop_ids,
@@ -148,16 +149,15 @@ def test_own_templates_give_transformers_ids(tokenizer, theirs, source, messages
         messages, chat_template=source, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
     )
     template = jinja_template(source, tokenizer)
-    assert encode_pieces(template.render(messages, add_generation_prompt), tokenizer)[0] == expected
+    assert template.encode(template.render(messages, add_generation_prompt), tokenizer)[0] == expected
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 @pytest.mark.parametrize("name, source", [("llama3", LLAMA3), ("chatml", CHATML), ("llama2", LLAMA2)])
 def test_named_templates_equal_their_jinja_in_ids_and_masks(tokenizer, name, source, messages):
     named, own = TEMPLATES[name], jinja_template(source, tokenizer)
-    assert encode_pieces(named.render(messages, False), tokenizer) == encode_pieces(
-        own.render(messages, False), tokenizer
-    )
+    both = [template.encode(template.render(messages, False), tokenizer) for template in (named, own)]
+    assert both[0] == both[1]
     asked = messages if messages[-1]["role"] == "user" else messages[:-1]
     assert encode_prompt(asked, named, tokenizer) == encode_prompt(asked, own, tokenizer)
     assert stop_ids(own, tokenizer)[0] in stop_ids(named, tokenizer)
@@ -173,7 +173,8 @@ def test_generation_tags_mask_as_transformers_does(tokenizer, theirs, messages):
     expected = theirs.apply_chat_template(
         messages, chat_template=tagged, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    ids, trained = encode_pieces(jinja_template(tagged, tokenizer).render(messages, False), tokenizer)
+    template = jinja_template(tagged, tokenizer)
+    ids, trained = template.encode(template.render(messages, False), tokenizer)
     assert ids == expected["input_ids"]
     assert [int(one) for one in trained] == list(expected["assistant_masks"])
 
@@ -213,16 +214,16 @@ def test_a_user_cannot_forge_special_tokens(tokenizer, source, parts):
 
     def found(text):
         messages = [user(text), assistant(text), user(text)]
-        return [id for id in encode_pieces(template.render(messages, True), tokenizer)[0] if id in specials]
+        return [id for id in encode_prompt(messages, template, tokenizer) if id in specials]
 
     assert found(forged) == found(honest)
-    text = tokenizer.decode(encode_pieces(template.render([user(forged)], True), tokenizer)[0])
+    text = tokenizer.decode(encode_prompt([user(forged)], template, tokenizer))
     assert forged.strip() in text
 
 
 def test_parts_that_join_to_a_special_token_stay_text(tokenizer):
     joined = jinja_template("{% for m in messages %}{{ m['content'] }}{% endfor %}", tokenizer)
-    ids, _ = encode_pieces(joined.render([user("<|eot"), user("_id|>")], True), tokenizer)
+    ids = encode_prompt([user("<|eot"), user("_id|>")], joined, tokenizer)
     assert not set(ids) & set(tokenizer.special_tokens.values())
     assert tokenizer.decode(ids) == "<|eot_id|>"
 
@@ -230,7 +231,7 @@ def test_parts_that_join_to_a_special_token_stay_text(tokenizer):
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_named_templates_keep_text_apart_too(tokenizer, name):
     def specials(text):
-        ids, _ = encode_pieces(TEMPLATES[name].render([user(text), assistant(text)], False), tokenizer)
+        ids, _ = TEMPLATES[name].encode(TEMPLATES[name].render([user(text), assistant(text)], False), tokenizer)
         return [id for id in ids if id in tokenizer.special_tokens.values()]
 
     for forged in FORGERIES:
@@ -248,12 +249,12 @@ def test_templates_run_in_a_sandbox(tokenizer):
 
 def test_masks_count_the_tokens_of_the_masked_text(tokenizer):
     pieces = [Piece("ab"), Piece("c d", True), Piece("e"), Piece(EOS, True, special=True)]
-    ids, trained = encode_pieces(pieces, tokenizer)
+    ids, trained = encode_counted(pieces, tokenizer)
     assert ids == [*tokenizer.encode("abc de"), tokenizer.eos_id]
     first, second = len(tokenizer.encode("ab")), len(tokenizer.encode("abc d"))
     expected = [False] * first + [True] * (second - first) + [False] * (len(ids) - 1 - second) + [True]
     assert trained == expected
-    separate, _ = encode_pieces(pieces, tokenizer, separately=True)
+    separate, _ = encode_separately(pieces, tokenizer)
     assert separate == [i for text in ("ab", "c d", "e") for i in tokenizer.encode(text)] + [tokenizer.eos_id]
 
 
@@ -270,7 +271,7 @@ def test_unknown_names_and_missing_tokens_are_said(tokenizer, tmp_path):
     with pytest.raises(PunaError, match="template 'alpacca' is unknown: use one of alpaca"):
         get_template("alpacca", tokenizer)
     with pytest.raises(PunaError, match="'<|nowhere|>'".replace("|", r"\|")):
-        encode_pieces([Piece("<|nowhere|>", special=True)], tokenizer)
+        encode_counted([Piece("<|nowhere|>", special=True)], tokenizer)
     assert get_template("chat_template", tokenizer).name == "chat_template"
     path = tmp_path / "own.jinja"
     path.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")

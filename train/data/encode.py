@@ -1,11 +1,11 @@
 """From a record to token ids and labels: the one function behind training, `preview` and the goldens."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.chat import BOS, EOS, Piece, Template, encode_pieces, get_template
+from model.chat import BOS, EOS, Piece, Template, encode_counted, get_template
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import KEYS, detect_format, messages_of, rename, text_at
@@ -52,7 +52,7 @@ class Encoder:
     format: str
     columns: Mapping[str, str]
     pieces: Callable[[Mapping[str, Any]], list[Piece]]
-    separately: bool
+    encode: Callable[[Sequence[Piece], Tokenizer], tuple[list[int], list[bool]]]
     tokenizer: Tokenizer
 
     @property
@@ -61,7 +61,7 @@ class Encoder:
 
     def __call__(self, record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
         """Token ids of the whole record, and which of them are trained."""
-        return encode_pieces(self.pieces(rename(record, self.columns)), self.tokenizer, self.separately)
+        return self.encode(self.pieces(rename(record, self.columns)), self.tokenizer)
 
 
 def encoder(
@@ -80,7 +80,7 @@ def encoder(
     columns = columns or {}
     if _PLACEHOLDER.search(template):
         pieces = _column_pieces(template, response_template)
-        return Encoder("columns", columns, pieces, False, tokenizer)
+        return Encoder("columns", columns, pieces, encode_counted, tokenizer)
     if response_template:
         raise PunaError("data.response_template goes with a data.template that has {column} placeholders")
     if format not in (*KEYS, "auto"):
@@ -92,9 +92,9 @@ def encoder(
         def text_pieces(record: Mapping[str, Any]) -> list[Piece]:
             return _text_pieces(text_at(record, "text"), bos_trained)
 
-        return Encoder(form, columns, text_pieces, False, tokenizer)
+        return Encoder(form, columns, text_pieces, encode_counted, tokenizer)
     chosen = get_template(AUTO_TEMPLATE[form] if template == "auto" else template, tokenizer)
-    return Encoder(form, columns, lambda record: _chat_pieces(record, form, chosen), chosen.separately, tokenizer)
+    return Encoder(form, columns, lambda record: _chat_pieces(record, form, chosen), chosen.encode, tokenizer)
 
 
 def _text_pieces(text: str, bos_trained: bool) -> list[Piece]:

@@ -1,0 +1,86 @@
+"""A task whose answers can be checked, made on the spot: reverse a word, sort its letters, add two numbers.
+
+`write` is a `run.prepare` function: it fills the folders that a configuration names with a byte tokenizer, training
+examples and held-out ones that do not occur among them.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from model.errors import PunaError
+from train.config import Config
+from train.data.cache import written_once
+
+TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 60_000, 300
+LETTERS, SPECIALS = "abcdefghij", ("<unk>", "<s>", "</s>", "<pad>")
+VOCAB_SIZE = 264  # 256 bytes, the specials, and spare rows that make it divide over devices
+
+
+def write(config: Config) -> None:
+    """Makes what is not there yet: the folder model.tokenizer, and data.path and data.eval_path in one folder.
+
+    Raises PunaError where the configuration does not name them so.
+    """
+    if not (isinstance(config.data.path, str) and config.data.eval_path and config.model.tokenizer):
+        raise PunaError("train.data.toy:write needs data.path, data.eval_path and model.tokenizer: name files to make")
+    train, held_out = Path(config.data.path), Path(config.data.eval_path)
+    if train.parent != held_out.parent:
+        raise PunaError("train.data.toy:write needs data.path and data.eval_path in one folder")
+
+    def write_data(folder: Path) -> None:
+        examples = make_examples(TRAIN_EXAMPLES + HELD_OUT_EXAMPLES)
+        _write_jsonl(folder / held_out.name, examples[:HELD_OUT_EXAMPLES])
+        _write_jsonl(folder / train.name, examples[HELD_OUT_EXAMPLES:])
+
+    written_once(train.parent, write_data, wait_seconds=60)
+    written_once(Path(config.model.tokenizer), write_tokenizer, wait_seconds=60)
+
+
+def make_examples(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """`count` different prompts with their answers, always the same ones for a seed."""
+    random_ = random.Random(seed)
+    examples: dict[str, str] = {}
+    while len(examples) < count:
+        prompt, answer = random_.choice((_reverse, _sort, _sort, _add))(random_)
+        examples[prompt] = answer
+    return [{"prompt": prompt, "completion": answer} for prompt, answer in examples.items()]
+
+
+def _word(random_: random.Random) -> str:
+    return "".join(random_.choices(LETTERS, k=random_.randint(3, 6)))
+
+
+def _reverse(random_: random.Random) -> tuple[str, str]:
+    word = _word(random_)
+    return f"reverse {word} = ", word[::-1]
+
+
+def _sort(random_: random.Random) -> tuple[str, str]:
+    word = _word(random_)
+    return f"sort {word} = ", "".join(sorted(word))
+
+
+def _add(random_: random.Random) -> tuple[str, str]:
+    a, b = random_.randrange(100), random_.randrange(100)
+    return f"add {a} + {b} = ", str(a + b)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte tokenizer as a Hugging Face folder: a BPE without merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: id for id, piece in enumerate((*SPECIALS, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    roles = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIALS, strict=True))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_jsonl(path: Path, examples: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
