@@ -79,7 +79,7 @@ def save_steps(directory: Path, steps, **options) -> Checkpoints:
 def saved(tmp_path_factory) -> Path:
     """Two steps, 10 and 20, saved once; tests copy the folder before they harm it."""
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    save_steps(directory, [10, 20]).close()
+    save_steps(directory, [10, 20])
     return directory
 
 
@@ -250,7 +250,7 @@ def test_a_rollback_removes_what_lies_ahead_and_goes_on(harmed):
     state, _, step = checkpoints.restore(abstract(host_state(10), mesh("8")), step=10)
     assert step == 10 and manifest.steps(harmed) == [10]
     checkpoints.save(20, state, {"next": 20}, {})
-    checkpoints.close()
+    checkpoints.wait()
     assert Checkpoints(harmed).latest() == 20
 
 
@@ -262,9 +262,9 @@ def test_leftovers_of_killed_saves_are_removed(harmed):
 
 
 def test_keeps_the_last_and_every_kth(tmp_path):
-    save_steps(tmp_path / "a", range(1, 8), keep_last=2, keep_every=3).close()
+    save_steps(tmp_path / "a", range(1, 8), keep_last=2, keep_every=3)
     assert manifest.steps(tmp_path / "a") == [3, 6, 7]
-    save_steps(tmp_path / "b", range(1, 4), keep_last=None).close()
+    save_steps(tmp_path / "b", range(1, 4), keep_last=None)
     assert manifest.steps(tmp_path / "b") == [1, 2, 3]
 
 
@@ -292,7 +292,7 @@ def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):
         if minutes.due(step):
             taken.append(step)
             minutes.save(step, state, {}, {})
-    minutes.close()
+    minutes.wait()
     assert taken == [12, 24, 36, 48]
 
 
@@ -303,7 +303,7 @@ def test_no_room_is_said_before_writing_and_raised_at_the_end(harmed, monkeypatc
     checkpoints.save(30, place(host_state(30), mesh("8")), {}, {})
     assert f"{harmed / '30'} was not written" in capfd.readouterr().err
     with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes and the disk has 100 free"):
-        checkpoints.close()
+        checkpoints.wait()
     assert manifest.steps(harmed) == [10, 20]
     assert Checkpoints(harmed).latest() == 20
 
@@ -320,9 +320,9 @@ checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, small, {}, {})
 checkpoints.wait()
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-checkpoints.save(2, large, {}, {})
 try:
-    checkpoints.close()
+    with checkpoints:
+        checkpoints.save(2, large, {}, {})
 except CheckpointError as error:
     sys.exit(f"FAILED {error}")
 """

@@ -99,12 +99,15 @@ class Checkpoints:
         if self._failure:
             raise self._failure
 
-    def close(self) -> None:
-        """Await the last save, as `wait` does, and stop."""
-        try:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Await the last save, as `wait` does. A process that fails among several leaves it: a peer may be dead."""
+        if kind is None:
             self.wait()
-        finally:
-            self._checkpointer.close()
+        elif jax.process_count() == 1:
+            self._finish()
 
     def latest(self) -> int | None:
         """The newest step whose files are as they were written; None where nothing was saved.
