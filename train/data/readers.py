@@ -158,11 +158,12 @@ def kind(value: Any) -> str:
 
 def read_jsonl(file: Path, faults: Faults) -> Iterator[Row]:
     """One object a line; blank lines count but are no records."""
+    name = str(file)
     for number, line in _decoded_lines(file, faults):
         if not line.strip():
             continue
         try:
-            yield Row(str(file), number, _check_record(_DECODER.decode(line), line))
+            yield Row(name, number, _check_record(_DECODER.decode(line.rstrip("\r\n")), line))
         except (ValueError, RecursionError) as error:
             faults.add(str(file), number, _reason(error))
 
