@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from convert.checkpoint import TOKENIZER_FILES, Checkpoint
+from convert.checkpoint import TOKENIZER_FILES, Checkpoint, copy_files
 from convert.command import atomic_path, check_free_space
 from convert.hf import write_hf
 from convert.meta import write_meta
