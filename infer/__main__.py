@@ -1,0 +1,87 @@
+"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convert.command import main
+from infer.generate import check_room, complete
+from infer.load import find, load, sampling, start_mesh
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+@app.callback()
+def commands() -> None:
+    """Text out of a model."""
+
+
+class Dtype(StrEnum):
+    """What weights are computed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Hub id (org/name[@revision]) or folder, of any format we read.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; give several for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this fraction as likely as the likeliest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes tokens seen less likely.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Where the model's folder has no tokenizer.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; as stored when not given.")] = None,
+    mesh: Annotated[str | None, typer.Option(help="Devices to split the model over, as tensor=2.")] = None,
+) -> None:
+    """Print each prompt and its continuation, and nothing else.
+
+    One prompt is printed as its text comes. The texts of several follow each other in order, with a line that holds
+    one form feed between two. Settings not given come from the model's generation_config.json; without `do_sample` in
+    it, and without --temperature, --top-k, --top-p or --min-p, the likeliest token is taken each time.
+    """
+    source = find(model, tokenizer)
+    settings = sampling(
+        source.generation,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    for number, text in enumerate(prompt, 1):
+        ids = source.tokenizer.encode(text, add_bos=source.tokenizer.bos_id is not None)
+        check_room(f"prompt {number}", ids, max_new_tokens, source.config)
+    devices = start_mesh(mesh)
+    pieces = complete(
+        load(source, devices, dtype),
+        source.config,
+        source.tokenizer,
+        prompt,
+        max_new_tokens,
+        [settings] * len(prompt),
+        source.eos_ids,
+        stop or [],
+        devices,
+    )
+    if len(prompt) == 1:
+        print(prompt[0], end="", flush=True)
+        for (piece,) in pieces:
+            print(piece, end="", flush=True)
+        print()
+    else:
+        texts = ["".join(parts) for parts in zip(prompt, *pieces, strict=True)]
+        print("\n\f\n".join(texts))
+
+
+if __name__ == "__main__":
+    main(app)

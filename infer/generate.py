@@ -1,0 +1,251 @@
+"""Continues prompts: prefill a cache, then decode in small chunks of steps that never leave the device.
+
+Rows of a batch have their own lengths, settings and ends. Lengths that shape a program (prompt, cache, the window that
+attention reads) are rounded up to powers of two, so that few programs are compiled.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from infer.sample import Rows, Sampling, rows, sample
+from model.cache import KVCache, init_cache
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.llama import hidden, logits
+from model.params import Params, unstack
+from model.sharding import named_sharding
+from model.tokenizer import Tokenizer
+
+PREFILL = 512  # most prompt tokens of a row in one pass: bounds the memory of attention scores
+CHUNK = 8  # most decode steps between two looks at the text: bounds the delay of streaming
+WINDOW = 128  # least positions that attention reads
+
+
+class State(NamedTuple):
+    """A batch in decoding. `token` [B] stands at `position` [B] and is not in the cache yet; `seen` [B, V] are the
+    tokens of a row so far; rows that are `done` [B] rest."""
+
+    cache: KVCache
+    token: Array
+    position: Array
+    seen: Array
+    done: Array
+
+
+@partial(jax.jit, static_argnames=("config", "window"), donate_argnames="cache")
+def prefill(
+    params: Params, cache: KVCache, tokens: Array, positions: Array, config: LlamaConfig, window: int
+) -> KVCache:
+    """Writes tokens [B, T] into the cache at positions [B, T]; padding stands at the cache's capacity."""
+    return cached(hidden(params, tokens, config, positions=positions, cache=cache, window=window)[1])
+
+
+@partial(jax.jit, static_argnames=("config", "window"), donate_argnames="state")
+def decode(
+    params: Params, state: State, rows: Rows, eos: Array, steps: Array, config: LlamaConfig, window: int
+) -> tuple[State, Array]:
+    """Up to `steps` <= CHUNK tokens for every row that is not done; ends early when all are.
+
+    Returns the state and the tokens int32 [B, CHUNK], -1 where a row was done. A row is done after a token in `eos`.
+    """
+
+    def unfinished(carry: tuple[Array, State, Array]) -> Array:
+        step, state, _ = carry
+        return (step < steps) & ~jnp.all(state.done)
+
+    def advance(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+        step, state, out = carry
+        x, cache = hidden(
+            params, state.token[:, None], config, positions=state.position[:, None], cache=state.cache, window=window
+        )
+        new = sample(logits(params, x[:, 0], config), rows, state.seen, state.position + 1)
+        new = jnp.where(state.done, state.token, new)
+        out = out.at[:, step].set(jnp.where(state.done, -1, new))
+        state = State(
+            cache=cached(cache),
+            token=new,
+            position=jnp.where(state.done, state.position, state.position + 1),
+            seen=state.seen.at[jnp.arange(len(new)), new].set(True),
+            done=state.done | jnp.isin(new, eos),
+        )
+        return step + 1, state, out
+
+    out = jnp.full((len(state.token), CHUNK), -1, jnp.int32)
+    _, state, out = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state, out))
+    return state, out
+
+
+def cached(cache: KVCache | None) -> KVCache:
+    """The cache that a pass given one returns."""
+    assert cache is not None
+    return cache
+
+
+def generate(
+    params: Params,
+    config: LlamaConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    samplings: Sequence[Sampling] | None = None,
+    eos_ids: Sequence[int] = (),
+    stopped: Callable[[int], bool] = lambda row: False,
+    mesh: Mesh | None = None,
+) -> Iterator[list[list[int]]]:
+    """Continues token prompts as one batch, yielding each row's new tokens as they come; at the end rows yield none.
+
+    Args:
+        params: stacked or unstacked; decoding unstacks them, so a caller that comes again gives them unstacked.
+        prompts: at least one token each, of any lengths.
+        samplings: one for each prompt; greedy when not given.
+        eos_ids: tokens that end a row; the one that ended it is its last.
+        stopped: asked between chunks with a row's index; true ends the row.
+        mesh: the mesh that `params` live on, if any.
+
+    Raises:
+        PunaError: no token in a prompt, or no room for `max_new_tokens` after it in the model's context.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        check_room(f"prompt {number}", prompt, max_new_tokens, config)
+    params = unstack(params)
+    settings = rows(list(samplings or [Sampling()] * len(prompts)))
+    lengths = np.array([len(prompt) for prompt in prompts])
+    state = _start(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
+    eos = jnp.asarray(np.array(eos_ids, np.int32))
+    made, done = 0, np.zeros(len(prompts), bool)
+    while made < max_new_tokens and not done.all():
+        steps = min(CHUNK, max_new_tokens - made, max(1, made))  # short chunks first: words appear at once
+        window = min(_round_up(int(lengths.max()) + made + steps, WINDOW), state.cache.capacity)
+        state, out = decode(params, state, settings, eos, np.int32(steps), config, window)
+        made += steps
+        yield [[token for token in row if token >= 0] for row in np.asarray(out).tolist()]
+        done = np.asarray(state.done) | [stopped(row) for row in range(len(prompts))]
+        state = state._replace(done=_placed(done, mesh))
+
+
+def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: LlamaConfig) -> None:
+    """Raises PunaError unless the tokens are the model's, and they and `max_new_tokens` more fit in its context."""
+    context = config.max_position_embeddings
+    if max_new_tokens < 1:
+        raise PunaError(f"max_new_tokens is {max_new_tokens}: give a number above 0")
+    if not prompt:
+        raise PunaError(f"{name} is empty and the tokenizer has no beginning-of-text token: give some text")
+    if max(prompt) >= config.vocab_size:
+        raise PunaError(
+            f"{name} holds token {max(prompt)} and the model has {config.vocab_size} (vocab_size): the tokenizer is "
+            f"another model's; give its own with --tokenizer"
+        )
+    if len(prompt) + max_new_tokens > context:
+        raise PunaError(
+            f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together more than the context "
+            f"of {context} (max_position_embeddings): shorten the prompt, or give a smaller --max-new-tokens"
+        )
+
+
+def _start(
+    params: Params, config: LlamaConfig, prompts: Sequence[Sequence[int]], longest: int, mesh: Mesh | None
+) -> State:
+    """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
+    capacity = min(_round_up(longest, WINDOW), config.max_position_embeddings)
+    cache = init_cache(config, len(prompts), capacity, params["embed"].dtype, mesh).unstack()
+    cache = jax.device_put(cache, jax.local_devices()[0]) if mesh is None else cache
+    width = _round_up(max(len(prompt) for prompt in prompts), 16)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    positions = np.full((len(prompts), width), capacity, np.int32)
+    seen = np.zeros((len(prompts), config.vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        known = len(prompt) - 1
+        tokens[row, :known], positions[row, :known] = prompt[:-1], range(known)
+        seen[row, prompt] = True
+    for start in range(0, width, PREFILL):
+        part = slice(start, min(start + PREFILL, width))
+        if (positions[:, part] < capacity).any():
+            window = min(_round_up(part.stop, WINDOW), capacity)
+            cache = prefill(params, cache, tokens[:, part], positions[:, part], config, window)
+    last = np.array([prompt[-1] for prompt in prompts], np.int32)
+    position = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    done = np.zeros(len(prompts), bool)
+    rest = (_placed(last, mesh), _placed(position, mesh), _placed(seen, mesh, "vocab"), _placed(done, mesh))
+    return State(cache, *rest)
+
+
+def _placed(array: np.ndarray, mesh: Mesh | None, *axes: str) -> Array:
+    """`array` [B, *axes] committed where `decode` will return it, so that it compiles once."""
+    if mesh is None:
+        return jax.device_put(array, jax.local_devices()[0])
+    return jax.device_put(array, named_sharding(mesh, (None, *axes), array.shape, "state"))
+
+
+def _round_up(length: int, least: int) -> int:
+    """The power of two at or above `length` and `least`."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
+class Text:
+    """The text of one continuation: whole characters only, and nothing of a stop string.
+
+    Text that may yet turn out to begin a stop string is held back. The stop string that is complete first wins,
+    however the text is cut into tokens; it and all after it are left out, and `stopped` becomes true.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+        self.stopped = False
+        self._stop = stop
+        self._held = ""
+        self._stream = tokenizer.stream()
+        for token in prompt:
+            self._stream.push(token)
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that `tokens` make certain."""
+        return "".join(self._release(self._stream.push(token)) for token in tokens)
+
+    def flush(self) -> str:
+        """What was held back, once no token follows."""
+        text = self._release(self._stream.flush()) + self._held
+        self._held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def complete(
+    params: Params,
+    config: LlamaConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    samplings: Sequence[Sampling] | None = None,
+    eos_ids: Sequence[int] = (),
+    stop: Sequence[str] = (),
+    mesh: Mesh | None = None,
+) -> Iterator[list[str]]:
+    """Continues text prompts as one batch, yielding each row's new text as it becomes certain. See `generate`."""
+    ids = [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts]
+    texts = [Text(tokenizer, row, stop) for row in ids]
+    new = generate(params, config, ids, max_new_tokens, samplings, eos_ids, lambda row: texts[row].stopped, mesh)
+    for tokens in new:
+        yield [text.push(row) for text, row in zip(texts, tokens, strict=True)]
+    yield [text.flush() for text in texts]

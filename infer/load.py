@@ -1,0 +1,113 @@
+"""What every command of `infer` starts with: a model, its tokenizer, its devices, and how it wishes to be sampled."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from convert import load_model
+from convert.checkpoint import Checkpoint, open_model, read_json
+from infer.sample import Sampling
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.params import Params, unstack
+from model.sharding import MESH_AXES, make_mesh
+from model.tokenizer import Tokenizer, load_tokenizer
+
+
+class Source(NamedTuple):
+    """A model found and understood, its weights unread: requests can be refused before they are."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    generation: dict[str, Any]  # generation_config.json; empty where there is none
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.checkpoint.config
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: generation_config.json's, else config.json's, else the tokenizer's."""
+        said = self.generation.get("eos_token_id")
+        if said is not None:
+            return tuple(said) if isinstance(said, list) else (said,)
+        if self.config.eos_token_id:
+            return self.config.eos_token_id
+        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+
+
+def find(model: str, tokenizer: Path | None = None) -> Source:
+    """The model that a folder or Hub id names; its tokenizer is `tokenizer` (file or folder), or lies with it.
+
+    Raises:
+        PunaError: no model or no tokenizer there, or a model that is not a LLaMA as we know it.
+    """
+    checkpoint = open_model(model)
+    try:
+        found = load_tokenizer(tokenizer or checkpoint.folder)
+    except PunaError as error:
+        raise PunaError(f"{error}; name another place with --tokenizer") from None
+    defaults = checkpoint.folder / "generation_config.json"
+    return Source(checkpoint, found, read_json(defaults) if defaults.exists() else {})
+
+
+def load(source: Source, mesh: Mesh | None = None, dtype: str | None = None) -> Params:
+    """The weights, unstacked as decoding wants them."""
+    with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
+        _, params = load_model(source.checkpoint.folder, dtype, mesh)
+        return unstack(params)
+
+
+def sampling(generation: dict[str, Any], **given: Any) -> Sampling:
+    """How to sample: what is `given` and not None, else what generation_config.json says, else greedily.
+
+    A generation_config.json without `do_sample` is greedy. A filter (top_k, top_p, min_p) given without a temperature
+    asks for sampling: at the file's temperature, or 1.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    names = {"repetition_penalty"}
+    if generation.get("do_sample"):
+        names |= {"temperature", "top_k", "top_p", "min_p"}
+    said = {name: generation[name] for name in names if generation.get(name) is not None}
+    if generation.get("do_sample") or given.keys() & {"top_k", "top_p", "min_p"}:
+        said = {"temperature": generation.get("temperature") or 1.0} | said
+    return replace(Sampling(), **(said | given))
+
+
+def start_mesh(text: str | None) -> Mesh | None:
+    """The mesh that an option such as `tensor=2` or `fsdp=2,tensor=2` asks for, on the first devices.
+
+    On a CPU as many virtual devices are made, so this comes before any other use of JAX.
+
+    Raises:
+        PunaError: an unknown axis, a size that is no number above 0, or more devices than there are.
+    """
+    if text is None:
+        return None
+    sizes = dict(_axis(part, text) for part in text.split(","))
+    count = 1
+    for size in sizes.values():
+        count *= size
+    _make_cpu_devices(count)
+    devices = jax.devices()
+    if count > len(devices):
+        raise PunaError(f"--mesh {text} needs {count} devices and there are {len(devices)}: give smaller sizes")
+    return make_mesh(**sizes, devices=devices[:count])
+
+
+def _axis(part: str, text: str) -> tuple[str, int]:
+    name, _, size = part.partition("=")
+    if name not in MESH_AXES or not size.isdecimal() or int(size) < 1:
+        raise PunaError(f"--mesh {text}: {part!r} is not an axis ({', '.join(MESH_AXES)}) with its size, as tensor=2")
+    return name, int(size)
+
+
+def _make_cpu_devices(count: int) -> None:
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # JAX has started, as in a test: what there is will do, or be refused by number
+        pass

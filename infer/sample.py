@@ -1,0 +1,149 @@
+"""From logits to a token, each row by its own settings. Settings are arrays, so that new ones never recompile.
+
+Filters come in Hugging Face's order: repetition penalty, temperature, top-k, top-p, min-p. The exact top-k and top-p
+thresholds are found by bisection over the ordered bits of a float, which reads the logits 32 times; sorting a
+vocabulary of 128,000 costs more.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from model.errors import PunaError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one prompt is continued. The defaults are greedy: the likeliest token each time.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep a token where the likelier ones sum to at most p.
+        min_p: keep the tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: positive logits of tokens seen, prompt included, are divided by it, negative multiplied.
+        seed: the same seed gives the same text, alone or in a batch.
+
+    Raises:
+        PunaError: a value is out of its range; NaN is out of every range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, wanted, ok in (
+            ("temperature", "a number that is 0 (greedy) or more", 0 <= self.temperature < math.inf),
+            ("top_k", "0 (all tokens) or a count of tokens", 0 <= self.top_k < 2**31),
+            ("top_p", "a number above 0 and at most 1", 0 < self.top_p <= 1),
+            ("min_p", "a number from 0 to 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "a number above 0; 1 is none", 0 < self.repetition_penalty < math.inf),
+            ("seed", "a whole number from 0 to 2**63 - 1", 0 <= self.seed < 2**63),
+        ):
+            if not ok:
+                raise PunaError(f"{name} is {getattr(self, name)}: give {wanted}")
+
+
+class Rows(NamedTuple):
+    """The settings of a batch, one array entry a row: [B] each, `key` a typed key array."""
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+    key: Array
+
+
+def rows(samplings: list[Sampling]) -> Rows:
+    """Settings for a batch whose row i follows `samplings[i]`."""
+
+    def column(name: str, dtype: type) -> Array:
+        return jnp.asarray(np.array([getattr(sampling, name) for sampling in samplings], dtype))
+
+    numbers = (column(name, np.float32) for name in ("top_p", "min_p", "repetition_penalty"))
+    # A seed of up to 63 bits in two halves, since JAX's integers have 32.
+    low, high = (
+        jnp.asarray(np.array([s.seed >> shift & 0xFFFFFFFF for s in samplings], np.uint32)) for shift in (0, 32)
+    )
+    keys = jax.vmap(lambda low, high: jax.random.fold_in(jax.random.key(low), high))(low, high)
+    return Rows(column("temperature", np.float32), column("top_k", np.int32), *numbers, key=keys)
+
+
+def sample(logits: Array, rows: Rows, seen: Array, positions: Array) -> Array:
+    """The next token of each row.
+
+    Args:
+        logits: float32 [B, V].
+        seen: bool [B, V], the tokens in a row's prompt and text so far.
+        positions: int32 [B], where the new token will stand. Row b draws with `fold_in(key[b], positions[b])`, so
+            that its text does not depend on its neighbours.
+
+    Returns:
+        int32 [B].
+    """
+    logits = penalize(logits, rows, seen)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> Array:
+        warm = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+        filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
+        kept = jax.lax.cond(jnp.any(filtered), lambda: keep(warm, rows), lambda: warm)
+        keys = jax.vmap(jax.random.fold_in)(rows.key, positions)
+        drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+        return jnp.where(rows.temperature > 0, drawn, likeliest)
+
+    return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: likeliest)
+
+
+def penalize(logits: Array, rows: Rows, seen: Array) -> Array:
+    """Repetition penalty (CTRL, Keskar et al. 2019, section 4.1) on the tokens `seen`."""
+    penalty = rows.repetition_penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def keep(logits: Array, rows: Rows) -> Array:
+    """The logits [B, V] with every token that top-k, top-p or min-p leaves out at minus infinity.
+
+    Tokens that tie with the last one kept are kept. The likeliest token always is.
+    """
+    vocab = logits.shape[-1]
+    count = jnp.where(rows.top_k > 0, rows.top_k, vocab).astype(jnp.float32)
+    # A token stays where fewer than k are likelier, and (Meta's rule) where the likelier sum to at most p.
+    logits = _from_threshold(logits, lambda above: jnp.sum(above, axis=-1) < count)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+
+    def within_top_p(above: Array) -> Array:
+        return (jnp.sum(probabilities, axis=-1, where=above) <= rows.top_p) | (rows.top_p >= 1)
+
+    logits = _from_threshold(logits, within_top_p)
+    floor = jnp.max(logits, axis=-1) + jnp.log(rows.min_p)
+    return jnp.where(logits < floor[:, None], -jnp.inf, logits)
+
+
+def _from_threshold(logits: Array, fits) -> Array:
+    """Keeps the logits at or above the lowest threshold t of each row for which `fits(logits > t)` holds.
+
+    `fits` maps bool [B, V] to bool [B], and holds for every threshold above one for which it holds.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats they stand for
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        ok = fits(order > middle[:, None])
+        return jnp.where(ok, low, middle + 1), jnp.where(ok, middle, high)
+
+    highest = jnp.max(order, axis=-1)
+    _, threshold = jax.lax.fori_loop(0, 32, halve, (jnp.full_like(highest, jnp.iinfo(jnp.int32).min), highest))
+    return jnp.where(order < threshold[:, None], -jnp.inf, logits)

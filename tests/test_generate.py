@@ -1,0 +1,281 @@
+"""Generated tokens equal transformers' one by one, in any company, and text ends where it should."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from convert import load_model, save_model
+from infer.__main__ import app
+from infer.generate import Text, check_room, decode, generate
+from infer.load import sampling, start_mesh
+from infer.sample import Sampling
+from model import forward, make_mesh
+from model.errors import PunaError
+
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.4,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(theirs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Of one token, of a few, and of more than one prefill pass takes (see `short_passes`)."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, 128, size).tolist() for size in (1, 17, 90)]
+
+
+@pytest.fixture(autouse=True)
+def short_passes(monkeypatch):
+    monkeypatch.setattr("infer.generate.PREFILL", 64)
+
+
+def run(ours, prompts, new=NEW, **keywords):
+    config, params = ours
+    rows = [[] for _ in prompts]
+    for tokens in generate(params, config, prompts, new, **keywords):
+        for row, more in zip(rows, tokens, strict=True):
+            row += more
+    return rows
+
+
+def run_theirs(theirs, prompt, **keywords):
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, use_cache=True, **keywords
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_greedy_tokens_equal_transformers(ours, theirs, prompts):
+    assert run(ours, prompts) == [run_theirs(theirs, prompt) for prompt in prompts]
+
+
+def test_repetition_penalty_equals_transformers(ours, theirs, prompts):
+    expected = [run_theirs(theirs, prompt, repetition_penalty=1.5) for prompt in prompts]
+    assert run(ours, prompts, samplings=[Sampling(repetition_penalty=1.5)] * 3) == expected
+
+
+def test_any_of_several_eos_tokens_ends_a_row(ours, theirs, prompts):
+    free = run(ours, prompts)
+    eos = [free[0][3], free[1][5]]
+    rows = run(ours, prompts, eos_ids=eos)
+    assert rows == [run_theirs(theirs, prompt, eos_token_id=eos) for prompt in prompts]
+    assert rows[0][-1] in eos and len(rows[0]) <= 4
+
+
+def test_cached_equals_uncached(ours, prompts):
+    config, params = ours
+    score = jax.jit(lambda tokens, at: forward(params, tokens, config)[0][0, at])
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(NEW):
+            padded = np.zeros((1, 128), np.int32)
+            padded[0, : len(tokens)] = tokens
+            tokens.append(int(score(padded, len(tokens) - 1).argmax()))
+        expected.append(tokens[len(prompt) :])
+    assert run(ours, prompts) == expected
+
+
+@pytest.mark.slow
+def test_a_batch_equals_each_alone(ours, prompts):
+    samplings = [Sampling(), *(Sampling(1.0, top_k=20, top_p=0.9, seed=seed) for seed in range(2))]
+    together = run(ours, prompts, samplings=samplings)
+    assert together == [run(ours, [p], samplings=[s])[0] for p, s in zip(prompts, samplings, strict=True)]
+
+
+def test_the_seed_decides(ours, prompts):
+    first, again, other = (run(ours, prompts[:1], samplings=[Sampling(1.0, seed=seed)]) for seed in (7, 7, 8))
+    assert first == again != other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"tensor": 2}, {"fsdp": 2, "tensor": 4}])
+def test_sharded_equals_unsharded(ours, folder, prompts, axes):
+    count = int(np.prod(list(axes.values())))
+    mesh = make_mesh(**axes, devices=jax.devices()[:count])
+    samplings = [Sampling(), *(Sampling(1.0, top_p=0.9, seed=seed) for seed in range(2))]
+    expected = run(ours, prompts, samplings=samplings)
+    assert run(load_model(folder, mesh=mesh), prompts, samplings=samplings, mesh=mesh) == expected
+
+
+def test_one_program_serves_all_settings_and_chunks(ours, prompts):
+    run(ours, prompts)
+    compiled = decode._cache_size()
+    samplings = [Sampling(0.3, top_k=5, seed=1), Sampling(2.0, min_p=0.1), Sampling(repetition_penalty=2.0)]
+    run(ours, prompts[::-1], samplings=samplings)
+    assert decode._cache_size() == compiled
+
+
+def test_a_row_that_is_stopped_ends_alone(ours, prompts):
+    free = run(ours, prompts)
+    rows = run(ours, prompts, stopped=lambda row: row == 0)
+    assert rows[0] == free[0][:1] and rows[1:] == free[1:]
+
+
+def test_requests_that_do_not_fit_are_refused(ours):
+    config, _ = ours
+    with pytest.raises(PunaError, match=r"prompt 1 has 1000 tokens and max_new_tokens is 25, .* context of 1024"):
+        check_room("prompt 1", [1] * 1000, 25, config)
+    check_room("prompt 1", [1] * 1000, 24, config)
+    with pytest.raises(PunaError, match="prompt 1 is empty"):
+        check_room("prompt 1", [], 1, config)
+    with pytest.raises(PunaError, match="holds token 128 and the model has 128"):
+        check_room("prompt 1", [128], 1, config)
+    with pytest.raises(PunaError, match="max_new_tokens is 0"):
+        check_room("prompt 1", [1], 0, config)
+
+
+class Letters:
+    """A tokenizer whose ids are code points; its stream gives each letter as it comes."""
+
+    def stream(self):
+        return self
+
+    def push(self, id):
+        return chr(id)
+
+    def flush(self):
+        return ""
+
+
+@settings(deadline=None)
+@given(st.text("abc"), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
+def test_text_ends_before_the_first_stop_and_shows_no_part_of_it(letters, stops, size):
+    ends = [(letters.find(stop) + len(stop), letters.find(stop)) for stop in stops if stop in letters]
+    expected = letters[: min(ends)[1]] if ends else letters
+    text = Text(Letters(), [], stops)
+    shown = ""
+    for start in range(0, len(letters), size):
+        shown += text.push([ord(letter) for letter in letters[start : start + size]])
+        assert expected.startswith(shown)
+    assert text.stopped == bool(ends)
+    assert shown + text.flush() == expected
+
+
+def test_settings_come_from_the_flags_then_the_file_then_greedy():
+    file = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": None}
+    assert sampling({}) == Sampling()
+    assert sampling(file) == Sampling(0.6, top_p=0.9)
+    assert sampling(file, temperature=0.0, seed=3) == Sampling(0.0, top_p=0.9, seed=3)
+    assert sampling(file | {"do_sample": False}) == Sampling()
+    assert sampling({"repetition_penalty": 1.2}) == Sampling(repetition_penalty=1.2)
+    assert sampling({}, top_k=5) == Sampling(1.0, top_k=5)
+
+
+@pytest.mark.parametrize("text", ["tensor", "tensor=0", "tensor=two", "rows=2", "tensor=2,"])
+def test_a_mesh_that_is_none_is_named(text):
+    with pytest.raises(PunaError, match=f"--mesh {text}: "):
+        start_mesh(text)
+
+
+def test_more_devices_than_there_are_is_refused():
+    with pytest.raises(PunaError, match="--mesh tensor=16 needs 16 devices and there are 8"):
+        start_mesh("tensor=16")
+
+
+@pytest.fixture(scope="module")
+def command():
+    """Run `python -m infer generate` in this process; returns what it printed to stdout."""
+
+    def command(*arguments):
+        result = CliRunner().invoke(app, ["generate", *map(str, arguments)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return command
+
+
+@pytest.fixture
+def story(data_dir):
+    """The published greedy text of stories260K, 201 tokens with its beginning-of-text."""
+    from sentencepiece import SentencePieceProcessor
+
+    ids = json.loads((data_dir / "stories260k" / "golden_stories260K.json").read_text())["greedy_ids"]
+    tokenizer = SentencePieceProcessor(model_file=str(data_dir / "stories260k" / "tokenizer.model"))
+    return tokenizer.decode(ids) + "\n"
+
+
+def test_the_command_prints_the_published_story_and_nothing_else(data_dir, story):
+    folder = data_dir / "stories260k-derived" / "hf_sharded"
+    arguments = ["generate", folder, "--prompt", "", "--temperature", "0", "--max-new-tokens", "200"]
+    root = Path(__file__).parent.parent
+    output = subprocess.run(
+        [sys.executable, "-m", "infer", *map(str, arguments)], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert (output.stdout, output.stderr) == (story, "")
+
+
+@pytest.mark.slow
+def test_the_story_from_meta_from_orbax_and_sharded(data_dir, story, command, tmp_path):
+    derived = data_dir / "stories260k-derived"
+    greedy = ["--prompt", "Once upon a time", "--temperature", "0", "--max-new-tokens", "196"]
+    tokenizer = ["--tokenizer", derived / "hf_sharded"]
+    assert command(derived / "meta_mp1", *greedy, *tokenizer) == story
+    assert command(derived / "hf_sharded", *greedy, "--mesh", "tensor=2") == story
+    save_model(tmp_path / "orbax", *load_model(derived / "hf_sharded"), format="orbax")
+    assert command(tmp_path / "orbax", *greedy, *tokenizer) == story
+
+
+@pytest.mark.slow
+def test_several_prompts_are_divided_and_each_as_alone(data_dir, command):
+    folder = data_dir / "stories260k-derived" / "hf_sharded"
+    flags = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "4", "--max-new-tokens", "24", "--stop", "."]
+    texts = ["Once upon a time", "The big red dog was"]
+    alone = [command(folder, "--prompt", text, *flags).removesuffix("\n") for text in texts]
+    together = command(folder, *(part for text in texts for part in ("--prompt", text)), *flags)
+    assert together.removesuffix("\n").split("\n\f\n") == alone
+    assert all(text.startswith(prompt) and "." not in text for text, prompt in zip(alone, texts, strict=True))
+
+
+def test_float_types_are_named_as_the_flag_has_them(data_dir, command):
+    folder = data_dir / "stories260k-derived" / "hf_sharded"
+    text = command(folder, "--prompt", "Once upon a time", "--dtype", "bfloat16", "--max-new-tokens", "8")
+    assert text.startswith("Once upon a time, there")
+
+
+def test_a_prompt_s_logits_choose_its_first_token(ours, prompts):
+    config, params = ours
+    logits, _ = forward(params, jnp.asarray([prompts[1]]), config)
+    assert run(ours, [prompts[1]], new=1) == [[int(logits[0, -1].argmax())]]
