@@ -122,7 +122,7 @@ class RunConfig:
 
     batch_size counts the sequences of one update over all devices; gradient_accumulation_steps cuts it into that many
     microbatches. max_steps 0 means num_train_epochs decides. save_steps and save_minutes each start a save when due (0
-    turns one off); save_total_limit keeps the last n and every keep_every-th step. max_skipped_steps non-finite updates
+    turns one off); keep_last keeps the last n and every keep_every-th step. max_skipped_steps non-finite updates
     in a row end the run. deterministic asks the backend for bitwise repeatable kernels. prepare is a "module:function"
     that gets the Config before the data is read, to make or fetch it.
     """
@@ -136,7 +136,7 @@ class RunConfig:
     logging_steps: int = 1
     save_steps: int = 500
     save_minutes: float = 0.0
-    save_total_limit: int = 3
+    keep_last: int = 3
     keep_every: int = 0
     eval_steps: int = 0
     max_skipped_steps: int = 10
@@ -171,7 +171,7 @@ MAY_CHANGE = (
     "run.logging_steps",
     "run.save_steps",
     "run.save_minutes",
-    "run.save_total_limit",
+    "run.keep_last",
     "run.keep_every",
     "run.eval_steps",
     "run.max_skipped_steps",
@@ -228,7 +228,7 @@ def _check(config: Config) -> None:
         "run.logging_steps": run.logging_steps,
         "run.num_train_epochs": run.num_train_epochs,
         "run.max_skipped_steps": run.max_skipped_steps,
-        "run.save_total_limit": run.save_total_limit,
+        "run.keep_last": run.keep_last,
         "model.loss_chunk": model.loss_chunk,
         "lora.rank": config.lora.rank if config.lora else 1,
     }

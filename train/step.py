@@ -1,6 +1,6 @@
 """One training step, the same on one device and on thousands: gradients of a sum, divided once by the tokens trained.
 
-A batch is a dict of int32 [B, T] arrays (tokens, targets, segments). It is cut into microbatches whose losses are
+A batch is a dict of int32 [B, T] arrays (tokens, labels, segments). It is cut into microbatches whose losses are
 *summed*; one division by the number of trained tokens in the whole batch makes accumulation, data parallelism and one
 big batch the same thing, token for token.
 """
@@ -29,7 +29,7 @@ from train.optim import Schedule, clip, global_norm, make_optimizer
 
 Batch = Mapping[str, Array]
 Metrics = Mapping[str, Array]
-BATCH_KEYS = ("tokens", "targets", "segments")
+BATCH_KEYS = ("tokens", "labels", "segments")
 
 
 @struct.dataclass
@@ -77,7 +77,7 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
             remat=wanted.remat,
         )
         head = params["embed"].T if model.tie_word_embeddings else params["lm_head"]
-        return loss(x, head, batch["targets"])
+        return loss(x, head, batch["labels"])
 
     return objective
 
@@ -97,7 +97,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         opt_state = jax.device_put(state.opt_state, on_device) if offload else state.opt_state
-        trained_tokens = jnp.sum(batch["targets"] != IGNORE)
+        trained_tokens = jnp.sum(batch["labels"] != IGNORE)
 
         def microbatch(params: Params, rows: Batch) -> tuple[Array, Params]:
             return jax.value_and_grad(objective)(params, rows)
@@ -132,7 +132,7 @@ def make_step(
         )
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
 def make_evaluation(
@@ -142,9 +142,9 @@ def make_evaluation(
     objective = make_objective(config, model, mesh)
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-        return objective(state.params, batch), jnp.sum(batch["targets"] != IGNORE)
+        return objective(state.params, batch), jnp.sum(batch["labels"] != IGNORE)
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def accumulate(

@@ -1,0 +1,223 @@
+"""The training loop, which is a table of contents: what a run is made of, in the order in which it happens."""
+
+import hashlib
+import importlib.metadata
+import math
+import os
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from convert.command import atomic_path
+from convert.save import save_model
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.tokenizer import Tokenizer
+from train import distributed
+from train.checkpoint import Checkpoints
+from train.config import Config, load_function, read_config, refuse_changes
+from train.data import Datasets, Sampler, in_order, load_dataset
+from train.feed import prefetch, to_devices
+from train.metrics import MFU_FORMULA, REPORTERS, MetricsLog, flops_per_token, peak_flops, plot
+from train.optim import make_schedule
+from train.record import Display, Recorder
+from train.schema import dump, flat
+from train.start import first_state, mesh_of, model_of, tokenizer_of
+from train.step import Batch, TrainState, abstract_batch, abstract_state, make_evaluation, make_step, shardings_of
+
+ROWS_NAMED = 20
+
+
+def run(config: Config) -> None:
+    """Trains what `config` says in its output_dir, or resumes what that holds. Raises PunaError for wrong requests,
+    NonFinite where the updates stop being numbers, and Preempted after SIGTERM, with the step saved."""
+    if config.run.deterministic:
+        _make_deterministic(Path(config.run.output_dir))
+    distributed.initialize()
+    with distributed.leaving(), distributed.lock(config.run.output_dir):
+        train(config)
+
+
+def train(config: Config) -> None:
+    """`run` within a process that is set up already."""
+    run_dir, first = Path(config.run.output_dir), jax.process_index() == 0
+
+    # --- data
+    if config.run.prepare:
+        load_function(config.run.prepare, "run.prepare")(config)
+    tokenizer = tokenizer_of(config)
+    datasets = load_dataset(config.data, tokenizer)
+    sampler = Sampler(datasets, config.run.batch_size, config.run.seed)
+    total = total_steps(config, sampler)
+
+    # --- model and mesh
+    model, mesh = model_of(config, tokenizer), mesh_of(config)
+    abstract, batch = abstract_state(config, model, mesh), abstract_batch(config, mesh)
+    sharding, shape = batch["tokens"].sharding, batch["tokens"].shape
+    data = {"seed": config.run.seed, "key": _data_key(sampler)}
+    devices = distributed.preflight(run_dir, sharding, shape, data["key"])
+
+    with ExitStack() as stack:
+        # --- the state: restored, or born in place
+        run = config.run
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            run.save_steps or None,
+            run.save_minutes or None,
+            run.keep_last,
+            run.keep_every or None,
+        )
+        stack.enter_context(checkpoints)
+        state, done = _restore(config, checkpoints, abstract, data) or (first_state(config, model, mesh, abstract), 0)
+        if first:
+            _write_config(run_dir, config)
+
+        # --- what is seen of it
+        display = stack.enter_context(Display(total, done, shown=first))
+        for dataset in datasets.train:
+            display.say(f"data: {dataset.counts}")
+        display.say(
+            f"{devices}; mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}"
+        )
+        display.say(f"step {done} of {total}; {MFU_FORMULA}")
+        record = Recorder(
+            _metrics_writer(stack, config, run_dir, done) if first else lambda line: None,
+            display,
+            run.logging_steps,
+            run.max_skipped_steps,
+            flops_per_token(model, config.data.max_length),
+            peak_flops(),
+            sampler.epoch,
+            partial(_name_rows, sampler),
+        )
+        painter = stack.enter_context(ThreadPoolExecutor(1))
+
+        # --- the functions
+        step = make_step(config, model, mesh, make_schedule(config.optim, total), shardings_of(abstract))
+        evaluate = make_evaluation(config, model, mesh)
+        batches = (to_devices(partial(sampler.batch, number), sharding, shape) for number in range(done, total))
+        ready = stack.enter_context(prefetch(batches))
+
+        # --- the loop
+        for number, rows in enumerate(ready, done + 1):
+            state, metrics = step(state, rows)
+            record.push(number, metrics)
+            if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
+                record.add(eval_loss=evaluation_loss(evaluate, state, datasets, config, sharding))
+            stopping = distributed.reached_preemption(number)
+            if checkpoints.due(number) or stopping or number == total:
+                record.flush()
+                checkpoints.save(number, replace(state, frozen=None), data | {"step": number}, asdict(config))
+                if first:
+                    painter.submit(plot, [run_dir], run_dir / "training_loss.png")
+            if stopping:
+                checkpoints.wait()
+                raise distributed.Preempted
+
+        # --- what stays
+        checkpoints.wait()
+        _export(config, model, state, tokenizer, run_dir)
+        display.say(f"done: {run_dir / 'final'}")
+
+
+def total_steps(config: Config, sampler: Sampler) -> int:
+    """run.max_steps, or as many as run.num_train_epochs take."""
+    return config.run.max_steps or math.ceil(config.run.num_train_epochs * sampler.num_rows / config.run.batch_size)
+
+
+def evaluation_loss(evaluate, state: TrainState, datasets: Datasets, config: Config, sharding) -> float:
+    """The mean loss of the trained tokens of the held-out rows."""
+    assert datasets.evaluation is not None
+    size = config.run.batch_size // config.run.gradient_accumulation_steps
+    shape = (size, config.data.max_length)
+
+    def batches() -> Iterator[Batch]:
+        assert datasets.evaluation is not None
+        for rows in in_order(datasets.evaluation, size):
+            yield to_devices(
+                lambda start, stop, rows=rows: {k: v[start:stop] for k, v in rows.items()}, sharding, shape
+            )
+
+    with prefetch(batches()) as ready:
+        sums = [evaluate(state, batch) for batch in ready]
+    losses, counts = zip(*jax.device_get(sums), strict=True)
+    return float(sum(losses) / max(1, sum(counts)))
+
+
+def _restore(
+    config: Config, checkpoints: Checkpoints, abstract: TrainState, data: dict[str, object]
+) -> tuple[TrainState, int] | None:
+    """The newest good state of the run that output_dir holds, or None. Raises PunaError naming what has changed."""
+    path = Path(config.run.output_dir) / "config.toml"
+    if checkpoints.latest() is None:
+        return None
+    if path.exists():
+        refuse_changes(read_config(tomllib.loads(path.read_text())), config)
+    state, saved, done = checkpoints.restore(abstract)
+    if saved["key"] != data["key"]:
+        raise PunaError(
+            f"{config.run.output_dir} holds a run on other data: what data.path names has changed since; restore "
+            "it, or give another run.output_dir"
+        )
+    return state, done
+
+
+def _data_key(sampler: Sampler) -> str:
+    """A name for the data and its order: the first batch and how much there is."""
+    rows = sampler.batch(0)
+    content = b"".join(rows[name].tobytes() for name in ("tokens", "labels"))
+    return hashlib.sha256(content + str(sampler.sizes).encode()).hexdigest()[:16]
+
+
+def _metrics_writer(stack: ExitStack, config: Config, run_dir: Path, done: int):
+    reporters = [REPORTERS[name](run_dir, dict(flat(config))) for name in config.run.report_to]
+    return stack.enter_context(closing(MetricsLog(run_dir, done, reporters))).write
+
+
+def _name_rows(sampler: Sampler, steps: range) -> str:
+    places = dict.fromkeys(p for step in steps for row in sampler.rows(step).tolist() for p in sampler.where(row))
+    named = list(places)[:ROWS_NAMED]
+    return ", ".join(named) + (f" and {len(places) - ROWS_NAMED} more" if len(places) > ROWS_NAMED else "")
+
+
+def _write_config(run_dir: Path, config: Config) -> None:
+    """config.toml as resolved, headed by the versions that ran it."""
+    packages = ("puna", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    header = [f"# {name} {_version(name)}" for name in packages] + [f"# git {_revision()}"]
+    with atomic_path(run_dir / "config.toml", overwrite=True) as path:
+        path.write_text("\n".join([*header, "", dump(config)]))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _export(config: Config, model: LlamaConfig, state: TrainState, tokenizer: Tokenizer, run_dir: Path) -> None:
+    """final/: a Hugging Face folder."""
+    save_model(run_dir / "final", model, state.params, tokenizer=tokenizer, overwrite=True)
+
+
+def _make_deterministic(run_dir: Path) -> None:
+    """Asks XLA for repeatable GPU kernels: none that are not, and the autotuner's choices of the first start."""
+    choices = run_dir / "autotune.textproto"
+    use = "load_autotune_results_from" if choices.exists() else "dump_autotune_results_to"
+    flags = f"--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_{use}={choices.absolute()}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

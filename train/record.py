@@ -1,0 +1,120 @@
+"""Turns what steps return into lines, one step late, so that the host waits for a step only while the next one runs."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.metrics import peak_memory_gib
+
+SECONDS_BETWEEN_PLAIN_LINES = 10.0
+
+
+class NonFinite(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+class Recorder:
+    """Collects a step's numbers, watches for non-finite updates, and passes finished lines to `write`.
+
+    flops: FLOP per token; peak: FLOP/s of a device, None where unknown. `epoch(step)` is the epochs gone through;
+    `name_rows(steps)` says in words which examples these steps (their indices, from 0) saw.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[Mapping[str, Any]], None],
+        display: "Display",
+        every: int,
+        max_skipped: int,
+        flops: float,
+        peak: float | None,
+        epoch: Callable[[int], float],
+        name_rows: Callable[[range], str],
+    ) -> None:
+        self._write, self._display, self._every, self._max_skipped = write, display, every, max_skipped
+        self._flops, self._peak, self._epoch, self._name_rows = flops, peak, epoch, name_rows
+        self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
+        self._tokens, self._since = 0, time.monotonic()
+
+    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of `step` (from 1), which may still be on their way, and finishes the step before."""
+        self.flush()
+        self._pending = (step, metrics, {})
+
+    def add(self, **values: float) -> None:
+        """Adds values to the line of the step pushed last, which will be written even if it was not to be logged."""
+        assert self._pending is not None
+        self._pending[2].update(values)
+
+    def flush(self) -> None:
+        """Waits for the step pushed last and writes its line. Raises NonFinite after too many skipped updates."""
+        if self._pending is None:
+            return
+        (step, metrics, more), self._pending = self._pending, None
+        numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+        self._tokens += numbers["num_tokens"]
+        skipped = numbers.pop("skipped")
+        if step % self._every == 0 or more or skipped:
+            self._line(step, numbers, more | ({"skipped": skipped} if skipped else {}))
+        if skipped >= self._max_skipped:
+            steps = range(step - skipped, step)
+            raise NonFinite(
+                f"{skipped} updates in a row were not finite, up to step {step}, and were skipped. Their rows came "
+                f"from {self._name_rows(steps)}. Look at those rows, lower optim.learning_rate, or compute in float32"
+            )
+
+    def _line(self, step: int, numbers: dict[str, Any], more: dict[str, Any]) -> None:
+        now = time.monotonic()
+        rate = self._tokens / max(now - self._since, 1e-9) / jax.device_count()
+        self._tokens, self._since = 0, now
+        line = {
+            "step": step,
+            **numbers,
+            "tokens_per_second_per_device": rate,
+            "mfu": None if self._peak is None else rate * self._flops / self._peak,
+            "peak_memory_gib": peak_memory_gib(),
+            "epoch": self._epoch(step),
+            **more,
+        }
+        self._write(line)
+        self._display.show(line)
+
+
+class Display:
+    """The progress bar on stderr; plain lines, some seconds apart, where stderr is not a terminal."""
+
+    def __init__(self, total: int, done: int, shown: bool) -> None:
+        self._console = Console(stderr=True, quiet=not shown)
+        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console, disable=not (shown and self._console.is_terminal))
+        self._task = self._bar.add_task("", total=total, completed=done)
+        self._total, self._said = total, -SECONDS_BETWEEN_PLAIN_LINES
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Shows a finished line of metrics."""
+        mfu = "" if line["mfu"] is None else f"  MFU {line['mfu']:.1%}"
+        held_out = f"  held out {line['eval_loss']:.4f}" if "eval_loss" in line else ""
+        words = (
+            f"loss {line['loss']:.4f}{held_out}  {line['tokens_per_second_per_device']:,.0f} tok/s/device{mfu}"
+            f"  {line['peak_memory_gib']:.1f} GiB"
+        )
+        self._bar.update(self._task, completed=line["step"], description=words)
+        last = line["step"] == self._total
+        if self._bar.disable and (last or held_out or time.monotonic() - self._said > SECONDS_BETWEEN_PLAIN_LINES):
+            self._said = time.monotonic()
+            self.say(f"step {line['step']}/{self._total}  {words}")

@@ -1,0 +1,95 @@
+"""What a run starts from: the model's shape, its tokenizer, the mesh, and the first state, born where it will live."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from convert.checkpoint import open_model
+from convert.load import load_params
+from model.config import PRESETS, LlamaConfig, RopeScaling
+from model.errors import PunaError
+from model.params import init_params
+from model.sharding import make_mesh
+from model.tokenizer import Tokenizer, load_tokenizer
+from train.config import Config, ModelConfig
+from train.step import TrainState, init_state
+
+# What may differ from a checkpoint that is trained further: how positions are read, not the shape of any weight.
+_OVERRIDABLE = ("max_position_embeddings", "rope_theta", "rope_scaling")
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The mesh of [mesh] over all devices."""
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """model.tokenizer, or that of model.path."""
+    path = config.model.tokenizer or config.model.path
+    if path is None:
+        raise PunaError("model.tokenizer is missing: give a tokenizer file or folder")
+    return load_tokenizer(path)
+
+
+def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
+    """The shape that [model] describes; without a vocab_size, and for special tokens, it follows `tokenizer`.
+
+    Raises PunaError where [model] says too little, contradicts its checkpoint, or cannot hold the data.
+    """
+    wanted = config.model
+    given = _given(wanted)
+    if wanted.path is not None:
+        model = open_model(wanted.path).config
+        for name in given.keys() - set(_OVERRIDABLE):
+            if given[name] != getattr(model, name):
+                raise PunaError(f"model.{name} is {given[name]}, and {wanted.path} has {getattr(model, name)}: drop it")
+        model = replace(model, **given)
+    elif wanted.preset is not None:
+        if wanted.preset not in PRESETS:
+            raise PunaError(f"model.preset {wanted.preset!r} is not known; choose {', '.join(PRESETS)}")
+        model = replace(PRESETS[wanted.preset], **given)
+    elif wanted.hidden_size is None:
+        raise PunaError("model is empty: give path, preset, or dims such as hidden_size and num_hidden_layers")
+    else:
+        model = LlamaConfig(**(_special_tokens(tokenizer) | given))
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise PunaError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.vocab_size} rows: set "
+            "model.vocab_size, or resize the checkpoint with `python -m convert vocab resize`"
+        )
+    if config.data.max_length > model.max_position_embeddings:
+        raise PunaError(
+            f"data.max_length {config.data.max_length} is beyond the model's max_position_embeddings "
+            f"{model.max_position_embeddings}: shorten it, or set model.max_position_embeddings and model.rope_scaling"
+        )
+    return model
+
+
+def first_state(config: Config, model: LlamaConfig, mesh: Mesh, abstract: TrainState) -> TrainState:
+    """Step 0: the checkpoint's weights or fresh ones, placed shard by shard as `abstract` says."""
+    dtype = config.model.param_dtype
+    if config.model.path is not None:
+        params = load_params(open_model(config.model.path), dtype, mesh)
+    else:
+        params = init_params(model, jax.random.key(config.run.seed), dtype, mesh)
+    return init_state(config, abstract, params)
+
+
+def _given(wanted: ModelConfig) -> dict[str, Any]:
+    """The fields of LlamaConfig that [model] sets."""
+    names = {f.name for f in fields(LlamaConfig)} & {f.name for f in fields(ModelConfig)}
+    given = {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
+    if "rope_scaling" in given:
+        length = given.get("max_position_embeddings", LlamaConfig.max_position_embeddings)
+        given["rope_scaling"] = RopeScaling.from_hf(given["rope_scaling"], length)
+    return given
+
+
+def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {}
+    stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
+    return {"vocab_size": tokenizer.vocab_size, **ids}
