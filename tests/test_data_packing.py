@@ -1,0 +1,276 @@
+"""Rows hold every example once and apart, and a batch is a pure function of seed and step."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizer import small_tokenizer
+
+from model.errors import PunaError
+from model.tokenizer import load_tokenizer
+from train.data import IGNORED, DataConfig, Datasets, Sampler, Source, encode, in_order, load_dataset
+from train.data.dataset import hold_out
+from train.data.packing import best_fit_decreasing, select, split_spans, wrapped
+from train.data.permute import key, permute
+from train.data.sampler import PERIOD
+
+lengths = st.lists(st.integers(2, 60), min_size=1, max_size=40)
+
+
+def offsets_of(sizes):
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+# --- rows
+
+
+@given(lengths, st.integers(2, 20))
+def test_splitting_makes_every_token_but_the_first_a_target_once(sizes, max_length):
+    start, length = split_spans(offsets_of(sizes), max_length)
+    assert length.max() <= max_length and length.min() >= 2
+    targets = np.concatenate([np.arange(s + 1, s + n) for s, n in zip(start, length, strict=True)])
+    first = set(offsets_of(sizes)[:-1].tolist())
+    assert targets.tolist() == [token for token in range(sum(sizes)) if token not in first]
+
+
+@given(lengths, st.integers(2, 70))
+def test_best_fit_places_every_span_once_and_overfills_nothing(sizes, max_length):
+    start, length = split_spans(offsets_of(sizes), max_length)
+    rows = best_fit_decreasing(start, length, max_length)
+    assert sorted(zip(rows.start, rows.length, strict=True)) == sorted(zip(start, length, strict=True))
+    filled = np.add.reduceat(rows.length, rows.offsets[:-1])
+    assert filled.max() <= max_length
+    # no row could have taken in the whole of another
+    assert len(filled) < 2 or np.sort(filled)[:2].sum() > max_length
+
+
+@given(lengths, st.integers(2, 30))
+def test_best_fit_equals_its_definition(sizes, max_length):
+    sizes = [min(size, max_length) for size in sizes]
+    rows = best_fit_decreasing(offsets_of(sizes)[:-1], np.array(sizes), max_length)
+    room: list[int] = []  # the definition: longest first, each into the row that it leaves least room in
+    for size in sorted(sizes, reverse=True):
+        fitting = [number for number in range(len(room)) if room[number] >= size]
+        if fitting:
+            room[min(fitting, key=lambda number: room[number])] -= size
+        else:
+            room.append(max_length - size)
+    assert sorted(max_length - np.add.reduceat(rows.length, rows.offsets[:-1])) == sorted(room)
+
+
+def test_wrapping_cuts_the_stream_and_leaves_out_the_rest():
+    rows = wrapped(23, 5)
+    assert rows.start.tolist() == [0, 5, 10, 15] and set(rows.length.tolist()) == {5}
+
+
+@given(lengths, st.data())
+def test_selecting_rows_keeps_their_spans(sizes, data):
+    rows = best_fit_decreasing(offsets_of(sizes)[:-1], np.array(sizes), 60)
+    chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=5))
+
+    def spans(of, row):
+        part = slice(of.offsets[row], of.offsets[row + 1])
+        return of.start[part].tolist(), of.length[part].tolist()
+
+    taken = select(rows, np.array(chosen, np.int64))
+    assert [spans(taken, number) for number in range(len(taken))] == [spans(rows, row) for row in chosen]
+
+
+# --- the shuffle
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_the_shuffle_is_a_permutation(size, seed):
+    assert sorted(permute(np.arange(size), size, key(seed))) == list(range(size))
+
+
+def test_the_shuffle_depends_on_its_key_and_on_nothing_else():
+    size = 10**9
+    some = np.arange(0, size, size // 100)
+    found = permute(some, size, key(1, 2))
+    assert found.tolist() == [int(permute(index, size, key(1, 2))[0]) for index in some]
+    assert len(set(found.tolist()) & set(permute(some, size, key(1, 3)).tolist())) == 0
+    assert 0.4 < np.mean(found / size) < 0.6
+
+
+# --- data sets
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(small_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+RECORDS = [
+    {"instruction": f"Name {n} llamas." * (1 + n % 3), "output": ", ".join(["llama"] * (1 + n % 7))} for n in range(50)
+]
+TEXTS = [{"text": "The puna is high and cold. " * (1 + 5 * (n % 4))} for n in range(20)]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def config(records=RECORDS, name="a.jsonl", **settings):
+        path = settings.pop("path", None) or write(tmp_path / name, records)
+        return DataConfig(path=path, cache_dir=str(tmp_path / "cache"), **{"max_length": 128, **settings})
+
+    return config
+
+
+def segments_of(batch):
+    """(tokens, labels, positions) of each segment of a batch, padding left out."""
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segments"][row].max() + 1):
+            inside = batch["segments"][row] == segment
+            yield tuple(batch[name][row][inside].tolist() for name in ("tokens", "labels", "positions"))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_batches_hold_what_encode_gives(tokenizer, config, packing):
+    dataset = load_dataset(config(packing=packing), tokenizer).train[0]
+    found = [segment for batch in in_order(dataset, 4) for segment in segments_of(batch)]
+    expected = []
+    for record in RECORDS:
+        ids, labels = encode(record, tokenizer, max_length=128)
+        expected.append((ids, [*labels[1:], IGNORED], list(range(len(ids)))))
+    assert sorted(found) == sorted(expected)
+    assert (len(dataset) < len(RECORDS)) == packing
+    assert dataset.counts.records == len(RECORDS) and dataset.counts.rows == len(dataset)
+    assert dataset.counts.tokens == sum(len(ids) for ids, _, _ in found)
+
+
+def test_padding_is_segment_0_with_no_target(tokenizer, config):
+    dataset = load_dataset(config(), tokenizer).train[0]
+    *_, last = in_order(dataset, 7)
+    padding = last["segments"] == 0
+    assert (last["labels"][padding] == IGNORED).all() and not last["positions"][padding].any()
+    assert (last["rows"] == -1).sum() == 7 - len(dataset) % 7 and padding[last["rows"] == -1].all()
+    assert all(values.dtype == np.int32 for values in last.values())
+
+
+def test_long_texts_are_split_and_all_of_them_trained_on(tokenizer, config):
+    dataset = load_dataset(config(TEXTS, max_length=32, packing=True), tokenizer).train[0]
+    lengths = [len(encode(record, tokenizer, max_length=None)[0]) for record in TEXTS]
+    targets = sum(int((batch["labels"] != IGNORED).sum()) for batch in in_order(dataset, 4))
+    assert targets == sum(lengths) - len(TEXTS)
+    assert dataset.counts.split == sum(length > 32 for length in lengths) > 0
+    assert dataset.counts.cut == 0
+
+
+def test_conversations_are_cut_and_counted(tokenizer, config):
+    dataset = load_dataset(config(max_length=60), tokenizer)
+    counts = dataset.train[0].counts
+    lengths = np.array([len(encode(record, tokenizer, max_length=None)[0]) for record in RECORDS])
+    assert counts.cut == np.sum(lengths > 60) > 0 and counts.cut_tokens == np.sum((lengths - 60)[lengths > 60])
+    assert f"{counts.cut} cut ({counts.cut_tokens} tokens lost)" in str(counts)
+
+
+def test_wrapped_rows_are_concatenate_and_chunk(tokenizer, config):
+    """C3: transformers' group_texts, written out."""
+    dataset = load_dataset(config(TEXTS, max_length=32, packing=True, packing_strategy="wrapped"), tokenizer).train[0]
+    stream = [id for record in TEXTS for id in encode(record, tokenizer, max_length=None)[0]]
+    chunks = [stream[start : start + 32] for start in range(0, len(stream) // 32 * 32, 32)]
+    batch = dataset.batch(range(len(dataset)))
+    assert batch["tokens"].tolist() == chunks
+    assert batch["labels"].tolist() == [[*chunk[1:], IGNORED] for chunk in chunks]
+    assert (batch["segments"] == 1).all() and (batch["positions"] == np.arange(32)).all()
+    assert dataset.counts.left_over_tokens == len(stream) % 32
+
+
+def test_rows_name_the_lines_they_came_from(tokenizer, config, tmp_path):
+    sampler = Sampler(load_dataset(config(packing=True), tokenizer), 4)
+    batch = sampler.batch(3)
+    for number in range(4):
+        tokens = [segment[0] for segment in segments_of({name: batch[name][number : number + 1] for name in batch})]
+        lines = [int(place.removeprefix(f"{tmp_path}/a.jsonl:")) for place in sampler.where(batch["rows"][number])]
+        assert sorted(tokens) == sorted(encode(RECORDS[line - 1], tokenizer, max_length=128)[0] for line in lines)
+
+
+def test_a_validation_split_is_disjoint_and_rounded_up(tokenizer, config):
+    found = load_dataset(config(validation_split=0.05), tokenizer)
+    assert found.evaluation is not None and len(found.evaluation) == 3 and len(found.train[0]) == 47
+    places = [dataset.where(row) for dataset in (found.train[0], found.evaluation) for row in range(len(dataset))]
+    assert len({place for row in places for place in row}) == 50
+    with pytest.raises(PunaError, match="leaves none of the 3 rows"):
+        hold_out(found.evaluation, 0.9, 0)
+
+
+def test_an_eval_path_is_read_with_the_same_settings(tokenizer, config, tmp_path):
+    held_out = write(tmp_path / "eval.jsonl", RECORDS[:5])
+    found = load_dataset(config(eval_path=held_out), tokenizer)
+    assert found.evaluation is not None and len(found.evaluation) == 5 and len(found.train[0]) == 50
+
+
+# --- the sampler
+
+
+@pytest.fixture
+def datasets(tokenizer, config):
+    return load_dataset(config(packing=True), tokenizer)
+
+
+def test_the_global_batch_is_the_same_however_it_is_divided(datasets):
+    whole = Sampler(datasets, 8, seed=3)
+    for step in (0, 1, 17, 10**6):
+        batch = whole.batch(step)
+        for processes in (1, 2, 4, 8):
+            share = 8 // processes
+            parts = [Sampler(datasets, 8, seed=3).batch(step, p * share, (p + 1) * share) for p in range(processes)]
+            for name, values in batch.items():
+                assert np.array_equal(np.concatenate([part[name] for part in parts]), values)
+
+
+def test_each_epoch_holds_every_row_once_in_its_own_order(datasets):
+    sampler = Sampler(datasets, 5)
+    size = sampler.num_rows
+    drawn = np.concatenate([sampler.rows(step) for step in range(size)])  # five epochs
+    epochs = drawn.reshape(5, size)
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
+    assert sampler.epoch(size) == 5.0
+    other = np.concatenate([Sampler(datasets, 5, seed=1).rows(step) for step in range(size)])
+    assert not np.array_equal(drawn, other)
+
+
+@pytest.fixture
+def mixture(tokenizer, config, tmp_path):
+    paths = [write(tmp_path / f"{name}.jsonl", RECORDS[:n]) for name, n in (("a", 40), ("b", 7))]
+    return load_dataset(config(path=(Source(paths[0], weight=3), Source(paths[1], weight=1))), tokenizer)
+
+
+def test_a_mixture_keeps_its_weights_and_goes_through_each_source(mixture):
+    sampler = Sampler(mixture, 64)
+    rows = np.concatenate([sampler.rows(step) for step in range(4 * PERIOD // 64)])
+    second = rows >= 40
+    for block in second.reshape(4, PERIOD):
+        assert block.sum() == PERIOD // 4
+    for drawn, size in ((rows[~second], 40), (rows[second] - 40, 7)):
+        whole = drawn[: len(drawn) // size * size].reshape(-1, size)
+        assert all(sorted(epoch) == list(range(size)) for epoch in whole.tolist())
+    assert sampler.where(int(rows[second][0]))[0].split(":")[0].endswith("b.jsonl")
+
+
+def test_a_batch_of_a_mixture_is_its_rows(mixture):
+    sampler = Sampler(mixture, 16, seed=5)
+    for step in (0, 100):
+        batch = sampler.batch(step)
+        for number, row in enumerate(batch["rows"].tolist()):
+            own = mixture.train[row >= 40].batch([row - 40 * (row >= 40)])
+            assert all(np.array_equal(values[0], batch[name][number]) for name, values in own.items())
+
+
+def test_sources_without_weights_are_one_data_set(tokenizer, config, tmp_path):
+    paths = tuple(write(tmp_path / f"{name}.jsonl", RECORDS[:n]) for name, n in (("a", 40), ("b", 7)))
+    sampler = Sampler(load_dataset(config(path=paths), tokenizer), 47)
+    assert sorted(sampler.rows(0)) == sorted(sampler.rows(1)) == list(range(47))
+
+
+def test_a_weight_too_small_to_be_drawn_is_refused(mixture):
+    with pytest.raises(PunaError, match="raise it"):
+        Sampler(Datasets(mixture.train, (1.0, 1e-9)), 4)
