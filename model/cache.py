@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from model.config import LlamaConfig
-from model.sharding import named_sharding
+from model.sharding import loose_sharding
 
 
 class KVCache(struct.PyTreeNode):
@@ -44,7 +44,7 @@ def init_cache(
 ) -> KVCache:
     """An empty stacked cache for `batch` rows of up to `max_length` tokens (`.unstack()` it for unstacked layers).
 
-    Over a mesh, heads are split as the model's are.
+    Over a mesh, heads are split as the model's are, or replicated where there are too few.
     """
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
 
@@ -56,7 +56,7 @@ def init_cache(
     axes = ("layers", None, "kv_heads", None, None)
 
     def lay_out(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        return named_sharding(mesh, axes if x.ndim == len(axes) else (None,), x.shape, "cache")
+        return loose_sharding(mesh, axes if x.ndim == len(axes) else (None,), x.shape)
 
     return jax.jit(zeros, out_shardings=jax.tree.map(lay_out, jax.eval_shape(zeros)))()
 

@@ -77,14 +77,19 @@ def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, name))
 
 
+def loose_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """As `named_sharding`, for what is computed: a dimension that does not divide is replicated, since a batch of one
+    or two key-value heads over eight devices is no fault of the request."""
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        over = tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
+        spec.append(over if over and size % math.prod(mesh.shape[a] for a in over) == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def constrain(x: Array, axes: Sequence[str | None]) -> Array:
-    """Tells the compiler how to lay out an activation. Nothing where `x` lives on no mesh of ours, or where a
-    dimension does not divide (a batch of one in decoding stays replicated)."""
+    """Tells the compiler how to lay out an activation; nothing where `x` lives on no mesh of ours."""
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.axis_names != MESH_AXES or mesh.size == 1:
         return x
-    spec = []
-    for axis, size in zip(axes, x.shape, strict=True):
-        over = tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
-        spec.append(over if over and size % math.prod(mesh.shape[a] for a in over) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return jax.lax.with_sharding_constraint(x, loose_sharding(mesh, axes, x.shape))

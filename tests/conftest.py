@@ -7,6 +7,16 @@ from pathlib import Path
 import jax
 import pytest
 
+# Compiling is most of what the tests take: what one test or one run compiled, the next finds here.
+COMPILED = {
+    "jax_compilation_cache_dir": str(Path(__file__).parent.parent / ".pytest_cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for name, value in COMPILED.items():
+    os.environ.setdefault(name.upper(), str(value))  # the commands that tests start share it
+    jax.config.update(name, value)
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, and by the commands tests start
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -14,7 +24,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 MODEL_MODULES = {path.stem for path in (Path(__file__).parent.parent / "model").glob("*.py")} | {"model"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real models, tokenizers and texts that the environment variable PUNA_TEST_DATA names."""
     path = os.environ.get("PUNA_TEST_DATA")

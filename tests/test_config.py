@@ -1,0 +1,148 @@
+"""Configurations: honoured or refused, in the spellings of transformers 4 and 5 and of Meta."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+from transformers import LlamaConfig as HFConfig
+
+from model import PRESETS, LlamaConfig, RopeScaling, param_count
+from model.errors import PunaError
+
+# Total parameters as the model cards and papers count them, in billions.
+PUBLISHED_BILLIONS = {
+    "llama-7b": 6.738,
+    "llama-13b": 13.016,
+    "llama-33b": 32.529,
+    "llama-65b": 65.286,
+    "llama2-7b": 6.738,
+    "llama2-13b": 13.016,
+    "llama2-70b": 68.977,
+    "codellama-34b": 33.744,
+    "llama3-8b": 8.030,
+    "llama3-70b": 70.554,
+    "llama3.1-8b": 8.030,
+    "llama3.1-405b": 405.853,
+    "llama3.2-1b": 1.236,
+    "llama3.2-3b": 3.213,
+    "llama3.3-70b": 70.554,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_BILLIONS)
+def test_preset_sizes_are_the_published_ones(name):
+    assert round(param_count(PRESETS[name]) / 1e9, 3) == pytest.approx(PUBLISHED_BILLIONS[name], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip_through_hugging_face_and_meta(name):
+    config = PRESETS[name]
+    assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    if not config.tie_word_embeddings:
+        meta = replace(config, eos_token_id=config.eos_token_id[:1])
+        assert LlamaConfig.from_meta(json.loads(json.dumps(meta.to_meta()))) == meta
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "llama3.1-8b", "llama3.2-1b"])
+def test_transformers_reads_what_we_write_and_we_what_it_writes(name, tmp_path):
+    config = PRESETS[name]
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf("bfloat16")))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    assert theirs.head_dim == config.head_dim
+    theirs.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "rope_parameters" in written  # the spelling of transformers 5
+    assert LlamaConfig.from_hf(written) == config
+
+
+def test_both_spellings_of_real_configs(data_dir):
+    derived = data_dir / "stories260k-derived"
+    v4 = json.loads((derived / "config.v4style.json").read_text())
+    v5 = json.loads((derived / "hf_sharded" / "config.json").read_text())
+    assert LlamaConfig.from_hf(v4) == LlamaConfig.from_hf(v5)
+    meta = json.loads((derived / "meta_mp1" / "params.json").read_text())
+    ours = replace(LlamaConfig.from_meta(meta), max_position_embeddings=512)  # params.json cannot say how long it is
+    assert ours == LlamaConfig.from_hf(v5)
+    third = json.loads((data_dir / "hf-config" / "llama-3.2-3b-instruct.config.json").read_text())
+    config = LlamaConfig.from_hf(third)
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+    assert config.eos_token_id == (128001, 128008, 128009)
+
+
+def test_transformers_defaults_are_ours():
+    written = HFConfig(hidden_size=64, num_attention_heads=4).to_dict()
+    config = LlamaConfig.from_hf(written)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+
+
+GOOD = PRESETS["llama-7b"].to_hf()
+
+REFUSED = [
+    ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+    ({"model_type": "mixtral", "num_local_experts": 8}, "model_type 'mixtral' is not supported"),
+    ({"num_local_experts": 8}, "unknown active field num_local_experts = 8"),
+    ({"sliding_window": 4096}, "unknown active field sliding_window = 4096"),
+    ({"logit_scale": 0.5, "residual_multiplier": 2}, "logit_scale = 0.5, residual_multiplier = 2"),
+    ({"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope' is not supported"),
+    ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type 'su' is not supported"),
+    ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "type and rope_type disagree"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor 0.5 is below 1"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast is not a setting"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs high_freq_factor, low_freq_factor"),
+    ({"rope_scaling": {"factor": 8.0}}, "factor given, but rope_type is default"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"num_key_value_heads": 5}, "num_attention_heads 32 is not a multiple of num_key_value_heads 5"),
+    ({"hidden_size": 100, "head_dim": None}, "hidden_size 100 does not divide by num_attention_heads 32"),
+    ({"head_dim": 33}, "head_dim 33 is odd"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a positive integer"),
+    ({"vocab_size": "many"}, "vocab_size is 'many'; it must be a positive integer"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_what_is_not_honoured_is_refused_by_name(change, said):
+    with pytest.raises(PunaError, match=said):
+        LlamaConfig.from_hf(GOOD | change)
+
+
+@given(st.dictionaries(st.text(min_size=1), st.sampled_from([None, False, 0, 0.0, "", (), {}])))
+def test_unknown_inactive_fields_are_ignored(extra):
+    extra = {k: list(v) if v == () else v for k, v in extra.items() if k not in GOOD and k not in REFUSED_NAMES}
+    assert LlamaConfig.from_hf(GOOD | extra) == PRESETS["llama-7b"]
+
+
+REFUSED_NAMES = set(LlamaConfig.__dataclass_fields__)
+
+
+@given(
+    st.integers(1, 64).map(lambda n: 8 * n),
+    st.integers(1, 4000),
+)
+def test_any_mlp_width_survives_metas_rule(dim, width):
+    config = LlamaConfig(hidden_size=dim, intermediate_size=width, num_hidden_layers=1, num_attention_heads=4)
+    assert LlamaConfig.from_meta(config.to_meta()).intermediate_size == width
+
+
+def test_meta_faults():
+    meta = PRESETS["llama2-70b"].to_meta()
+    assert LlamaConfig.from_meta({"model": meta | {"vocab_size": -1}}, vocab_size=32000) == PRESETS["llama2-70b"]
+    with pytest.raises(PunaError, match="vocab_size is -1"):
+        LlamaConfig.from_meta(meta | {"vocab_size": -1})
+    with pytest.raises(PunaError, match="dim is missing"):
+        LlamaConfig.from_meta({key: value for key, value in meta.items() if key != "dim"})
+    with pytest.raises(PunaError, match="unknown active field moe_args"):
+        LlamaConfig.from_meta(meta | {"moe_args": {"num_experts": 16}})
+    for change in ({"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 64}):
+        with pytest.raises(PunaError, match="cannot be written as Meta's params.json"):
+            replace(PRESETS["llama-7b"], **change).to_meta()
+    with pytest.raises(PunaError, match="rope_scaling = "):
+        replace(PRESETS["llama-7b"], rope_scaling=RopeScaling("linear", 2.0)).to_meta()
