@@ -1,0 +1,281 @@
+"""Weight deltas: what is added to a base model to give a fine-tuned one, where only the difference may be published.
+
+FastChat (Vicuna) and Stanford Alpaca (WizardLM after it) publish target - base, rounded to the dtype of both, and
+recover base + delta, rounded again. That loses small targets: in float16 the difference of 0.0001 and 1.0 is -1.0, and
+the sum 0. So `make` writes their delta bit for bit and, in a file that they do not read, the elements that the sum
+misses, by position. `apply` reads both: every target comes back bit for bit. A published delta, which has no such file,
+gives bit for bit what FastChat makes of it.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.numpy import dtype as as_dtype
+
+from convert.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    copy_files,
+    main_dtype,
+    open_model,
+    read_json,
+    write_generation_config,
+    write_json,
+)
+from convert.command import atomic_path, check_free_space
+from convert.hf import write_weights
+from convert.names import Row, account, rows
+from convert.safetensor import read_safetensors, write_safetensors
+from convert.save import MAX_SHARD_SIZE
+from convert.stored import Bar, Index, Stored, contiguous, silent, stored
+from convert.sums import SUMS, check_sums, write_sums
+from convert.vocab import INITS, resized
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.rope import frequencies
+
+RECORD = "delta.json"
+MISSED = "missed.safetensors"
+TOLERANCE = 0.01  # of the sum of all numbers, as Alpaca's script has it
+
+
+@dataclass(frozen=True)
+class Record:
+    """delta.json: how the delta was made, and of every tensor under its Hugging Face name the SHA-256 of its bytes in
+    the base and in the target. Published deltas have none; then nothing but shapes tells a wrong base."""
+
+    dtype: str
+    init: str
+    base: dict[str, str] = field(default_factory=dict)
+    target: dict[str, str] = field(default_factory=dict)
+
+
+def make(
+    base: str | Path,
+    target: str | Path,
+    dst: str | Path,
+    dtype: str | None = None,
+    init: str | None = None,
+    overwrite: bool = False,
+    bar: Bar = silent,
+) -> None:
+    """Write target - base as a Hugging Face folder with the target's tokenizer, a Record and SHA256SUMS.
+
+    dtype: of the subtraction and of the file; None is the target's. Vicuna's deltas are float16, Alpaca's and
+    WizardLM's float32. init: of the rows by which the target's vocabulary is larger, zero (Vicuna v0) or mean (Alpaca,
+    WizardLM); None goes by the dtype. Raises PunaError where the two are not of one shape, or hold NaN or infinity.
+    """
+    new = _opened(target)
+    kind = dtype or main_dtype(new.tensors)
+    init = _init(init, kind)
+    new = _cast(new, kind)
+    old = _like(_cast(_opened(base), kind), new, init)
+    record = Record(kind, init)
+    missed: dict[str, Stored] = {}
+    deltas = {
+        row.hf: _subtracted(row, old.tensors[row.name], new.tensors[row.name], record, missed)
+        for row in rows(new.config)
+    }
+    with _folder(dst, overwrite, new, kind) as folder:
+        write_weights(folder, deltas, bar, MAX_SHARD_SIZE)
+        if missed:
+            write_safetensors(folder / MISSED, missed, lambda count: None)
+        write_json(folder / RECORD, vars(record))
+        write_sums(folder)
+
+
+def apply(
+    base: str | Path,
+    delta: str | Path,
+    dst: str | Path,
+    init: str | None = None,
+    total: float | None = None,
+    sums: str | Path | None = None,
+    overwrite: bool = False,
+    bar: Bar = silent,
+) -> None:
+    """Write base + delta as a Hugging Face folder with the delta's tokenizer and SHA256SUMS.
+
+    The sum is in the delta's dtype. init: as for `make`, where the delta does not say. total: what all numbers of the
+    result add up to, within TOLERANCE (Alpaca's check; see `_check_total`). sums: a list as sha256sum writes it, which
+    the files written must match. A SHA256SUMS in the folder of the base or of the delta is checked first.
+
+    Raises PunaError where the base is not the one that the delta was made from, as far as the delta tells: by names,
+    shapes and dtypes, and by SHA-256 where it has a Record; also for NaN, and where a check fails.
+    """
+    difference, old = _opened(delta), _opened(base)
+    for checkpoint in (old, difference):
+        if (checkpoint.folder / SUMS).is_file():
+            check_sums(checkpoint.folder, checkpoint.folder / SUMS, checkpoint.folder)
+    record = _read_record(difference)
+    if record.base and init not in (None, record.init):
+        raise PunaError(f"init {init}: {difference.folder} was made with init {record.init}; leave init out")
+    old = _like(_cast(old, record.dtype), difference, _init(init or record.init, record.dtype))
+    missed = _read_missed(difference.folder)
+    totals: list[float] = []
+    tensors = {
+        row.hf: _added(row, old.tensors[row.name], difference.tensors[row.name], record, missed, totals)
+        for row in rows(difference.config)
+    }
+    with _folder(dst, overwrite, difference, record.dtype) as folder:
+        write_weights(folder, tensors, bar, MAX_SHARD_SIZE)
+        if total is not None:
+            _check_total(math.fsum(totals), total, difference.config)
+        write_sums(folder)
+        if sums is not None:
+            check_sums(folder, Path(sums), "the result")
+
+
+def _opened(path: str | Path) -> Checkpoint:
+    checkpoint = open_model(path)
+    if checkpoint.quantized:
+        raise PunaError(f"{checkpoint.folder} is quantized: a delta is between the unquantized models")
+    return checkpoint
+
+
+def _init(init: str | None, dtype: str) -> str:
+    """How new rows start: as said, else as those who publish in this dtype have it."""
+    if init is None:
+        return "mean" if dtype == "float32" else "zero"
+    if init not in INITS:
+        raise PunaError(f"init {init!r} is not known; choose {' or '.join(INITS)}")
+    return init
+
+
+def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """In another dtype, one of which holds all numbers of the other. Raises PunaError for float16 and bfloat16."""
+    kind = np.dtype(as_dtype(dtype))
+    for name, tensor in checkpoint.tensors.items():
+        if jnp.promote_types(tensor.dtype, kind) not in (tensor.dtype, kind):
+            raise PunaError(
+                f"{tensor.where}: {name} is {tensor.dtype.name} and the delta {dtype}, neither of which holds the "
+                f"other's numbers: give the model in {dtype} or float32"
+            )
+    return replace(checkpoint, tensors={name: tensor.cast(kind) for name, tensor in checkpoint.tensors.items()})
+
+
+def _like(base: Checkpoint, other: Checkpoint, init: str) -> Checkpoint:
+    """The base with rows for the other's vocabulary. Raises PunaError where they still differ in names or shapes."""
+    said = f"{base.folder} (as the base of {other.folder})"
+    account((row.hf for row in rows(other.config)), (row.hf for row in rows(base.config)), said)
+    if other.config.vocab_size < base.config.vocab_size:
+        raise PunaError(f"{said} has {base.config.vocab_size} rows for {other.config.vocab_size} tokens: a wrong base")
+    grown = resized(base, other.config.vocab_size, init)
+    for ours, theirs in zip(rows(grown.config), rows(other.config), strict=True):
+        if ours.foreign_shape != theirs.foreign_shape:
+            shapes = f"{ours.foreign_shape}; the other has {theirs.foreign_shape}"
+            raise PunaError(f"{said}: {ours.hf} has shape {shapes}: a wrong base")
+    return grown
+
+
+def _subtracted(row: Row, base: Stored, target: Stored, record: Record, missed: dict[str, Stored]) -> Stored:
+    """target - base, computed when read; the hashes of both and what their sum misses are noted on the way."""
+
+    def read(index: Index) -> np.ndarray:
+        old, new = _numbers(row, base), _numbers(row, target)
+        record.base[row.hf], record.target[row.hf] = _digest(old), _digest(new)
+        with np.errstate(over="ignore"):  # the sum will miss those, too
+            delta = new - old
+            positions = np.flatnonzero(_bits(old + delta) != _bits(new))
+        if positions.size:
+            missed[f"{row.hf}.positions"] = stored(positions.astype(np.int64), row.hf)
+            missed[f"{row.hf}.values"] = stored(new.reshape(-1)[positions], row.hf)
+        return delta[index]
+
+    return replace(target, shape=row.foreign_shape, read=read)
+
+
+def _added(
+    row: Row, base: Stored, delta: Stored, record: Record, missed: dict[str, Stored], totals: list[float]
+) -> Stored:
+    """base + delta, computed and checked when read; its sum is noted on the way."""
+
+    def read(index: Index) -> np.ndarray:
+        old = _numbers(row, base)
+        if record.base and record.base.get(row.hf) != _digest(old):
+            raise PunaError(f"{base.where}: {row.hf} is not that of the base that {delta.where} was made from")
+        with np.errstate(over="ignore", invalid="ignore"):
+            new = old + contiguous(row.turned(delta).load())
+        if f"{row.hf}.positions" in missed:
+            new.reshape(-1)[missed[f"{row.hf}.positions"].load()] = missed[f"{row.hf}.values"].load()
+        _check_finite(row.hf, new, delta.where)
+        if record.target and record.target.get(row.hf) != _digest(new):
+            raise PunaError(f"{delta.where}: {row.hf} does not give the target it was made for: the file is damaged")
+        totals.append(float(new.sum(dtype=np.float64)))
+        return new[index]
+
+    return replace(delta, shape=row.foreign_shape, read=read)
+
+
+def _numbers(row: Row, tensor: Stored) -> np.ndarray:
+    """A whole tensor in Hugging Face's layout. Raises PunaError where it holds NaN or infinity."""
+    with np.errstate(over="ignore"):  # of a cast to float16: found in the next line
+        array = contiguous(row.turned(tensor).load())
+    _check_finite(row.hf, array, tensor.where)
+    return array
+
+
+def _check_finite(name: str, array: np.ndarray, where: str) -> None:
+    if wrong := int(array.size - np.isfinite(array).sum()):
+        raise PunaError(f"{where}: {name} holds {wrong} numbers that are NaN or infinite in {array.dtype.name}")
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(f"u{array.dtype.itemsize}")
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(_bits(array).data).hexdigest()
+
+
+@contextmanager
+def _folder(dst: str | Path, overwrite: bool, like: Checkpoint, dtype: str) -> Iterator[Path]:
+    """A new folder with the tokenizer and configuration of `like`, renamed when all is written."""
+    with atomic_path(dst, overwrite) as folder:
+        check_free_space(dst, like.nbytes)
+        folder.mkdir()
+        copy_files((*TOKENIZER_FILES, "generation_config.json"), like.folder, folder)
+        write_json(folder / "config.json", like.config.to_hf(dtype))
+        write_generation_config(folder, like.config)
+        yield folder
+
+
+def _read_record(delta: Checkpoint) -> Record:
+    """What delta.json says, or for a published delta what its files show. Raises PunaError for dtypes that disagree."""
+    dtype = main_dtype(delta.tensors)
+    for row in rows(delta.config):
+        if (found := delta.tensors[row.name].dtype.name) != dtype:
+            raise PunaError(f"{delta.tensors[row.name].where}: {row.hf} is {found} and the other tensors {dtype}")
+    path = delta.folder / RECORD
+    if not path.is_file():
+        return Record(dtype, _init(None, dtype))
+    said: dict[str, Any] = read_json(path)
+    try:
+        record = Record(**said)
+    except TypeError:
+        raise PunaError(f"{path} is not as `convert delta make` writes it: fetch it again") from None
+    if record.dtype != dtype:
+        raise PunaError(f"{delta.folder} holds {dtype} weights; its {RECORD} says {record.dtype}")
+    return record
+
+
+def _read_missed(folder: Path) -> dict[str, Stored]:
+    return read_safetensors(folder / MISSED) if (folder / MISSED).is_file() else {}
+
+
+def _check_total(found: float, expected: float, config: LlamaConfig) -> None:
+    """Alpaca's check: the sum over its state dict, 50637.1836 for Alpaca 7B. In the transformers of its day each
+    layer's rotary frequencies were part of that, so the sum may be given with them or without."""
+    buffers = config.num_hidden_layers * float(np.asarray(frequencies(config)[0], np.float64).sum())
+    if min(abs(found - expected), abs(found + buffers - expected)) > TOLERANCE:
+        raise PunaError(
+            f"the numbers of the result add up to {found:.4f} ({found + buffers:.4f} with the rotary frequencies of "
+            f"every layer), not {expected:.4f}: a wrong base, or a damaged delta"
+        )
