@@ -194,7 +194,7 @@ class Checkpoints:
             return True
         self._failure = CheckpointError(
             f"{self._not_written(step)}: it needs {needed:,} bytes and the disk has {free:,} free; free some, or lower "
-            "run.save_total_limit"
+            "run.keep_last"
         )
         _say(str(self._failure))
         return False

@@ -51,8 +51,12 @@ def changed_arrays(folder: Path, tree: Any) -> list[str]:
 
 @jax.jit
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
-    """`convert.manifest.fingerprint` of every array in `tree`, by dotted name, in one compiled program."""
-    return {name: manifest.fingerprint(x) for name, x in _named(tree).items()}
+    """`convert.manifest.fingerprint` of every array in `tree`, by dotted name, in one compiled program.
+
+    Arrays that are kept in host memory are brought to the device for it.
+    """
+    on_device = jax.device_put(_named(tree), jax.memory.Space.Device)
+    return {name: manifest.fingerprint(x) for name, x in on_device.items()}
 
 
 def _named(tree: Any) -> dict[str, Any]:
