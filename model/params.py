@@ -131,7 +131,7 @@ def unstack(params: Params) -> Params:
     if isinstance(params["layers"], tuple):
         return params
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
-    take = jax.jit(lambda layers, i: jax.tree.map(lambda x: x[i], layers), static_argnums=1)
+    take = jax.jit(lambda layers, i: jax.tree.map(lambda x: x[i], layers))  # one program for all layers
     return {**params, "layers": tuple(take(params["layers"], i) for i in range(depth))}
 
 
