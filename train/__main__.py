@@ -29,6 +29,35 @@ def run(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option("-n", help="How many processes.")] = 1,
+    cpu_devices: Annotated[int | None, typer.Option(help="Virtual CPU devices of each, in place of GPUs.")] = None,
+    max_restarts: Annotated[int, typer.Option(help="Give up after so many without a new checkpoint.")] = 3,
+    hang_minutes: Annotated[float, typer.Option(help="Restart after so long without a sign of life.")] = 30.0,
+) -> None:
+    """Train in several processes on this host, restarted from the last checkpoint after a death or a freeze."""
+    from train.launch import launch as supervise
+
+    run_dir = load_config(config, overrides or ()).run.output_dir
+    arguments = [str(config), *(overrides or ())]
+    raise typer.Exit(supervise(arguments, run_dir, processes, cpu_devices, max_restarts, hang_minutes))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    devices: Annotated[int | None, typer.Option(help="How many; as many as [mesh] says by default.")] = None,
+) -> None:
+    """Say what a step costs in memory, FLOPs and collectives, and which GPUs it fits, without running it."""
+    from train.plan import plan as bill
+
+    print(bill(load_config(config, overrides or ()), devices))
+
+
+@app.command()
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -50,6 +79,32 @@ def plot(
 
     draw(runs, output)
     print(output)
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or Hub data sets, to be merged.")],
+    destination: Annotated[Path, typer.Argument(help="A .json or .jsonl file to write.")],
+    clean: Annotated[bool, typer.Option("--clean", help="ShareGPT HTML to Markdown, whole exchanges only.")] = False,
+    dedupe: Annotated[bool, typer.Option("--dedupe", help="Drop equal ids and equal first exchanges.")] = False,
+    refusals: Annotated[bool, typer.Option("--without-refusals", help="Drop answers that refuse.")] = False,
+    phrases: Annotated[Path | None, typer.Option(help="Drop answers with one of this file's lines.")] = None,
+    script: Annotated[str | None, typer.Option(help="Keep what is mostly in it: latin, cjk, cyrillic, ...")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Split conversations to this many tokens.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Whose tokens --max-length counts.")] = None,
+    identity: Annotated[tuple[str, str] | None, typer.Option(help="NAME MAKER: add who the assistant is.")] = None,
+    test: Annotated[Path | None, typer.Option(help="A file for the held-out part.")] = None,
+    test_fraction: Annotated[float, typer.Option(help="How much is held out.")] = 0.05,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Clean, filter, de-duplicate and split conversations, in this order; print what became of them."""
+    from train.data import prepare as data
+
+    steps = data.chosen_steps(clean, dedupe, refusals, phrases, script, max_length, tokenizer)
+    added = list(data.identity(*identity)) if identity else []
+    counts = data.prepare(sources, destination, steps, added, test, test_fraction, overwrite)
+    for name, count in counts.items():
+        print(f"{name}: {count}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,277 @@
+"""Conversations made ready for training: cleaned, filtered, without duplicates, split to length.
+
+Every step is a function of one record that gives the records it becomes, or drops it for a reason; the reasons are
+counted. The rules are FastChat's for ShareGPT data (cleaning, splitting) and those of the WizardLM data without
+refusals (phrases).
+"""
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.command import atomic_path
+from model.errors import PunaError
+from model.tokenizer import Tokenizer, load_tokenizer
+from train.data.formats import detect_format, messages_of
+from train.data.markdown import html_to_markdown
+from train.data.permute import key, permute
+from train.data.readers import Faults, Row, read_rows
+
+Record = Mapping[str, Any]
+Step = Callable[[Record], list[Record]]
+
+BLOCKED_WORDS = ("openai", "chatgpt")
+RATE_LIMITED = ("Too many requests in 1 hour. Try again later.", "!Too many requests in 1 hour. Try again later.")
+SHORTEST = 16  # characters in a conversation worth keeping
+TURN_TOKENS = 6  # what FastChat counts for a turn beside its text
+
+REFUSALS = (
+    *("as an ai language model", "as a language model", "as an ai assistant", "as an artificial intelligence"),
+    *("i cannot fulfill", "i can't fulfill", "i cannot comply", "i'm sorry, but i can", "i apologize, but i can"),
+    *("it is not appropriate", "it's not appropriate", "against my programming", "ethical guidelines"),
+)
+
+
+class Dropped(Exception):
+    """A record is left out, for the reason given."""
+
+
+def turns_of(record: Record) -> list[dict[str, str]]:
+    """The turns of a ShareGPT record. Raises Dropped where they are not text under "from" and "value"."""
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+        for turn in turns
+    ):
+        raise Dropped("has no conversations of from and value")
+    return turns
+
+
+def clean(record: Record) -> list[Record]:
+    """A ShareGPT record as Markdown, from a human's turn to an answer, or dropped."""
+    turns = turns_of(record)
+    if turns and turns[0]["from"] != "human":
+        turns = turns[1:]
+    if turns and turns[-1]["from"] == "human":
+        turns = turns[:-1]
+    kept = []
+    for number, turn in enumerate(turns):
+        if turn["from"] != ("human", "gpt")[number % 2]:
+            raise Dropped("roles do not alternate")
+        if any(word in turn["value"].lower() for word in BLOCKED_WORDS):
+            raise Dropped("contains a blocked word")
+        text = html_to_markdown(turn["value"])
+        if turn["from"] == "gpt" and text.startswith(RATE_LIMITED):
+            raise Dropped("contains a rate-limit answer")
+        if not text or not text[0].isprintable():
+            break  # an answer that was never given; what came before stands
+        kept.append({"from": turn["from"], "value": text})
+    kept = kept[: len(kept) // 2 * 2]
+    if sum(len(turn["value"]) for turn in kept) < SHORTEST:
+        raise Dropped("is too short")
+    return [{**record, "conversations": kept}]
+
+
+def without_phrases(phrases: Sequence[str] = REFUSALS) -> Step:
+    """Drops a record of any format in which an answer holds one of `phrases`, whatever their case; others stay as
+    they are."""
+    folded = [phrase.casefold() for phrase in phrases]
+
+    def step(record: Record) -> list[Record]:
+        form = detect_format(record)
+        answers = (
+            [record["text"]]
+            if form == "text"
+            else [turn["content"] for turn in messages_of(record, form) if turn["role"] == "assistant"]
+        )
+        if any(phrase in answer.casefold() for answer in answers for phrase in folded):
+            raise Dropped("contains a listed phrase")
+        return [record]
+
+    return step
+
+
+def without_duplicates() -> Step:
+    """Drops a record whose id, or whose first question and answer, was seen before."""
+    seen: set[Any] = set()
+
+    def step(record: Record) -> list[Record]:
+        if record.get("id") is not None and record["id"] in seen:
+            raise Dropped("has the id of another")
+        form = detect_format(record)
+        if form == "text":
+            first: tuple[str, ...] = (record["text"],)
+        else:
+            first = tuple(turn["content"] + turn.get("input", "") for turn in messages_of(record, form)[:2])
+        if first in seen:
+            raise Dropped("begins as another does")
+        seen.update({first, record.get("id")})
+        return [record]
+
+    return step
+
+
+def in_script(script: str, share: float = 0.5) -> Step:
+    """Drops a record in which less than `share` of the letters are of a Unicode script, such as "latin" or "cjk".
+
+    This tells languages apart by their writing only: FastChat's filter used a language detector.
+    """
+    name = script.upper()
+
+    def step(record: Record) -> list[Record]:
+        letters = [letter for letter in json.dumps(record, ensure_ascii=False) if letter.isalpha()]
+        found = sum(unicodedata.name(letter, "").startswith(name) for letter in letters)
+        if found < share * len(letters):
+            raise Dropped(f"is not mostly {script}")
+        return [record]
+
+    return step
+
+
+def split_long(tokenizer: Tokenizer, max_length: int, lose_last: bool = False) -> Step:
+    """Splits a ShareGPT record where the next question and answer would take it above `max_length` tokens; parts have
+    the id `<id>_<first turn>`, and an odd last turn goes.
+
+    FastChat loses the last pair where that is what causes a split; `lose_last` does so too.
+    """
+
+    def step(record: Record) -> list[Record]:
+        turns = turns_of(record)
+        turns = turns[: len(turns) // 2 * 2]
+        bos = tokenizer.bos_id is not None
+        sizes = [len(tokenizer.encode(turn["value"])) + bos + TURN_TOKENS for turn in turns]
+        cuts, total = [0], 0
+        for number in range(0, len(turns), 2):
+            pair = sizes[number] + sizes[number + 1]
+            if total + pair > max_length:
+                cuts.append(number)
+                total = 0
+            total += pair
+        if not (lose_last and cuts[-1] == len(turns) - 2 and len(cuts) > 1):
+            cuts.append(len(turns))
+        return [
+            {**record, "id": f"{record.get('id', '')}_{start}", "conversations": turns[start:end]}
+            for start, end in zip(cuts, cuts[1:], strict=False)
+            if start < end
+        ]
+
+    return step
+
+
+def alternating(record: Record) -> list[Record]:
+    """Drops a ShareGPT record that is empty, or in which human and gpt do not take turns."""
+    turns = turns_of(record)
+    if not turns or any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
+        raise Dropped("roles do not alternate")
+    return [record]
+
+
+def identity(name: str, maker: str) -> Iterator[Record]:
+    """Conversations in which an assistant says who it is."""
+    asked = (
+        *("Who are you?", "What is your name?", "Who made you?", "What are you?", "Introduce yourself."),
+        *("Who created you?", "Are you a person?", "What should I call you?", "Which model are you?"),
+    )
+    answers = (
+        f"I am {name}, a language model trained by {maker}.",
+        f"My name is {name}, and I am a language model developed by {maker}.",
+        f"You can call me {name}. I am an assistant trained by {maker}.",
+    )
+    for number, (question, answer) in enumerate((q, a) for q in asked for a in answers):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        yield {"id": f"identity_{number}", "conversations": turns}
+
+
+def chosen_steps(
+    cleaned: bool,
+    deduplicated: bool,
+    refusals: bool,
+    phrases: Path | None,
+    script: str | None,
+    max_length: int | None,
+    tokenizer: Path | None,
+) -> list[Step]:
+    """The steps that the command's options ask for, in order. Raises PunaError where one needs another."""
+    if (max_length is None) != (tokenizer is None):
+        raise PunaError("--max-length counts a tokenizer's tokens: give --max-length and --tokenizer together")
+    steps: list[Step] = [clean] if cleaned else []
+    if script:
+        steps.append(in_script(script))
+    if refusals:
+        steps.append(without_phrases())
+    if phrases:
+        steps.append(without_phrases([line for line in phrases.read_text("utf-8").splitlines() if line.strip()]))
+    if deduplicated:
+        steps.append(without_duplicates())
+    if max_length is not None and tokenizer is not None:
+        steps += [split_long(load_tokenizer(tokenizer), max_length), alternating]
+    return steps
+
+
+def apply(rows: Iterable[Row], steps: Sequence[Step], counts: Counter[str], faults: Faults) -> Iterator[Record]:
+    """The records of `rows` after all `steps`, in order; `counts` gets what was read, kept, and dropped by reason."""
+    for path, line, record in rows:
+        counts["read"] += 1
+        current: list[Record] = [record]
+        for step in steps:
+            following: list[Record] = []
+            for each in current:
+                try:
+                    following += step(each)
+                except Dropped as reason:
+                    counts[f"dropped: {reason}"] += 1
+                except PunaError as error:
+                    faults.add(path, line, str(error))
+            current = following
+        counts["kept"] += len(current)
+        yield from current
+
+
+def prepare(
+    sources: Sequence[str],
+    destination: str | Path,
+    steps: Sequence[Step],
+    added: Sequence[Record] = (),
+    test: str | Path | None = None,
+    test_fraction: float = 0.05,
+    overwrite: bool = False,
+) -> Counter[str]:
+    """Read `sources` one after another (merging them), put every record through `steps`, append `added`, and write
+    `destination`: a JSON list where it ends in .json, else JSON lines. `test` gets `test_fraction` of it instead,
+    where given. Returns the counts.
+
+    Raises:
+        PunaError: the sources have faults (named by line), or nothing is left.
+    """
+    faults, counts = Faults(), Counter[str]()
+    rows = (row for source in sources for row in read_rows(source, faults))
+    kept = [*apply(rows, steps, counts, faults), *added]
+    faults.check()
+    if not kept:
+        raise PunaError(f"nothing is left of {', '.join(sources)}: {counts}")
+    if test is not None:
+        kept, held_out = split_train_test(kept, test_fraction)
+        counts["held out"] = len(held_out)
+        write_records(test, held_out, overwrite)
+    write_records(destination, kept, overwrite)
+    return counts
+
+
+def write_records(destination: str | Path, records: Sequence[Record], overwrite: bool = False) -> None:
+    """Write a JSON list where `destination` ends in .json, else JSON lines."""
+    with atomic_path(destination, overwrite) as temporary:
+        if Path(destination).suffix == ".json":
+            temporary.write_text(json.dumps(records, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        else:
+            temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def split_train_test(records: Sequence[Record], fraction: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
+    """Two parts in the order of `records`, the second with `fraction` of them (rounded up), chosen by `seed`."""
+    size = len(records)
+    held = set(permute(range(size), size, key(seed, 4))[: -int(-size * fraction // 1)].tolist())
+    both = [[record for number, record in enumerate(records) if (number in held) == part] for part in (False, True)]
+    return both[0], both[1]
