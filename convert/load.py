@@ -4,7 +4,7 @@ The stacked parameters are allocated empty on their devices; each layer is read 
 local devices hold, and written into its place. So loading needs the parameters' memory and one layer more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jax.typing import DTypeLike
 
 from convert.checkpoint import Checkpoint, open_model
+from convert.peft import apply_adapters
 from convert.stored import Index, Stored, contiguous
 from model.config import LlamaConfig
 from model.params import LINEARS, Params, ParamSpec, param_specs
@@ -30,16 +31,19 @@ def load_model(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     quantize: Format | Quantize | None = None,
+    adapters: Sequence[str | Path] = (),
 ) -> tuple[LlamaConfig, Params]:
     """The config and the stacked parameters of the model at `path`: a folder of any format we read, or a Hub id.
 
     dtype: what to convert to; None keeps what is stored. mesh: the devices to load onto (sharded as
     model.sharding.RULES say); None is the first device. quantize: int8, int4 or nf4, or a function from a weight to a
-    quantized one, for the layers' linear weights; each is quantized as it is read.
+    quantized one, for the layers' linear weights; each is quantized as it is read. adapters: PEFT folders, all active,
+    in order, unmerged; one that saved a larger vocabulary changes the config.
     Raises PunaError naming what is wrong with the files.
     """
     checkpoint = open_model(path)
-    return checkpoint.config, load_params(checkpoint, dtype, mesh, quantize)
+    params = load_params(checkpoint, dtype, mesh, quantize)
+    return apply_adapters(params, checkpoint.config, adapters, mesh)
 
 
 def load_params(

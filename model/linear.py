@@ -1,10 +1,20 @@
 """The one linear map. What a weight *is* (plain, quantized, with adapters) is a type of leaf, told apart here only."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-Weight = Array
+from model import lora, quantize
+from model.lora import LoraArray
+from model.quantize import QuantizedArray
+from model.sharding import named_sharding
+
+Weight = Array | QuantizedArray | LoraArray
 
 
 def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | None = None) -> Array:
@@ -12,8 +22,37 @@ def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | N
 
     Leading axes are flattened first: a 3-D product has a slow weight gradient on CPU.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    y = jnp.matmul(flat, w.astype(x.dtype), preferred_element_type=out_dtype)
+    y = product(x.reshape(-1, x.shape[-1]), w, out_dtype)
     if b is not None:
         y = y + b.astype(y.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
+    """x [M, in] times one weight [in, out] of any kind."""
+    match w:
+        case QuantizedArray():
+            return quantize.matmul(x, w).astype(out_dtype or x.dtype)
+        case LoraArray():
+            return lora.adapted(x, w, lambda x: product(x, w.base, out_dtype))
+        case _:
+            return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=out_dtype)
+
+
+def shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> Any:
+    """The `NamedSharding` of every leaf of a weight whose dimensions mean `axes` (..., in, out).
+
+    `w` may be abstract. Raises PunaError where a dimension of a plain array does not divide over the mesh.
+    """
+    match w:
+        case QuantizedArray():
+            return quantize.shardings(w, axes, mesh, name)
+        case LoraArray():
+            return lora.shardings(w, axes, mesh, name, shardings(w.base, axes, mesh, name))
+        case _:
+            return named_sharding(mesh, axes, w.shape, name)
+
+
+def is_weight(leaf: object) -> bool:
+    """Whether a node of a parameter tree is one weight, though it may hold several arrays."""
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, QuantizedArray, LoraArray))

@@ -1,0 +1,354 @@
+"""PEFT adapter folders, in and out: adapter_config.json beside adapter_model.safetensors (or .bin).
+
+Tensors say which modules are adapted and at what rank; the settings say how they are scaled. Every tensor and every
+active setting is honoured or refused by name.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from convert.checkpoint import read_json, write_json
+from convert.command import atomic_path
+from convert.pickled import read_pickled
+from convert.safetensor import read_safetensors, write_safetensors
+from convert.stored import Stored, contiguous, stored
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.lora import MODULES, SAVED_MODULES, LoraArray, module_value, shardings, with_magnitude
+from model.params import Params, param_shardings, param_specs
+
+_KEY = re.compile(r"model\.layers\.(\d+)\.([\w.]+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+_SAVED = re.compile(r"(?:model\.)?(embed_tokens|lm_head)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight")
+_DUPLICATE = re.compile(
+    r"(?:model\.)?(?:embed_tokens|lm_head)\.(?:modules_to_save(?:\.default)?|original_module)\.weight"
+)
+_OURS = {module: name for name, module in MODULES.items()}
+
+# Settings that say where an adapter came from or how it was trained, or whose effect the tensors show.
+_TOLD = frozenset(
+    """
+    peft_type r lora_alpha use_rslora use_dora rank_pattern alpha_pattern modules_to_save lora_dropout bias
+    target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights task_type inference_mode
+    base_model_name_or_path revision auto_mapping peft_version megatron_core qalora_group_size runtime_config
+    """.split()
+)
+_REWRITES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializations that also change the base weights
+
+
+class Factors(NamedTuple):
+    """One module's adapter as stored: a [r, in], b [out, r], magnitude [out] (DoRA), and its scale."""
+
+    a: Stored
+    b: Stored
+    magnitude: Stored | None
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder. `factors` are named `layers.3.wq`; `saved` are whole `embed` and `lm_head`, [V, D]."""
+
+    folder: Path
+    settings: dict[str, Any]
+    factors: dict[str, Factors]
+    saved: dict[str, Stored] = field(default_factory=dict)
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """The adapter in `folder`, its tensors unread.
+
+    Raises PunaError for a setting that is active and not supported, and for tensors that are unknown, left without
+    their other half, of rank 0 or of another rank than the settings say.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise PunaError(f"{folder} has no adapter_config.json: give the folder of a PEFT adapter")
+    settings = read_json(folder / "adapter_config.json")
+    _check_settings(settings, folder)
+    tensors = _read_tensors(folder)
+    parts: dict[str, dict[str, Stored]] = {}
+    saved: dict[str, Stored] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        key = name.removeprefix("base_model.model.")
+        if (match := _KEY.fullmatch(key)) and match[2] in _OURS:
+            parts.setdefault(f"layers.{match[1]}.{_OURS[match[2]]}", {})[match[3]] = tensor
+        elif _DUPLICATE.fullmatch(key) and _plain(name) in tensors:
+            continue  # written after a resize, beside the weight that counts
+        elif match := _SAVED.fullmatch(key):
+            saved[SAVED_MODULES[match[1]]] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        raise PunaError(f"{folder}: {', '.join(sorted(unknown)[:8])} belong to no part of a LLaMA that can be adapted")
+    factors = {name: _factors(name, part, settings, folder) for name, part in parts.items()}
+    if not factors and not saved:
+        raise PunaError(f"{folder} holds no adapter tensors")
+    return Adapter(folder, settings, factors, saved)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\.(modules_to_save(\.default)?|original_module)\.weight$", ".weight", name)
+
+
+def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    where = f"{folder}/adapter_config.json"
+    if (kind := settings.get("peft_type", "LORA")) != "LORA":
+        raise PunaError(f"{where}: peft_type {kind!r} is not supported; Puna reads LORA")
+    if settings.get("bias", "none") != "none":
+        raise PunaError(f"{where}: bias {settings['bias']!r} is not supported; only 'none' is")
+    start = settings.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
+        raise PunaError(
+            f"{where}: init_lora_weights {start!r} changes the base weights; convert it to plain LoRA in peft"
+        )
+    active = {key: value for key, value in settings.items() if value not in (None, False, "", {}, [])}
+    if unknown := sorted(active.keys() - _TOLD):
+        said = ", ".join(f"{key} = {active[key]!r}" for key in unknown)
+        raise PunaError(f"{where}: {said} is active and not supported")
+
+
+def _read_tensors(folder: Path) -> dict[str, Stored]:
+    if (file := folder / "adapter_model.safetensors").is_file():
+        return read_safetensors(file)
+    if (file := folder / "adapter_model.bin").is_file():
+        return read_pickled(file)
+    raise PunaError(f"{folder} has no adapter_model.safetensors and no adapter_model.bin: fetch the weights")
+
+
+def _factors(name: str, part: Mapping[str, Stored], settings: Mapping[str, Any], folder: Path) -> Factors:
+    if missing := {"lora_A", "lora_B"} - part.keys():
+        raise PunaError(f"{folder}: {_module(name)} lacks its {' and '.join(sorted(missing))}")
+    a, b, magnitude = part["lora_A"], part["lora_B"], part.get("lora_magnitude_vector")
+    if magnitude is not None and len(magnitude.shape) > 1:
+        magnitude = replace(magnitude, shape=(max(magnitude.shape),), read=_flat(magnitude))
+    if (magnitude is not None) != bool(settings.get("use_dora")):
+        raise PunaError(f"{folder}: {_module(name)}: use_dora and lora_magnitude_vector must come together")
+    rank = module_value(settings.get("rank_pattern") or {}, _module(name), settings.get("r", 8))
+    alpha = module_value(settings.get("alpha_pattern") or {}, _module(name), settings.get("lora_alpha", 8))
+    if a.shape[0] != b.shape[1] or a.shape[0] != rank or rank < 1:
+        raise PunaError(
+            f"{folder}: {_module(name)} has factors of rank {a.shape[0]} and {b.shape[1]}; the settings say {rank}. "
+            "An adapter has one rank of at least 1"
+        )
+    return Factors(a, b, magnitude, alpha / (rank**0.5 if settings.get("use_rslora") else rank))
+
+
+def _flat(tensor: Stored) -> Any:
+    return lambda index: tensor.load().reshape(-1)[index]
+
+
+def _module(name: str) -> str:
+    _, number, weight = name.split(".")
+    return f"model.layers.{number}.{MODULES[weight]}"
+
+
+# --------------------------------------------------------------------------------------------------------------- apply
+
+
+def apply_adapters(
+    params: Params, config: LlamaConfig, adapters: Iterable[Adapter | str | Path], mesh: Mesh | None = None
+) -> tuple[LlamaConfig, Params]:
+    """Stacked parameters with every adapter active, in order, unmerged; a saved embedding replaces the base's.
+
+    Raises PunaError where an adapter does not fit the model: other shapes, missing layers, fewer vocabulary rows, or
+    numbers that are not finite.
+    """
+    for given in adapters:
+        adapter = given if isinstance(given, Adapter) else read_adapter(given)
+        check_fits(adapter, config)
+        specs = param_specs(config)
+        layers = dict(params["layers"])
+        for name in dict.fromkeys(name.split(".")[2] for name in adapter.factors):
+            layers[name] = _stacked(adapter, name, layers[name], specs["layers"][name].axes, mesh)
+        params = {**params, "layers": layers}
+        config, params = _replace_saved(params, config, adapter, mesh)
+    return config, params
+
+
+def check_fits(adapter: Adapter, config: LlamaConfig) -> None:
+    """Raises PunaError unless the adapter's shapes are those of adapters for this model."""
+    shapes = param_specs(config)["layers"]
+    for name, factors in adapter.factors.items():
+        _, number, weight = name.split(".")
+        _, n_in, n_out = shapes[weight].shape
+        found = (factors.a.shape[1], factors.b.shape[0])
+        if int(number) >= config.num_hidden_layers or found != (n_in, n_out):
+            raise PunaError(
+                f"{adapter.folder}: {_module(name)} adapts {found[0]} inputs and {found[1]} outputs; this base has "
+                f"{n_in} and {n_out} in {config.num_hidden_layers} layers. The adapter belongs to another base"
+            )
+    vocab, width = config.vocab_size, config.hidden_size
+    for name, tensor in adapter.saved.items():
+        if len(tensor.shape) != 2 or tensor.shape[1] != width or tensor.shape[0] < vocab:
+            raise PunaError(
+                f"{adapter.folder}: its {name} is {tensor.shape} and the base's {(vocab, width)}: rows may grow only"
+            )
+    if len({tensor.shape[0] for tensor in adapter.saved.values()}) > 1:
+        raise PunaError(f"{adapter.folder}: embed_tokens and lm_head have different numbers of rows")
+    grown = any(tensor.shape[0] > vocab for tensor in adapter.saved.values())
+    if grown and len(adapter.saved) < 2 and (not config.tie_word_embeddings or "embed" not in adapter.saved):
+        raise PunaError(f"{adapter.folder}: the vocabulary grows, and only one of embed_tokens and lm_head was saved")
+
+
+def is_untied_by(adapter: Adapter, config: LlamaConfig) -> bool:
+    """Whether a tied model has two tables after this adapter: the head saved, or the embedding alone trained."""
+    trained = "embed_tokens" in (adapter.settings.get("modules_to_save") or ())
+    grown = any(tensor.shape[0] > config.vocab_size for tensor in adapter.saved.values())
+    return config.tie_word_embeddings and ("lm_head" in adapter.saved or (trained and not grown))
+
+
+def load_finite(tensor: Stored, what: str) -> np.ndarray:
+    """The tensor in memory. Raises PunaError where it holds a NaN or an infinity."""
+    array = contiguous(tensor.load())
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise PunaError(f"{tensor.where}: {what} holds numbers that are not finite; the adapter's training diverged")
+    return array
+
+
+def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: Mesh | None) -> LoraArray:
+    """All layers' adapters of one weight, ranks padded with zeros to the largest."""
+    L, n_in, n_out = base.shape
+    found = [adapter.factors.get(f"layers.{i}.{name}") for i in range(L)]
+    ranks = tuple(factors.rank if factors else 0 for factors in found)
+    a, b = np.zeros((L, n_in, max(ranks)), np.float32), np.zeros((L, max(ranks), n_out), np.float32)
+    for i, factors in enumerate(found):
+        if factors is not None:
+            a[i, :, : ranks[i]] = load_finite(factors.a, f"{name} lora_A of layer {i}").astype(np.float32).T
+            b[i, : ranks[i]] = load_finite(factors.b, f"{name} lora_B of layer {i}").astype(np.float32).T
+    scale = jnp.array([factors.scale if factors else 0.0 for factors in found], jnp.float32)
+    rate = float(adapter.settings.get("lora_dropout") or 0.0)
+    w = LoraArray(base, jnp.asarray(a), jnp.asarray(b), scale, ranks=ranks, dropout=rate)
+    if adapter.settings.get("use_dora"):
+        w = with_magnitude(w, None)
+        own = [
+            None if factors is None or factors.magnitude is None else load_finite(factors.magnitude, name)
+            for factors in found
+        ]
+        started = np.asarray(w.magnitude)  # a layer without adapter keeps the base's norms, which change nothing
+        magnitude = [started[i] if row is None else row.astype(np.float32) for i, row in enumerate(own)]
+        w = replace(w, magnitude=jnp.asarray(np.stack(magnitude)))
+    if mesh is None:
+        return w
+    where = shardings(w, axes, mesh, f"layers/{name}", None)
+    return replace(jax.device_put(replace(w, base=None), where), base=base)
+
+
+def _replace_saved(
+    params: Params, config: LlamaConfig, adapter: Adapter, mesh: Mesh | None
+) -> tuple[LlamaConfig, Params]:
+    if not adapter.saved:
+        return config, params
+    dtype = params["embed"].dtype
+    params = dict(params)
+    untied = is_untied_by(adapter, config)
+    if untied:
+        params["lm_head"] = jnp.array(params["embed"].T)
+    for name, tensor in adapter.saved.items():
+        if name == "lm_head" and config.tie_word_embeddings and not untied:
+            continue
+        array = load_finite(tensor, name)
+        params[name] = jnp.asarray(array if name == "embed" else array.T).astype(dtype)
+    config = replace(
+        config,
+        vocab_size=params["embed"].shape[0],
+        tie_word_embeddings=config.tie_word_embeddings and not untied,
+    )
+    if mesh is not None:
+        where = param_shardings(config, mesh)
+        params |= {name: jax.device_put(params[name], where[name]) for name in ("embed", "lm_head") if name in params}
+    return config, params
+
+
+# --------------------------------------------------------------------------------------------------------------- write
+
+
+def save_adapter(
+    path: str | Path,
+    params: Params,
+    modules_to_save: Sequence[str] = (),
+    rslora: bool = False,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the adapters of stacked parameters (as `lora.split` gives the trained part joined) as a PEFT folder.
+
+    Ranks and scales that differ become patterns; with `rslora` alphas are such that peft divides by sqrt(rank).
+    Raises PunaError for parameters without adapters, or with several over one weight.
+    """
+    adapted = {name: w for name, w in params["layers"].items() if isinstance(w, LoraArray)}
+    if not adapted and not modules_to_save:
+        raise PunaError("these parameters have no adapter to save")
+    if nested := [name for name, w in adapted.items() if isinstance(w.base, LoraArray)]:
+        raise PunaError(f"{nested[0]} has several adapters: merge them, or save each where it was made")
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, w in adapted.items():
+        a, b, scale = (np.asarray(jax.device_get(x)) for x in (w.a, w.b, w.scale))
+        for i, rank in enumerate(w.ranks):
+            if not rank:
+                continue
+            module = f"model.layers.{i}.{MODULES[name]}"
+            ranks[module], alphas[module] = rank, _alpha(scale[i], rank**0.5 if rslora else rank)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a[i, :, :rank].T
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b[i, :rank].T
+            if w.magnitude is not None:
+                tensors[f"base_model.model.{module}.lora_magnitude_vector"] = np.asarray(w.magnitude[i])
+    for module in modules_to_save:
+        table = np.asarray(jax.device_get(params[SAVED_MODULES[module]]))
+        prefix = "model." if module == "embed_tokens" else ""
+        tensors[f"base_model.model.{prefix}{module}.weight"] = table if module == "embed_tokens" else table.T
+    settings = _settings(adapted, ranks, alphas)
+    settings |= {"modules_to_save": list(modules_to_save) or None, "use_rslora": rslora}
+    settings |= {"base_model_name_or_path": base_model}
+    with atomic_path(path, overwrite) as folder:
+        folder.mkdir()
+        write_json(folder / "adapter_config.json", settings)
+        file = folder / "adapter_model.safetensors"
+        write_safetensors(file, {key: stored(contiguous(x), key) for key, x in tensors.items()}, lambda count: None)
+
+
+def _alpha(scale: np.float32, divisor: float) -> float:
+    """The shortest alpha that gives this scale to the bit."""
+    exact = float(scale) * divisor
+    return next(
+        (a for digits in range(1, 17) if np.float32((a := float(f"{exact:.{digits}g}")) / divisor) == scale), exact
+    )
+
+
+def _settings(
+    adapted: Mapping[str, LoraArray], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
+    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 8.0
+    whole = all(all(w.ranks) for w in adapted.values())
+    names = [MODULES[name].split(".")[1] for name in adapted] if whole else list(ranks)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": max((w.dropout for w in adapted.values()), default=0.0),
+        "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
+        "target_modules": names,
+        "use_dora": any(w.magnitude is not None for w in adapted.values()),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

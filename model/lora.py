@@ -1,0 +1,327 @@
+"""LoRA (arXiv:2106.09685): a low-rank update beside a frozen weight of any kind, and what is done with a tree of them.
+
+Over a quantized weight this is QLoRA; over another LoRA, several adapters at once. Training splits the tree in two:
+`jax.grad` with respect to the trained part is all it takes, and the base has neither gradient nor optimizer state.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.params import LINEARS, Params, ParamSpec, param_specs
+from model.quantize import QuantizedArray, dequantize, quantize
+from model.sharding import RULES, named_sharding
+
+# The names by which users, configs and peft call the linear weights of a layer, and the two large ones outside.
+MODULES = {
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "w_gate": "mlp.gate_proj",
+    "w_up": "mlp.up_proj",
+    "w_down": "mlp.down_proj",
+}
+SAVED_MODULES = {"embed_tokens": "embed", "lm_head": "lm_head"}
+
+
+@struct.dataclass
+class LoraArray:
+    """The weight base + scale * a @ b; with a `magnitude`, that weight's columns rescaled to it (DoRA).
+
+    `base` [..., in, out] is an array, a QuantizedArray or another LoraArray; `a` [..., in, r]; `b` [..., r, out];
+    `scale` float32 [...], one per layer. DoRA (arXiv:2402.09353) has `magnitude` [..., out] and keeps `base_square`,
+    the squared norms of the base's columns, float32 [..., out]. A `key` [...] drops inputs of `a` at rate `dropout`.
+    `ranks` are the layers' own; lower ones than r are padded with zeros, and 0 is a layer without adapter.
+    """
+
+    base: Any
+    a: Array
+    b: Array
+    scale: Array
+    magnitude: Array | None = None
+    base_square: Array | None = None
+    key: Array | None = None
+    ranks: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    dropout: float = struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight: [..., in, out]."""
+        return self.base.shape
+
+
+def adapted(x: Array, w: LoraArray, base: Callable[[Array], Array]) -> Array:
+    """x [M, in] times one adapted weight -> [M, out]; `base` multiplies by `w.base`.
+
+    The norm that DoRA divides by is a constant to the gradient, as the paper proposes. It comes from norms and inner
+    products, so that no dense weight is ever built.
+    """
+    dropped = x if w.key is None else _dropout(x, w.key, w.dropout)
+    y = base(x)
+    update = (dropped @ w.a.astype(x.dtype)) @ w.b.astype(x.dtype) * w.scale.astype(x.dtype)
+    update = update.astype(y.dtype)
+    if w.magnitude is None:
+        return y + update
+    gain = (w.magnitude / lax.stop_gradient(_column_norm(w, base))).astype(y.dtype)
+    return y + (gain - 1) * (y if w.key is None else base(dropped)) + gain * update
+
+
+def _column_norm(w: LoraArray, base: Callable[[Array], Array]) -> Array:
+    """The norm of each column of base + scale * a @ b, float32 [out], by the binomial formula."""
+    a, b = w.a.astype(jnp.float32), w.b.astype(jnp.float32)
+    cross = (base(a.T).astype(jnp.float32) * b).sum(axis=0)
+    square = ((a.T @ a) @ b * b).sum(axis=0)
+    base_square = jnp.asarray(w.base_square)
+    return jnp.sqrt(base_square + 2 * w.scale * cross + w.scale**2 * square)
+
+
+def _dropout(x: Array, key: Array, rate: float) -> Array:
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+# ------------------------------------------------------------------------------------------------- trees with adapters
+
+
+def add(
+    params: Params,
+    config: LlamaConfig,
+    key: Array,
+    *,
+    rank: int = 8,
+    alpha: float = 8.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] | str = "all-linear",
+    modules_to_save: Sequence[str] = (),
+    rslora: bool = False,
+    dora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[LlamaConfig, Params]:
+    """Puts fresh adapters over stacked parameters: a uniform as Kaiming's, b zero, so the model stays as it was.
+
+    targets: names as `q_proj`, or "all-linear". scale: alpha / rank, or alpha / sqrt(rank) with rslora. The patterns
+    give modules whose name `model.layers.0.self_attn.q_proj` ends in a key (a regular expression) another rank or
+    alpha. modules_to_save: `embed_tokens`, `lm_head`, trained whole; this unties them. The config returned says so.
+    Raises PunaError for a rank below 1, an unknown target or module, or a pattern that matches nothing.
+    """
+    rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+    weights = target_weights(targets)
+    specs, depth = param_specs(config), config.num_hidden_layers
+    modules = [f"model.layers.{i}.{MODULES[name]}" for name in weights for i in range(depth)]
+    for pattern in rank_pattern | alpha_pattern:
+        if not any(_matches(pattern, module) for module in modules):
+            raise PunaError(f"pattern {pattern!r} matches no adapted module; targets are {targets!r}")
+    layers = dict(params["layers"])
+    for name in weights:
+        names = [f"model.layers.{i}.{MODULES[name]}" for i in range(depth)]
+        ranks = tuple(module_value(rank_pattern, module, rank) for module in names)
+        alphas = [module_value(alpha_pattern, module, alpha) for module in names]
+        if min(ranks) < 1:
+            raise PunaError(f"lora rank {min(ranks)} of {MODULES[name]}: an adapter's rank is at least 1")
+        scale = [alpha / (rank**0.5 if rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)]
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        layers[name] = _fresh(own, layers[name], ranks, scale, dropout, dora, specs["layers"][name], mesh, name)
+    return _untie({**params, "layers": layers}, config, modules_to_save)
+
+
+def target_weights(targets: Sequence[str] | str) -> list[str]:
+    """Our names of the weights that `targets` name. Raises PunaError for a name that is no linear of a LLaMA."""
+    if targets == "all-linear":
+        return list(LINEARS)
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    names = {module.split(".")[1]: ours for ours, module in MODULES.items()}
+    if not targets or not names.keys() >= set(targets):
+        raise PunaError(f"lora targets {targets}: choose from {', '.join(names)}, or all-linear")
+    return [names[target] for target in targets]
+
+
+def _matches(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def module_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches, as peft chooses it."""
+    return next((value for pattern, value in patterns.items() if _matches(pattern, module)), default)
+
+
+def _fresh(
+    key: Array,
+    base: Any,
+    ranks: tuple[int, ...],
+    scale: list[float],
+    dropout: float,
+    dora: bool,
+    spec: ParamSpec,
+    mesh: Mesh | None,
+    name: str,
+) -> LoraArray:
+    L, n_in, n_out = base.shape
+    r, bound = max(ranks), n_in**-0.5
+    a = jax.random.uniform(key, (L, n_in, r), jnp.float32, -bound, bound)
+    a = jnp.where(jnp.arange(r) < jnp.array(ranks)[:, None, None], a, 0)
+    w = LoraArray(base, a, jnp.zeros((L, r, n_out)), jnp.array(scale, jnp.float32), ranks=ranks, dropout=dropout)
+    w = with_magnitude(w, None) if dora else w
+    if mesh is None:
+        return w
+    where = shardings(w, spec.axes, mesh, f"layers/{name}", None)
+    return replace(jax.device_put(replace(w, base=None), where), base=base)
+
+
+def with_magnitude(w: LoraArray, magnitude: Array | None) -> LoraArray:
+    """The stacked adapter as DoRA; None starts from the base's own norms, which changes nothing."""
+    square = jax.jit(lambda base: lax.map(lambda layer: jnp.square(dense(layer)).sum(axis=0), base))(w.base)
+    return replace(w, magnitude=jnp.sqrt(square) if magnitude is None else magnitude, base_square=square)
+
+
+def _untie(params: Params, config: LlamaConfig, modules: Sequence[str]) -> tuple[LlamaConfig, Params]:
+    """Parameters whose saved modules are arrays of their own: trained apart, a tied head stays behind."""
+    if unknown := [module for module in modules if module not in SAVED_MODULES]:
+        raise PunaError(f"lora modules_to_save: {', '.join(unknown)}; choose from {', '.join(SAVED_MODULES)}")
+    if not modules or not config.tie_word_embeddings:
+        return config, params
+    return replace(config, tie_word_embeddings=False), {**params, "lm_head": jnp.array(params["embed"].T)}
+
+
+def split(params: Params, modules_to_save: Sequence[str] = ()) -> tuple[Params, Params]:
+    """(trained, frozen): trees of the same shape, None where the other has the array. The outermost adapters train."""
+    saved = {SAVED_MODULES[module] for module in modules_to_save}
+
+    def trained(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, LoraArray):
+            return replace(leaf, base=None, scale=None, base_square=None, key=None)
+        return leaf if path[0].key in saved else None
+
+    def frozen(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, LoraArray):
+            return replace(leaf, a=None, b=None, magnitude=None)
+        return None if path[0].key in saved else leaf
+
+    each = partial(jax.tree_util.tree_map_with_path, is_leaf=_is_node)
+    return each(trained, params), each(frozen, params)
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """The parameters that `split` took apart."""
+
+    def both(new: Any, old: Any) -> Any:
+        if isinstance(new, LoraArray):
+            return replace(old, a=new.a, b=new.b, magnitude=new.magnitude)
+        return old if new is None else new
+
+    return jax.tree.map(both, trained, frozen, is_leaf=lambda node: node is None or isinstance(node, LoraArray))
+
+
+def with_dropout(params: Params, key: Array) -> Params:
+    """Gives every adapter that has a dropout rate its keys for one step, one per layer."""
+
+    def give(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, LoraArray) or not leaf.dropout:
+            return leaf
+        own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return replace(leaf, key=own if leaf.a.ndim == 2 else jax.random.split(own, len(leaf.a)))
+
+    return jax.tree_util.tree_map_with_path(give, params, is_leaf=_is_node)
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, (LoraArray, QuantizedArray))
+
+
+# --------------------------------------------------------------------------------------------------------------- merge
+
+
+def dense(w: Any) -> Array:
+    """The float32 weight that any kind stands for, [..., in, out]."""
+    match w:
+        case QuantizedArray():
+            return dequantize(w, jnp.float32)
+        case LoraArray():
+            update = jnp.matmul(w.a.astype(jnp.float32), w.b.astype(jnp.float32), precision="highest")
+            full = dense(w.base) + w.scale[..., None, None] * update
+            if w.magnitude is None:
+                return full
+            return full * (w.magnitude / jnp.linalg.norm(full, axis=-2))[..., None, :]
+        case _:
+            return w.astype(jnp.float32)
+
+
+def merge(params: Params) -> tuple[Params, dict[str, float]]:
+    """Parameters without adapters: the update in float32, the result in the base's dtype and format.
+
+    A quantized base is dequantized, added to and quantized again, which loses something: the second value says how
+    much, the largest relative error (Frobenius norm) over the layers, by weight. It is empty for float bases.
+    """
+    errors: dict[str, float] = {}
+
+    def one(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, LoraArray):
+            return leaf
+        merged, error = _merge(leaf)
+        if isinstance(merged, QuantizedArray):
+            errors["/".join(str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path)] = float(error)
+        return merged
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_node), errors
+
+
+@jax.jit
+def _merge(w: LoraArray) -> tuple[Any, Array]:
+    if w.a.ndim > 2:
+        merged, errors = lax.map(_merge, w)
+        return merged, errors.max()
+    base = w.base
+    while isinstance(base, LoraArray):
+        base = base.base
+    full = dense(w)
+    if not isinstance(base, QuantizedArray):
+        return full.astype(base.dtype), jnp.zeros(())
+    rounded = quantize(full.astype(base.dtype), base.format, base.block, base.nested_absmax is not None)
+    error = jnp.linalg.norm(dense(rounded) - full) / jnp.linalg.norm(full)
+    return replace(rounded, activations=base.activations), error
+
+
+# ------------------------------------------------------------------------------------------------------------ sharding
+
+
+def shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: str, base: Any) -> LoraArray:
+    """The `NamedSharding` of every leaf beside the base's: a and b are split as the weight's sides are, where whole."""
+    *lead, in_axis, out_axis = axes
+
+    def place(x: Array | None, *last: str | None) -> Any:
+        if x is None:
+            return None
+        ways = [1 if axis is None else _ways(mesh, axis) for axis in last]
+        fits = [axis if size % n == 0 else None for axis, size, n in zip(last, x.shape[len(lead) :], ways, strict=True)]
+        return named_sharding(mesh, (*lead, *fits), x.shape, name)
+
+    return replace(
+        w,
+        base=base,
+        a=place(w.a, in_axis, None),
+        b=place(w.b, None, out_axis),
+        scale=place(w.scale),
+        magnitude=place(w.magnitude, out_axis),
+        base_square=place(w.base_square, out_axis),
+        key=place(w.key),
+    )
+
+
+def _ways(mesh: Mesh, axis: str) -> int:
+    size = 1
+    for a in RULES[axis]:
+        size *= mesh.shape[a]
+    return size

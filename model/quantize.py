@@ -1,0 +1,393 @@
+"""Weights of few bits: int8 per output channel, int4 in groups, nf4 in blocks, and products with them.
+
+Codes are kept as bitsandbytes keeps them, over the flattened [out, in] of Hugging Face, so a conversion is a reshape.
+A product never builds the whole float weight: it decodes a chunk of output rows at a time, small enough for the cache.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial, reduce
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from model.errors import PunaError
+from model.sharding import RULES, named_sharding
+
+Format = Literal["int8", "int4", "nf4"]
+FORMATS: tuple[Format, ...] = ("int8", "int4", "nf4")
+
+# The 16 values of NF4 (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+NESTED_BLOCK = 256  # absmax values that share one scale under double quantization
+INT8_UNIT = np.float32(1 / 127)
+
+
+@struct.dataclass
+class QuantizedArray:
+    """A weight [..., in, out] of few bits. Its leaves stack along leading axes and slice like any others.
+
+    `codes`: int8 [..., out, in]; or two 4-bit codes a byte, the first in the high nibble, uint8 [..., rows, width / 2]:
+    a row is one output's inputs, or, where a block does not divide them, as many outputs' as make whole blocks.
+    `absmax`: the largest magnitude per output (float32 [..., out]) or per block ([..., rows, width / block]: bfloat16
+    for int4, float32 for nf4). Double quantization keeps it as uint8 codes of `absmax - offset` in blocks of 256, with
+    `nested_absmax` float32 [..., blocks / 256] and `offset` float32 [...].
+    `dtype` names what the weight was before. `activations` "int8" multiplies int8 weights with activations rounded to
+    int8 row by row (LLM.int8, arXiv:2208.07339, without its outlier columns); "float" keeps activations as they are.
+    """
+
+    codes: Array
+    absmax: Array
+    nested_absmax: Array | None = None
+    offset: Array | None = None
+    format: Format = struct.field(pytree_node=False, default="nf4")
+    block: int = struct.field(pytree_node=False, default=64)
+    in_features: int = struct.field(pytree_node=False, default=0)
+    out_features: int = struct.field(pytree_node=False, default=0)
+    dtype: str = struct.field(pytree_node=False, default="float32")
+    activations: str = struct.field(pytree_node=False, default="float")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight it stands for: [..., in, out]."""
+        return (*self.codes.shape[:-2], self.in_features, self.out_features)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes as packed, and every scale."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def joined(self) -> int:
+        """Output rows that share one row of `codes`: 1 where a block divides the inputs."""
+        return 1 if self.format == "int8" else joined_rows(self.in_features, self.block)
+
+
+def joined_rows(in_features: int, block: int) -> int:
+    """The fewest output rows whose flattened inputs make whole blocks."""
+    return block // math.gcd(in_features, block)
+
+
+# ----------------------------------------------------------------------------------------------------------- quantize
+
+
+@partial(jax.jit, static_argnames=("format", "block", "double"))
+def quantize(w: Array, format: Format, block: int = 64, double: bool = False) -> QuantizedArray:
+    """Rounds float weights [..., in, out] to `format`.
+
+    block: int4's group, 32, 64 or 128; nf4's is 64. double: quantize nf4's absmax too. int8 and nf4 give the bits that
+    bitsandbytes gives (which takes float16 for int8), on every [in, out] matrix by itself.
+    The error of one weight is at most, in units of its block's absmax: int8 1/254 (and float16's rounding); int4
+    (1 + 2**-8) / 14; nf4 half the widest gap of its table, (1 - 0.6962) / 2; double quantization adds the error of
+    absmax itself.
+    Raises PunaError for an unknown format, a block it does not have, or an odd number of inputs at 4 bits.
+    """
+    if format not in FORMATS:
+        raise PunaError(f"quantize {format!r} is not known; choose {', '.join(FORMATS)}")
+    if (format == "int4" and block not in (32, 64, 128)) or (format == "nf4" and block != 64):
+        raise PunaError(f"{format} has no blocks of {block}; int4 has groups of 32, 64 or 128, nf4 blocks of 64")
+    if double and format != "nf4":
+        raise PunaError(f"double quantization belongs to nf4, not to {format}")
+    if format != "int8" and w.shape[-2] % 2:
+        raise PunaError(f"{format} packs pairs of inputs; a weight with {w.shape[-2]} inputs cannot be quantized to it")
+    if w.ndim > 2:
+        return lax.map(lambda matrix: quantize(matrix, format, block, double), w)
+    make = _int8 if format == "int8" else partial(_blocks, format=format, block=block, double=double)
+    return replace(make(w.T), in_features=w.shape[0], out_features=w.shape[1], dtype=str(w.dtype))
+
+
+def _int8(rows: Array) -> QuantizedArray:
+    rows = rows.astype(jnp.float16).astype(jnp.float32)
+    absmax = jnp.abs(rows).max(axis=1)
+    codes = jnp.round(rows * (_inverse(absmax) * 127)[:, None]).astype(jnp.int8)
+    return QuantizedArray(codes=codes, absmax=absmax, format="int8")
+
+
+def _blocks(rows: Array, format: Format, block: int, double: bool) -> QuantizedArray:
+    out, n_in = rows.shape
+    joined = joined_rows(n_in, block)
+    n_rows = -(-out // joined)
+    flat = jnp.pad(rows.astype(jnp.float32), ((0, n_rows * joined - out), (0, 0)))
+    values = flat.reshape(n_rows, -1, block)
+    absmax = jnp.abs(values).max(axis=-1)
+    if format == "int4":
+        absmax = absmax.astype(jnp.bfloat16)
+        scaled = values * (_inverse(absmax.astype(jnp.float32)) * 7)[..., None]
+        codes = (jnp.clip(jnp.round(scaled), -7, 7) + 8).astype(jnp.uint8)
+    else:
+        codes = _nearest(jnp.clip(values * _inverse(absmax)[..., None], -1, 1), np.array(NF4, np.float32))
+    codes = codes.reshape(n_rows, -1)
+    packed = (codes[:, 0::2] << 4) | codes[:, 1::2]
+    whole = QuantizedArray(codes=packed, absmax=absmax, format=format, block=block)
+    return _nest(whole, -(-out * n_in // block)) if double else whole
+
+
+def _nest(q: QuantizedArray, n: int) -> QuantizedArray:
+    """Double quantization: the `n` absmax values of real blocks, less their mean, in 8-bit dynamic codes."""
+    flat = q.absmax.reshape(-1)[:n]
+    offset = _rounded(_mean(flat))
+    groups = jnp.pad(flat - offset, (0, -n % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    nested = jnp.abs(groups).max(axis=1)
+    # bitsandbytes on CPU first rounds to a grid of 65,536 points, of which it tabulates the nearest codes.
+    steps = _rounded((_rounded(groups * _inverse(nested)[:, None]) + 1) * np.float32(32767.5))
+    grid = _rounded(jnp.floor(steps + 0.5) / np.float32(32767.5)) - 1
+    codes = _nearest(grid, dynamic_map()).reshape(-1)[:n]
+    codes = jnp.pad(codes, (0, q.absmax.size - n)).reshape(q.absmax.shape)
+    return replace(q, absmax=codes, nested_absmax=nested, offset=offset)
+
+
+def _inverse(absmax: Array) -> Array:
+    return 1 / jnp.maximum(absmax, 1e-38)
+
+
+def _nearest(x: Array, table: np.ndarray) -> Array:
+    """The index in sorted `table` of the value nearest to each x, as uint8; halfway goes down."""
+    bounds = (table[:-1] + table[1:]) / np.float32(2)
+    if len(table) == 16:  # comparisons vectorize; a binary search does not
+        return reduce(jnp.add, [(x > bound).astype(jnp.uint8) for bound in bounds])
+    return jnp.searchsorted(bounds, x).astype(jnp.uint8)
+
+
+def _mean(x: Array) -> Array:
+    """The mean of float32 [n], summed in the order of PyTorch's CPU kernel up to 32,768 values.
+
+    An offset of double quantization is such a mean, and agrees to the bit only if the order does: 8 lanes, 4 streams,
+    and a cascade of partial sums of 16. (Beyond that size PyTorch's order depends on its number of threads.)
+    """
+    lanes = x[: x.size // 8 * 8].reshape(-1, 8)
+    streams = lanes[: len(lanes) // 4 * 4].reshape(-1, 4, 8)
+    total = jnp.zeros((4, 8), jnp.float32)
+    for level in range(4):
+        whole = 0 if level == 3 else len(streams) // 16 * 16
+        total = total + _in_order(streams[whole:])
+        streams = _in_order(streams[:whole].reshape(-1, 16, 4, 8).swapaxes(0, 1))
+    rest = _in_order(jnp.concatenate([total[:1], lanes[len(lanes) // 4 * 4 :]]))
+    eight = _in_order(jnp.concatenate([rest[None], total[1:]]))
+    return _in_order(jnp.concatenate([x[x.size // 8 * 8 :], eight])) / x.size
+
+
+def _in_order(x: Array) -> Array:
+    """The sum over the first axis, strictly from the first to the last."""
+    return lax.scan(lambda total, row: (total + row, None), jnp.zeros(x.shape[1:], x.dtype), x)[0]
+
+
+@cache
+def dynamic_map() -> np.ndarray:
+    """The 256 values of the signed 8-bit dynamic type (arXiv:1511.04561), ascending, float32."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        n = 2**exponent + 1
+        i, step = np.arange(n), np.float64((np.float32(1) - np.float32(0.1)) / np.float32(n - 1))
+        # Both halves are counted from their own end, as PyTorch's linspace does.
+        bounds = np.where(i < n // 2, np.float32(0.1) + step * i, 1 - step * (n - 1 - i)).astype(np.float32)
+        means = np.float32(10.0 ** (exponent - 6)) * ((bounds[:-1] + bounds[1:]) / np.float32(2))
+        values += [*means, *-means]
+    return np.sort(np.array(values, np.float32))
+
+
+# ------------------------------------------------------------------------------------------------- decode and multiply
+
+
+@partial(jax.jit, static_argnames="dtype")
+def dequantize(q: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
+    """The float weight [..., in, out] that `q` stands for, in `dtype` (None: the one it had)."""
+    if q.codes.ndim > 2:
+        return lax.map(lambda matrix: dequantize(matrix, dtype), q)
+    if q.format == "int8":
+        rows = q.codes.astype(jnp.float32) * q.absmax[:, None] * INT8_UNIT
+    else:
+        rows = jnp.stack(_decode(q.codes, block_absmax(q), q), axis=-1).reshape(-1, q.in_features)[: q.out_features]
+    return rows.astype(dtype or q.dtype).T
+
+
+def block_absmax(q: QuantizedArray) -> Array:
+    """A 4-bit weight's absmax as float32 [rows, blocks of a row]."""
+    if q.nested_absmax is None or q.offset is None:
+        return q.absmax.astype(jnp.float32)
+    scale = jnp.repeat(q.nested_absmax, NESTED_BLOCK, total_repeat_length=NESTED_BLOCK * q.nested_absmax.size)
+    scale = jnp.pad(scale, (0, max(0, q.absmax.size - scale.size)))[: q.absmax.size].reshape(q.absmax.shape)
+    return _rounded(_lookup(dynamic_map(), q.absmax) * scale) + q.offset
+
+
+def _rounded(x: Array) -> Array:
+    """x, rounded to float32 here: a finite bound keeps the compiler from fusing a product into a multiply-add, which
+    rounds once where PyTorch rounds twice. (It drops optimization_barrier and reduce_precision.)"""
+    return jnp.minimum(x, np.finfo(np.float32).max)
+
+
+def _lookup(table: np.ndarray, index: Array) -> Array:
+    return jnp.asarray(table).at[index.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _decode(codes: Array, absmax: Array, q: QuantizedArray) -> tuple[Array, Array]:
+    """Rows of packed codes as float32: the weights of even inputs and of odd ones, each [out rows, in / 2].
+
+    They stay apart because interleaving them costs more than everything else here; a product needs no order.
+    """
+    codes = codes.reshape(*absmax.shape, q.block // 2)
+    if q.format == "int4":
+        halves = [(half.astype(jnp.int8) - 8).astype(jnp.float32) for half in (codes >> 4, codes & 15)]
+        absmax = absmax / 7
+    else:  # a table over whole bytes saves taking the nibbles apart
+        values = np.array(NF4, np.float32)
+        halves = [_lookup(table, codes) for table in (np.repeat(values, 16), np.tile(values, 16))]
+    even, odd = ((half * absmax[..., None]).reshape(-1, q.in_features // 2) for half in halves)
+    return even, odd
+
+
+def matmul(x: Array, q: QuantizedArray) -> Array:
+    """x [M, in] times the weight of one matrix q -> float32 [M, out]. Differentiable in x, never in q."""
+    return _multiply(x, q)
+
+
+@jax.custom_vjp
+def _multiply(x: Array, q: QuantizedArray) -> Array:
+    if q.activations == "int8":
+        return _int8_product(x, q)
+    product = _int8_chunk if q.format == "int8" else _packed_chunk
+    chunks = _Chunks(q)
+    parts = chunks.map(lambda i: product(x, chunks.take(i)).reshape(len(x), chunks.shards, -1))
+    y = jnp.moveaxis(parts, 0, 2).reshape(len(x), -1)[:, : q.out_features]
+    return y * (q.absmax * INT8_UNIT) if q.format == "int8" else y
+
+
+def _multiply_forward(x: Array, q: QuantizedArray) -> tuple[Array, tuple[QuantizedArray, Array]]:
+    return _multiply(x, q), (q, jnp.zeros(0, x.dtype))
+
+
+def _multiply_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[Array, None]:
+    """dx = dy Wᵀ, decoding again: nothing float of the weight outlives the forward pass."""
+    q, like = saved
+    chunks = _Chunks(q)
+    dy = dy * (q.absmax * INT8_UNIT) if q.format == "int8" else dy
+    dy = jnp.pad(dy, ((0, 0), (0, q.codes.shape[0] * q.joined - q.out_features))).astype(like.dtype)
+    dy = dy.reshape(len(dy), chunks.shards, chunks.count, -1)
+
+    def add(dx: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+        part, piece = dy[:, :, i].reshape(len(dy), -1), chunks.take(i)
+        halves = (piece.codes,) if q.format == "int8" else _decode(piece.codes, piece.absmax, piece)
+        return tuple(sum_ + _dot(part, half, 0) for sum_, half in zip(dx, halves, strict=True)), None
+
+    n = 1 if q.format == "int8" else 2
+    start = (jnp.zeros((len(dy), q.in_features // n), jnp.float32),) * n
+    dx, _ = lax.scan(add, start, jnp.arange(chunks.count))
+    return jnp.stack(dx, axis=-1).reshape(len(dy), -1).astype(like.dtype), None
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _dot(x: Array, rows: Array, contract: int) -> Array:
+    """x times the axis `contract` of decoded rows, in x's dtype, accumulated in float32."""
+    dimensions = (((1,), (contract,)), ((), ()))
+    return lax.dot_general(x, rows.astype(x.dtype), dimensions, preferred_element_type=jnp.float32)
+
+
+def _int8_chunk(x: Array, piece: QuantizedArray) -> Array:
+    return _dot(x, piece.codes, 1)
+
+
+def _packed_chunk(x: Array, piece: QuantizedArray) -> Array:
+    even, odd = _decode(piece.codes, piece.absmax, piece)
+    return _dot(x[:, 0::2], even, 1) + _dot(x[:, 1::2], odd, 1)
+
+
+def _int8_product(x: Array, q: QuantizedArray) -> Array:
+    """int8 times int8: activations rounded to 127 steps of their row's largest. Four rows at least: XLA on CPU
+    strength-reduces a product of fewer to a loop over a widened copy of the weight."""
+    wide = jnp.pad(x.astype(jnp.float32), ((0, max(0, 4 - len(x))), (0, 0)))
+    scale = jnp.abs(wide).max(axis=1, keepdims=True)
+    codes = jnp.round(wide * (_inverse(scale) * 127)).astype(jnp.int8)
+    y = lax.dot_general(codes, q.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return (y.astype(jnp.float32) * (scale * INT8_UNIT) * (q.absmax * INT8_UNIT))[: len(x)]
+
+
+class _Chunks:
+    """The rows of a weight, a few at a time. Each shard of a mesh takes its own rows into every chunk, so that no
+    device needs another's: rows [shards, count, few], of which chunk i is [:, i]."""
+
+    def __init__(self, q: QuantizedArray):
+        mesh = jax.typeof(q.codes).sharding.mesh
+        n_rows = q.codes.shape[0]
+        self.shards = 1 if mesh.empty else math.gcd(n_rows, mesh.size)
+        # On CPU decoded weights stay in the cache. Elsewhere the compiler may fuse decoding into the product; where it
+        # does not, this bounds what it writes.
+        limit = 2**19 if jax.default_backend() == "cpu" else 2**24
+        few = _largest_divisor(n_rows // self.shards, limit * 2 // q.codes.shape[1] if q.format != "int8" else limit)
+        self.count = n_rows // self.shards // few
+        self.q = q if q.format == "int8" else replace(q, absmax=block_absmax(q), nested_absmax=None, offset=None)
+
+    def take(self, i: Array) -> QuantizedArray:
+        """The weight of chunk i alone."""
+
+        def part(a: Array) -> Array:
+            split = a.reshape(self.shards, self.count, -1, *a.shape[1:])
+            return lax.dynamic_index_in_dim(split, i, axis=1, keepdims=False).reshape(-1, *a.shape[1:])
+
+        return jax.tree.map(part, self.q)
+
+    def map(self, function: Callable[[Array], Array]) -> Array:
+        """The results of all chunks, stacked."""
+        return lax.map(function, jnp.arange(self.count))
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ sharding
+
+
+def shardings(q: QuantizedArray, axes: Sequence[str | None], mesh: Mesh, name: str) -> QuantizedArray:
+    """The `NamedSharding` of every leaf, for a weight whose dimensions mean `axes` (..., in, out).
+
+    An axis is split only where each device holds whole blocks; otherwise it is replicated, which is said once.
+    """
+    *lead, in_axis, out_axis = axes
+    n_rows = q.codes.shape[-2]
+    whole = q.in_features if q.format == "int8" else q.absmax.shape[-1]
+    can_split_out = n_rows * q.joined == q.out_features and n_rows % _ways(mesh, out_axis) == 0
+    can_split_in = q.joined == 1 and whole % _ways(mesh, in_axis) == 0
+    for axis, can in ((in_axis, can_split_in), (out_axis, can_split_out)):
+        if not can and _ways(mesh, axis) > 1:
+            _say_replicated(name, str(axis), q.format)
+    rows, columns = out_axis if can_split_out else None, in_axis if can_split_in else None
+
+    def place(a: Array | None, *last: str | None) -> object:
+        return None if a is None else named_sharding(mesh, (*lead, *last), a.shape, name)
+
+    return replace(
+        q,
+        codes=place(q.codes, rows, columns),
+        absmax=place(q.absmax, rows) if q.format == "int8" else place(q.absmax, rows, columns),
+        nested_absmax=place(q.nested_absmax, None),
+        offset=place(q.offset),
+    )
+
+
+def _ways(mesh: Mesh, axis: str | None) -> int:
+    return math.prod(mesh.shape[a] for a in RULES[axis])
+
+
+@cache
+def _say_replicated(name: str, axis: str, format: str) -> None:
+    said = "%s: blocks of %s do not divide over axis %s; it is replicated"
+    logging.getLogger(__name__).warning(said, name, format, axis)
