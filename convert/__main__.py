@@ -9,6 +9,7 @@ import numpy as np
 import typer
 from jax.numpy import dtype as as_dtype
 
+from convert import delta
 from convert.checkpoint import open_model
 from convert.command import main, progress
 from convert.describe import describe
@@ -19,6 +20,8 @@ from model.errors import PunaError
 DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
+deltas = typer.Typer(no_args_is_help=True, help="What to add to a base model to give a fine-tuned one.")
+app.add_typer(deltas, name="delta")
 
 
 @app.command()
@@ -33,8 +36,7 @@ def model(
 ) -> None:
     """Convert a model. Memory stays at a few layers, whatever the size."""
     limit = parse_size(max_shard_size)
-    if dtype is not None and dtype not in DTYPES:
-        raise PunaError(f"--dtype {dtype} is not known; choose {', '.join(DTYPES)}")
+    check_dtype(dtype)
     checkpoint = open_model(source)
     if dtype is not None:
         kind = np.dtype(as_dtype(dtype))
@@ -61,6 +63,40 @@ def verify(
     """Compare two models of any formats: every tensor, and the logits. Exit 1 where they differ."""
     if not compare(a, b, tokens, atol):
         raise typer.Exit(1)
+
+
+@deltas.command("make")
+def make_delta(
+    base: str = typer.Argument(metavar="BASE", help="The base model: a folder of any format, or a Hub id."),
+    target: str = typer.Argument(metavar="TARGET", help="The fine-tuned model."),
+    destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
+    dtype: str | None = typer.Option(None, help="TARGET's by default. Vicuna's are float16, Alpaca's float32."),
+    init: str | None = typer.Option(None, help="Rows of new tokens: zero (float16's default) or mean (float32's)."),
+    overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
+) -> None:
+    """Write TARGET - BASE with TARGET's tokenizer. FastChat and Alpaca's script read it; `apply` recovers every bit."""
+    check_dtype(dtype)
+    delta.make(base, target, destination, dtype, init, overwrite, partial(progress, f"writing {destination.name}"))
+
+
+@deltas.command("apply")
+def apply_delta(
+    base: str = typer.Argument(metavar="BASE", help="The base model: a folder of any format, or a Hub id."),
+    difference: str = typer.Argument(metavar="DELTA", help="A delta made here, or one published for Vicuna, Alpaca..."),
+    destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
+    init: str | None = typer.Option(None, help="Rows of new tokens, where DELTA does not say: zero or mean."),
+    total: float | None = typer.Option(None, "--sum", help="What all numbers add up to, as Alpaca's 50637.1836."),
+    sums: Path | None = typer.Option(None, "--sha256", help="A list as sha256sum writes it, for the files written."),
+    overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
+) -> None:
+    """Write BASE + DELTA with DELTA's tokenizer and the SHA-256 of every file."""
+    bar = partial(progress, f"writing {destination.name}")
+    delta.apply(base, difference, destination, init, total, sums, overwrite, bar)
+
+
+def check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise PunaError(f"--dtype {dtype} is not known; choose {', '.join(DTYPES)}")
 
 
 def parse_size(text: str) -> int:

@@ -200,7 +200,9 @@ def _added(
     def read(index: Index) -> np.ndarray:
         old = _numbers(row, base)
         if record.base and record.base.get(row.hf) != _digest(old):
-            raise PunaError(f"{base.where}: {row.hf} is not that of the base that {delta.where} was made from")
+            raise PunaError(
+                f"{base.where}: {row.hf} is not that of the base that {delta.where} was made from: give it that"
+            )
         with np.errstate(over="ignore", invalid="ignore"):
             new = old + contiguous(row.turned(delta).load())
         if f"{row.hf}.positions" in missed:

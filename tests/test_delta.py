@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from converting import command  # noqa: F401  (a fixture)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from reference import hf_config, hf_model
 
 from convert import delta
 from convert.checkpoint import Checkpoint
@@ -20,7 +22,6 @@ from convert.save import write_model
 from convert.stored import stored
 from model import LlamaConfig
 from model.errors import PunaError
-from tests.reference import hf_config, hf_model
 
 CONFIG = LlamaConfig(
     vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
@@ -248,3 +249,21 @@ def test_wrong_input_is_named_and_nothing_is_written(tmp_path):
     refuses(delta.apply, base, theirs, match="is truncated")
     (made / "delta.json").write_text('{"rule": "vicuna"}')
     refuses(delta.apply, base, made, match="delta.json is not as")
+
+
+def test_the_commands(tmp_path, command):  # noqa: F811
+    base, target = write(tmp_path / "base", CONFIG, seed=1), write(tmp_path / "target", GROWN, seed=2)
+    made, back = tmp_path / "delta", tmp_path / "back"
+    assert command("delta", "make", base, target, made)[0] == 0
+    code, out, err = command("delta", "apply", base, made, back)
+    assert (code, out) == (0, []) and "writing back" in err[-1]
+    assert_same(weights(back), weights(target))
+    assert command("delta", "apply", base, made, tmp_path / "again", "--sha256", back / "SHA256SUMS")[0] == 0
+    for arguments, complaint in (
+        (("apply", target, made), "is not that of the base"),
+        (("apply", base, made, "--sum", "50637.1836"), "not 50637.1836"),
+        (("apply", base, tmp_path / "none"), "none: no such folder"),
+        (("make", base, target, "--dtype", "int8"), "--dtype int8 is not known"),
+    ):
+        code, out, err = command("delta", *arguments[:3], tmp_path / "dst", *arguments[3:])
+        assert (code, out) == (2, []) and complaint in err[-1] and not (tmp_path / "dst").exists()
