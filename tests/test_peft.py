@@ -1,0 +1,261 @@
+"""Adapters come from PEFT and go back to it without a logit changing."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from convert import load_model, save_model
+from convert.peft import apply_adapters, read_adapter, save_adapter
+from model import LlamaConfig, forward, init_params
+from model.errors import PunaError
+from model.lora import add, merge
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+# peft and transformers deprecate each other's names; what they warn of is not ours.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+CONFIG = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
+SETTINGS = {
+    "plain": {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]},
+    "rslora": {"r": 6, "lora_alpha": 5, "use_rslora": True, "target_modules": list(ALL)},
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": list(ALL)},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": list(ALL),
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.(up|down)_proj": 7},
+        "alpha_pattern": {"v_proj": 3, "layers.2.mlp.gate_proj": 5},
+    },
+    "some layers": {"r": 4, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "some layers, dora": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], "use_dora": True},
+    "saved modules": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    config = replace(CONFIG, tie_word_embeddings=request.param)
+    params = init_params(config, jax.random.key(0))
+    save_model(folder, config, jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params))
+    return folder
+
+
+def torch_model(folder):
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def torch_logits(model, tokens=TOKENS):
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def our_logits(config, params, tokens=TOKENS):
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(forward(params, jnp.asarray(tokens), config)[0])
+
+
+def randomize(model):
+    """Gives every trainable tensor numbers that show."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += noise * (0.3 if "lora_B" in name else 0.1) * (parameter.data.abs().mean() + 0.2)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_peft_writes_gives_its_logits_loaded_merged_and_written_back(base, name, tmp_path):
+    model = peft.get_peft_model(torch_model(base), peft.LoraConfig(task_type="CAUSAL_LM", **SETTINGS[name]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "theirs")
+    golden = torch_logits(model.eval())
+
+    config, params = load_model(base, adapters=[tmp_path / "theirs"])
+    ours = our_logits(config, params)
+    np.testing.assert_allclose(ours, golden, atol=1e-4)
+    assert np.abs(ours - our_logits(*load_model(base))).max() > 0.01  # the adapter does something
+
+    merged, errors = merge(params)
+    assert errors == {}
+    np.testing.assert_allclose(our_logits(config, merged), ours, atol=1e-5)
+
+    saved = SETTINGS[name].get("modules_to_save", ())
+    rslora = SETTINGS[name].get("use_rslora", False)
+    save_adapter(tmp_path / "ours", params, saved, rslora)
+    again = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "ours").eval()
+    np.testing.assert_allclose(torch_logits(again), golden, atol=1e-4)
+    np.testing.assert_allclose(our_logits(*load_model(base, adapters=[tmp_path / "ours"])), ours, atol=1e-5)
+    theirs = load_file(tmp_path / "theirs/adapter_model.safetensors")
+    for key, tensor in load_file(tmp_path / "ours/adapter_model.safetensors").items():
+        np.testing.assert_array_equal(tensor, theirs[key])
+
+
+@pytest.mark.parametrize("name", ["rslora", "patterns", "dora"])
+def test_what_add_makes_is_what_peft_reads(base, name, tmp_path):
+    settings = {"rank": 4, "alpha": 12.0, "targets": ("q_proj", "o_proj", "down_proj")}
+    settings |= {
+        "rslora": {"rslora": True},
+        "dora": {"dora": True},
+        "patterns": {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5.0}},
+    }[name]
+    config, params = load_model(base)
+    plain = our_logits(config, params)
+    config, params = add(params, config, jax.random.key(3), **settings)
+    np.testing.assert_allclose(our_logits(config, params), plain, atol=1e-5)
+    noisy = {
+        key: replace(w, b=jax.random.normal(jax.random.key(5), w.b.shape) * (w.b.shape[1] > 0) * 0.2)
+        if key in ("wq", "wo", "w_down")
+        else w
+        for key, w in params["layers"].items()
+    }
+    params = {**params, "layers": noisy}
+    save_adapter(tmp_path / "a", params, rslora=name == "rslora")
+    again = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "a").eval()
+    np.testing.assert_allclose(torch_logits(again), our_logits(config, params), atol=1e-4)
+
+
+def test_a_bin_file_and_two_adapters_in_order_are_those_of_peft(base, tmp_path):
+    folders = []
+    for i, name in enumerate(("plain", "rslora")):
+        torch.manual_seed(i)
+        model = peft.get_peft_model(torch_model(base), peft.LoraConfig(**SETTINGS[name]))
+        randomize(model)
+        model.save_pretrained(tmp_path / name, safe_serialization=False)
+        tensors = peft.get_peft_model_state_dict(model)
+        (tmp_path / name / "adapter_model.safetensors").unlink(missing_ok=True)
+        torch.save(tensors, tmp_path / name / "adapter_model.bin")
+        folders.append(tmp_path / name)
+    theirs = torch_model(base)
+    for folder in folders:
+        theirs = peft.PeftModel.from_pretrained(theirs, folder).merge_and_unload()
+    config, params = load_model(base, adapters=folders)
+    np.testing.assert_allclose(our_logits(config, params), torch_logits(theirs.eval()), atol=1e-4)
+    np.testing.assert_allclose(our_logits(config, merge(params)[0]), our_logits(config, params), atol=1e-5)
+
+
+@pytest.mark.parametrize("save", [True, False], ids=["modules_to_save", "saved by the resize"])
+def test_a_resized_vocabulary_replaces_the_base_tables(base, save, tmp_path):
+    theirs = torch_model(base)
+    theirs.resize_token_embeddings(101, mean_resizing=False)
+    modules = ["embed_tokens", "lm_head"] if save else None
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=modules))
+    randomize(model)
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    tokens = np.random.default_rng(1).integers(0, 101, (2, 24))
+    config, params = load_model(base, adapters=[tmp_path / "a"])
+    assert config.vocab_size == 101
+    np.testing.assert_allclose(our_logits(config, params, tokens), torch_logits(model.eval(), tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["peft_qv_r8a16", "peft_all_r8a32_modules_to_save"])
+def test_the_shared_adapters_give_their_golden_logits(data_dir, name, tmp_path):
+    folder = data_dir / "stories260k-derived"
+    golden = np.load(folder / name / "golden_logits.npz")
+    config, params = load_model(folder / "hf_sharded", adapters=[folder / name])
+    tokens = golden["ids"][None]
+    np.testing.assert_allclose(our_logits(config, params, tokens)[0], golden["adapter_logits"], atol=1e-4)
+    np.testing.assert_allclose(our_logits(config, merge(params)[0], tokens)[0], golden["merged_logits"], atol=1e-4)
+    saved = read_adapter(folder / name).settings["modules_to_save"] or ()
+    save_adapter(tmp_path / "a", params, saved)
+    again = peft.PeftModel.from_pretrained(torch_model(folder / "hf_sharded"), tmp_path / "a").eval()
+    np.testing.assert_allclose(torch_logits(again, tokens)[0], golden["adapter_logits"], atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A small adapter for CONFIG, written by us."""
+    config, params = add(init_params(CONFIG, jax.random.key(0)), CONFIG, jax.random.key(1), targets=["q_proj"], rank=2)
+    save_adapter(tmp_path / "adapter", params)
+    return tmp_path / "adapter"
+
+
+def change(folder, edit=None, **settings):
+    """Edits the tensors of an adapter folder in place, and its settings."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if edit is not None:
+        edit(tensors)
+    save_file(tensors, file)
+    said = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(said | settings))
+
+
+A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+BROKEN = {
+    "nan": (lambda t: t[A].__setitem__((0, 0), np.nan), {}, "not finite"),
+    "rank 0": (
+        lambda t: t.update({A: t[A][:0], A.replace("_A", "_B"): np.zeros((32, 0), np.float32)}),
+        {"r": 0},
+        "rank",
+    ),
+    "other rank": (None, {"r": 3}, "rank"),
+    "half": (lambda t: t.pop(A), {}, "lora_A"),
+    "unknown tensor": (lambda t: t.update({A.replace("q_proj", "x_proj"): t[A]}), {}, "x_proj"),
+    "another base": (lambda t: t.update({A: np.zeros((2, 40), np.float32)}), {}, "another base"),
+    "more layers": (
+        lambda t: t.update({k.replace(".1.", ".7."): t[k] for k in list(t) if ".1." in k}),
+        {},
+        "another base",
+    ),
+    "fewer rows": (
+        lambda t: t.update({"base_model.model.model.embed_tokens.weight": np.zeros((90, 32), np.float32)}),
+        {},
+        "embed",
+    ),
+    "bias": (None, {"bias": "all"}, "bias"),
+    "pissa": (None, {"init_lora_weights": "pissa_niter_16"}, "pissa"),
+    "unsupported": (None, {"use_qalora": True}, "use_qalora"),
+    "another method": (None, {"peft_type": "IA3"}, "IA3"),
+    "dora without magnitude": (None, {"use_dora": True}, "use_dora"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_wrong_adapter_is_refused_by_name(adapter, name):
+    edit, settings, said = BROKEN[name]
+    change(adapter, edit, **settings)
+    with pytest.raises(PunaError, match=said):
+        apply_adapters(init_params(CONFIG, jax.random.key(0)), CONFIG, [adapter])
+
+
+def test_a_truncated_or_missing_file_is_refused(adapter):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(PunaError, match="adapter_model.safetensors"):
+        read_adapter(adapter)
+    file.unlink()
+    with pytest.raises(PunaError, match="adapter_model"):
+        read_adapter(adapter)
+    shutil.rmtree(adapter)
+    with pytest.raises(PunaError, match="adapter_config.json"):
+        read_adapter(adapter)
+
+
+def test_null_and_published_settings_are_accepted(adapter, data_dir):
+    for file in [*(data_dir / "peft-config").glob("*.json"), *(data_dir / "hf-config").glob("*lora*.json")]:
+        settings = json.loads(file.read_text())
+        change(adapter, **settings | {"r": 2, "future_setting": None})
+        assert read_adapter(adapter).factors
