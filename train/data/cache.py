@@ -30,8 +30,9 @@ from train.data.packing import Rows, best_fit_decreasing, padded, split_spans, w
 from train.data.readers import Faults, Row, load_hub, read_rows, source_files
 from train.data.tokenize import Chunk, tokenize
 
-VERSION = 1  # of the files below; another version is another name
 POLL_SECONDS = 0.2
+ROOT = Path(__file__).parents[2]
+CODE = ("model/chat*.py", "model/tokenizer.py", "model/vocabulary.py", "train/data/*.py")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Counts:
 
 
 def cache_name(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
-    """The name of `source` as tokenized: a hash of its content, the tokenizer's, and every setting that matters."""
+    """The name of `source` as tokenized: a hash of its content, the tokenizer's, every setting that matters, and the
+    code that makes tokens of records (so that no old mask outlives a change to it)."""
     files = source_files(source.path)
     content = [(str(file), file_hash(file)) for file in files] or [(source.path, load_hub(source.path)._fingerprint)]
     settings = [source.format, source.template, source.response_template, sorted((source.columns or {}).items())]
@@ -79,7 +81,8 @@ def cache_name(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
     jinja = tokenizer.chat_template if source.template in ("auto", "chat_template") else None
     if source.template and source.template.endswith(".jinja"):
         jinja = Path(source.template).read_text(encoding="utf-8")
-    described = [VERSION, content, tokenizer_hash(tokenizer), settings, rows, jinja]
+    code = [file_hash(file) for pattern in CODE for file in sorted(ROOT.glob(pattern))]
+    described = [code, content, tokenizer_hash(tokenizer), settings, rows, jinja]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
 
@@ -189,15 +192,15 @@ def _write_examples(
 ) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64], Counts]:
     """Write the tokens of `chunks`. Returns the paths, (path number, line) and offset of each example, and counts."""
     paths: dict[str, int] = {}
-    origins: list[tuple[int, int]] = []
-    lengths: list[int] = []
+    origins, lengths = [np.empty((0, 2), np.int64)], [np.zeros(1, np.int64)]
     counts = Counts()
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
         for chunk in chunks:
             tokens.write(chunk.tokens.astype(dtype).tobytes())
             trained.write(chunk.trained.tobytes())
-            lengths += chunk.lengths
-            origins += [(paths.setdefault(p, len(paths)), n) for p, n in zip(chunk.paths, chunk.lines, strict=True)]
+            lengths.append(np.array(chunk.lengths, np.int64))
+            numbers = [paths.setdefault(path, len(paths)) for path in chunk.paths]
+            origins.append(np.array([numbers, chunk.lines], np.int64).T)
             counts = replace(
                 counts,
                 records=counts.records + chunk.records,
@@ -208,8 +211,7 @@ def _write_examples(
                 trained_tokens=counts.trained_tokens + int(chunk.trained.sum()),
             )
             advance(counts.records, counts.tokens)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    return list(paths), np.array(origins, np.int64).reshape(-1, 2), offsets, counts
+    return list(paths), np.concatenate(origins), np.cumsum(np.concatenate(lengths)), counts
 
 
 def pack(offsets: NDArray[np.int64], config: DataConfig) -> Rows:
