@@ -50,7 +50,7 @@ def model(
 def inspect(path: str = typer.Argument(metavar="PATH", help="A model folder of any format, or a Hub id.")) -> None:
     """Print a model's config, sizes, dtypes, parameter count, and the SHA-256 of each of its files."""
     for key, value in describe(open_model(path)):
-        print(f"{key:<24}{value}")
+        print(f"{key:<23} {value}")
 
 
 @app.command()

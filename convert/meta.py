@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.checkpoint import Checkpoint, read_json, write_generation_config, write_json
-from convert.names import Row, account, check_shape, rows
+from convert.names import Row, account, rows
 from convert.pickled import distinct, import_torch, read_pickled, write_pickled
 from convert.stored import Bar, Stored, joined, shares_memory
 from model.config import LlamaConfig
@@ -47,16 +47,16 @@ def read_meta(folder: Path) -> Checkpoint:
     if len(embeddings) < len(shards):
         raise PunaError(f"{folder}: a consolidated.*.pth lacks tok_embeddings.weight; these are no LLaMA shards")
     dim = params.get("model", params).get("dim")
-    embed = joined(embeddings, 0 if embeddings[0].shape[1] == dim else 1)
-    config = LlamaConfig.from_meta(params, vocab_size=embed.shape[0])
+    is_by_rows = embeddings[0].shape[1] == dim
+    vocab_size = sum(part.shape[0] for part in embeddings) if is_by_rows else embeddings[0].shape[0]
+    config = LlamaConfig.from_meta(params, vocab_size=vocab_size)
     config = replace(config, tie_word_embeddings=all(_is_tied(shard) for shard in shards))
-    check_shape("tok_embeddings.weight", embed, (config.vocab_size, config.hidden_size))
     table = rows(config)
     for path, shard in zip(_shard_files(folder), shards, strict=True):
         tied = {"output.weight"} if config.tie_word_embeddings else set()
         account((row.meta for row in table), shard.keys() - tied, str(path))
-    tensors = {row.name: _joined(row, [shard[row.meta] for shard in shards], config) for row in table[1:]}
-    return Checkpoint(config, {"embed": embed, **tensors}, folder, "meta")
+    tensors = {row.name: _joined(row, [shard[row.meta] for shard in shards], config) for row in table}
+    return Checkpoint(config, tensors, folder, "meta")
 
 
 def _is_tied(shard: dict[str, Stored]) -> bool:
@@ -80,7 +80,8 @@ def _joined(row: Row, shards: list[Stored], config: LlamaConfig) -> Stored:
     if kind in _KEY_VALUE:
         copies = max(len(shards) // config.num_key_value_heads, 1)
         shards = shards[::copies]
-    tensor = joined(shards, 1 if kind in _COLUMNS else 0)
+    by_columns = kind == "embed" and shards[0].shape[1] != config.hidden_size
+    tensor = joined(shards, 1 if kind in _COLUMNS or by_columns else 0)
     if tensor.shape != row.foreign_shape:
         raise PunaError(
             f"{shards[0].where}: {len(shards)} shards of {row.meta} make shape {tensor.shape}; params.json says "

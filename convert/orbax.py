@@ -1,13 +1,13 @@
 """Orbax folders: config.json, the companion files, and one small Orbax tree per layer in params/.
 
 Layers lie apart, so that neither writing nor reading needs more memory for a deeper model, and each is stacked on its
-way into the accelerator. Orbax (its v0 API, in this module only) writes the trees and says what they hold; TensorStore,
-on which it stands, reads slices of them.
+way into the accelerator. Orbax (its v0 API, in this module only) writes the trees; TensorStore, on which it stands,
+reads slices of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -55,24 +55,29 @@ def _place(name: str) -> tuple[str, str]:
 def _read_tree(path: Path) -> dict[str, Stored]:
     if not path.is_dir():
         raise PunaError(f"{path} is missing: the folder is incomplete, or config.json is another model's")
-    try:
-        metadata: Any = ocp.PyTreeCheckpointer().metadata(path)
-        leaves: dict[str, Any] = dict(metadata.item_metadata.tree)
-    except (OSError, ValueError, KeyError) as error:
-        raise PunaError(f"{path} is no complete Orbax tree: {' '.join(str(error).split())[:200]}") from None
-    return {name: _tensor(path, name, leaf.shape, np.dtype(leaf.dtype)) for name, leaf in leaves.items()}
+    kvstore = {"driver": "ocdbt", "base": f"file://{path.absolute()}/"}
+    with _readable(path):
+        keys = tensorstore.KvStore.open(kvstore).result().list().result()
+        return {name: _tensor(path, kvstore, name) for name in sorted({key.split(b"/")[0].decode() for key in keys})}
 
 
-def _tensor(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Stored:
-    kvstore = {"driver": "ocdbt", "base": f"file://{path.absolute()}/", "path": f"{name}/"}
+def _tensor(path: Path, kvstore: dict[str, str], name: str) -> Stored:
+    array = tensorstore.open({"driver": "zarr3", "kvstore": kvstore | {"path": f"{name}/"}}).result()
 
     def read(index: Index) -> np.ndarray:
-        try:
-            return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()[index].read().result()
-        except (ValueError, OSError) as error:
-            raise PunaError(f"{path}: {name} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        with _readable(path):
+            return array[index].read().result()
 
-    return Stored(tuple(shape), dtype, read, str(path))
+    return Stored(tuple(array.shape), array.dtype.numpy_dtype, read, str(path))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PunaError(f"{path} is no complete Orbax tree: {reason}; copy it again") from None
 
 
 def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], bar: Bar) -> None:

@@ -14,12 +14,16 @@ from convert.names import rows
 from convert.stored import Stored, contiguous
 from model.llama import forward
 
+LOGITS_ATOL = 1e-4  # of logits of about 10: equal weights in another layout are summed in another order
 _STRIPE_BYTES = 1 << 26
 
 
 def compare(a: str | Path, b: str | Path, tokens: int = 32, atol: float = 0.0) -> bool:
     """Print how far the models at `a` and `b` are from each other, tensor by tensor and in their logits over `tokens`
-    random tokens; True where nothing differs by more than `atol`. Tied embeddings count as a head of their own."""
+    random tokens; True where nothing differs by more than `atol`, or logits by LOGITS_ATOL.
+
+    Tied embeddings count as a head of their own.
+    """
     first, second = open_model(a), open_model(b)
     for field in fields(first.config):
         if (one := getattr(first.config, field.name)) != (other := getattr(second.config, field.name)):
@@ -28,7 +32,7 @@ def compare(a: str | Path, b: str | Path, tokens: int = 32, atol: float = 0.0) -
     if tokens and first.config.vocab_size == second.config.vocab_size:
         difference = float(np.abs(_logits(first, tokens) - _logits(second, tokens)).max())
         print(f"logits of {tokens} tokens: largest difference {difference:g}")
-        same = same and difference <= atol
+        same = same and difference <= max(atol, LOGITS_ATOL)
     print("same" if same else "different")
     return same
 
@@ -75,7 +79,7 @@ def max_difference(a: Stored, b: Stored) -> float:
         one, other = one.astype(np.float32), other.astype(np.float32)
         with np.errstate(invalid="ignore"):  # infinity less infinity; the two are equal
             gap = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, np.abs(one - other))
-        largest = max(largest, float(np.nan_to_num(gap, nan=np.inf).max()))
+        largest = max(largest, float(np.nan_to_num(gap, nan=np.inf, posinf=np.inf).max()))
     return largest
 
 
