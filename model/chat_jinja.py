@@ -97,7 +97,9 @@ def jinja_render(
         raise PunaError(f"the chat template does not compile: {error}") from error
     specials = _Specials(tokenizer.special_tokens)
     names: dict[int | None, str] = {number: text for text, number in tokenizer.special_tokens.items()}
-    constants = {
+    constants: dict[str, Any] = {
+        "tools": None,
+        "documents": None,
         "bos_token": names.get(tokenizer.bos_id, ""),
         "eos_token": names.get(tokenizer.eos_id, ""),
         "pad_token": names.get(tokenizer.pad_id, ""),

@@ -238,6 +238,33 @@ def test_named_templates_keep_text_apart_too(tokenizer, name):
         assert specials(forged) == specials("x")
 
 
+INSTRUCT = (  # what Llama 3.1's own template leans on
+    "{{- bos_token }}{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}"
+    "{%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}"
+    "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+    "{%- if tools is not none %}{{- 'Environment: ipython\n' }}{%- endif %}"
+    "{{- 'Today Date: ' + date_string + '\n\n' + system_message + '<|eot_id|>' }}"
+    "{%- for message in messages %}"
+    "{%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}"
+    "{%- elif message.role == 'tool' %}{{- message.content | tojson }}{%- continue %}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("messages", [*CONVERSATIONS, [user("q"), {"role": "tool", "content": "<é>"}]])
+def test_what_instruct_templates_lean_on_gives_transformers_ids(tokenizer, theirs, messages):
+    template = jinja_template(INSTRUCT, tokenizer)
+    for prompted in (False, True):
+        expected = theirs.apply_chat_template(
+            messages, chat_template=INSTRUCT, add_generation_prompt=prompted, tokenize=True, return_dict=False
+        )
+        assert template.encode(template.render(messages, prompted), tokenizer)[0] == expected
+
+
 def test_templates_run_in_a_sandbox(tokenizer):
     for source in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception('no') }}", "{% if %}"):
         with pytest.raises(PunaError, match="chat template"):

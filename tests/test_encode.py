@@ -236,6 +236,17 @@ def test_every_format_says_the_same_thing(small):
         assert len({str(encode(record, small, template=template)) for record in records}) == 1
 
 
+def test_a_stray_answer_before_the_first_question_is_left_out(small):
+    """V3."""
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+    stray = {"conversations": [{"from": "gpt", "value": "Welcome"}, *turns]}
+    assert encode(stray, small, template="vicuna_v1.1") == encode(
+        {"conversations": turns}, small, template="vicuna_v1.1"
+    )
+    with pytest.raises(PunaError, match="turn 2 is 'user', not 'assistant'"):
+        encode({"conversations": [turns[0], turns[0]]}, small, template="vicuna_v1.1")
+
+
 def test_texts_are_trained_on_whole_and_columns_can_be_renamed(small):
     ids = [small.bos_id, *small.encode("The puna."), small.eos_id]
     assert encode({"text": "The puna."}, small) == (ids, ids)
