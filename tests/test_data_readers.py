@@ -126,6 +126,8 @@ def test_damaged_tables_are_named(tmp_path, name):
 def test_wrong_paths_are_said(tmp_path):
     for path, reason in (
         (tmp_path / "nowhere.jsonl", "does not exist"),
+        ("data/nowhere.jsonl", "does not exist, and is no Hub data set"),
+        ("./nowhere", "does not exist"),
         (tmp_path, "holds no data files: looked for .jsonl, .json"),
         (write(tmp_path / "a.xlsx", b"x"), "is of no kind that can be read"),
     ):

@@ -18,7 +18,7 @@ from model.errors import PunaError
 NAMED_FAULTS = 20
 
 _NOT_BLANK = re.compile(r"\S")
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::([\w\[\]%:.-]+))?")
+_HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w\[\]%:.-]+))?")
 
 
 class Row(NamedTuple):
@@ -282,7 +282,7 @@ def _read_batches(file: Path, faults: Faults, batches: Callable[[], Iterator[Any
 
 
 def is_hub_id(path: str) -> bool:
-    return _HUB_ID.fullmatch(path) is not None
+    return _HUB_ID.fullmatch(path) is not None and Path(path).suffix.lower() not in READERS
 
 
 def read_hub(path: str) -> Iterator[Row]:
