@@ -5,6 +5,18 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check soak bench clean
 
+# A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
+demo: $(VENV)/.core
+	@echo "== Training a tiny LLaMA to reverse, sort and add; everything it writes goes to demo/"
+	$(BIN)/python -m train.demo run.output_dir=demo/run
+	@echo "== Converting it to Orbax, and back to a Hugging Face folder"
+	$(BIN)/python -m convert model demo/run/final demo/orbax --to orbax --overwrite
+	$(BIN)/python -m convert model demo/orbax demo/hf --to hf --overwrite
+	@echo "== Comparing every tensor, and the logits"
+	$(BIN)/python -m convert verify demo/run/final demo/hf
+	@echo "== Asking it"
+	$(BIN)/python -m infer generate demo/hf --prompt "sort jihgf = " --prompt "reverse abcde = " --prompt "add 41 + 17 = "
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not soak"
 
@@ -29,10 +41,10 @@ $(BIN)/python:
 
 $(VENV)/.core: pyproject.toml | $(BIN)/python
 	@echo "Installing Puna and its core dependencies into $(VENV)"
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --editable .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing Puna with what its tests need (torch and transformers among it) into $(VENV)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
 	@touch $(VENV)/.core $@

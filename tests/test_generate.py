@@ -248,14 +248,15 @@ def test_the_command_prints_the_published_story_and_nothing_else(data_dir, story
 
 
 @pytest.mark.slow
-def test_the_story_from_meta_from_orbax_and_sharded(data_dir, story, command, tmp_path):
+def test_the_story_from_meta_from_orbax_and_sharded(data_dir, story, command, tmp_path, monkeypatch):
     derived = data_dir / "stories260k-derived"
     greedy = ["--prompt", "Once upon a time", "--temperature", "0", "--max-new-tokens", "196"]
     tokenizer = ["--tokenizer", derived / "hf_sharded"]
     assert command(derived / "meta_mp1", *greedy, *tokenizer) == story
     assert command(derived / "hf_sharded", *greedy, "--mesh", "tensor=2") == story
     save_model(tmp_path / "orbax", *load_model(derived / "hf_sharded"), format="orbax")
-    assert command(tmp_path / "orbax", *greedy, *tokenizer) == story
+    monkeypatch.chdir(tmp_path)
+    assert command("orbax", *greedy, *tokenizer) == story
 
 
 @pytest.mark.slow
