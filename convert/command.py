@@ -68,12 +68,12 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _line(error: BaseException) -> str:
-    """The one line that a person reads about `error`."""
+    """What a person reads about `error`: one line, or one for each of several faults in data."""
     if isinstance(error, Interrupted):
         return f"interrupted by {error}: unfinished output was removed"
     if isinstance(error, OSError) and error.strerror:
         return f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")
-    return "error: " + " ".join(str(error).split())
+    return f"error: {error}"
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def write(destination: Path, size: int = 3):
 def fail(kind: str):
     match kind:
         case "puna":
-            raise PunaError("top_p is 2.0:\\n give a number in (0, 1]")
+            raise PunaError("top_p is 2.0: give a number in (0, 1]")
         case "file":
             open("missing/file.txt")
         case "full":

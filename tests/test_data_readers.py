@@ -66,7 +66,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path, line, reason):
 
 def test_twenty_faults_are_named_and_the_rest_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", b"x\n" * 50)
-    said = faults_of(path).split(";\n")
+    said = faults_of(path).split("\n")
     assert said[0].startswith(f"{path}:1: is not valid JSON") and said[19].startswith(f"{path}:20: ")
     assert said[20:] == ["and 30 more"]
 

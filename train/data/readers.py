@@ -44,8 +44,8 @@ class Faults:
     def check(self) -> None:
         """Raise PunaError where there is a fault."""
         if self.count:
-            more = f";\nand {self.count - len(self.named)} more" if self.count > len(self.named) else ""
-            raise PunaError(";\n".join(self.named) + more)
+            more = f"\nand {self.count - len(self.named)} more" if self.count > len(self.named) else ""
+            raise PunaError("\n".join(self.named) + more)
 
 
 def read_rows(path: str, faults: Faults) -> Iterator[Row]:
