@@ -6,17 +6,22 @@ import math
 import os
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax import Array
+from jax.sharding import Sharding
 
 from convert.command import atomic_path
+from convert.peft import save_adapter
 from convert.save import save_model
+from model import lora
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
@@ -29,9 +34,20 @@ from train.metrics import MFU_FORMULA, REPORTERS, MetricsLog, flops_per_token, p
 from train.optim import make_schedule
 from train.record import Display, Recorder
 from train.schema import dump, flat
-from train.start import first_state, mesh_of, model_of, tokenizer_of
-from train.step import Batch, TrainState, abstract_batch, abstract_state, make_evaluation, make_step, shardings_of
+from train.start import first_weights, mesh_of, model_of, tokenizer_of
+from train.step import (
+    Batch,
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    init_state,
+    make_evaluation,
+    make_step,
+    shardings_of,
+    state_of,
+)
 
+Evaluate = Callable[[TrainState, Batch], tuple[Array, Array]]
 ROWS_NAMED = 20
 
 
@@ -59,7 +75,7 @@ def train(config: Config) -> None:
 
     # --- model and mesh
     model, mesh = model_of(config, tokenizer), mesh_of(config)
-    abstract, batch = abstract_state(config, model, mesh), abstract_batch(config, mesh)
+    batch = abstract_batch(config, mesh)
     sharding, shape = batch["tokens"].sharding, batch["tokens"].shape
     data = {"seed": config.run.seed, "key": _data_key(sampler)}
     devices = distributed.preflight(run_dir, sharding, shape, data["key"])
@@ -75,7 +91,14 @@ def train(config: Config) -> None:
             run.keep_every or None,
         )
         stack.enter_context(checkpoints)
-        state, done = _restore(config, checkpoints, abstract, data) or (first_state(config, model, mesh, abstract), 0)
+        resuming = checkpoints.latest() is not None
+        parts = first_weights(config, model, mesh) if config.lora or not resuming else None
+        abstract = state_of(config, *parts, mesh) if parts else abstract_state(config, model, mesh)
+        if parts and not resuming:
+            state, done = init_state(config, abstract, *parts), 0
+        else:
+            state, done = _restore(config, checkpoints, abstract, data)
+            state = replace(state, frozen=parts and parts[1])
         if first:
             _write_config(run_dir, config)
 
@@ -92,7 +115,7 @@ def train(config: Config) -> None:
             display,
             run.logging_steps,
             run.max_skipped_steps,
-            flops_per_token(model, config.data.max_length),
+            flops_per_token(model, config.data.max_length, _size(state.params) if config.lora else None),
             peak_flops(),
             sampler.epoch,
             partial(_name_rows, sampler),
@@ -123,7 +146,7 @@ def train(config: Config) -> None:
 
         # --- what stays
         checkpoints.wait()
-        _export(config, model, state, tokenizer, run_dir)
+        _export(config, model, state, tokenizer, run_dir / "final")
         display.say(f"done: {run_dir / 'final'}")
 
 
@@ -132,7 +155,9 @@ def total_steps(config: Config, sampler: Sampler) -> int:
     return config.run.max_steps or math.ceil(config.run.num_train_epochs * sampler.num_rows / config.run.batch_size)
 
 
-def evaluation_loss(evaluate, state: TrainState, datasets: Datasets, config: Config, sharding) -> float:
+def evaluation_loss(
+    evaluate: Evaluate, state: TrainState, datasets: Datasets, config: Config, sharding: Sharding
+) -> float:
     """The mean loss of the trained tokens of the held-out rows."""
     assert datasets.evaluation is not None
     size = config.run.batch_size // config.run.gradient_accumulation_steps
@@ -153,20 +178,21 @@ def evaluation_loss(evaluate, state: TrainState, datasets: Datasets, config: Con
 
 def _restore(
     config: Config, checkpoints: Checkpoints, abstract: TrainState, data: dict[str, object]
-) -> tuple[TrainState, int] | None:
-    """The newest good state of the run that output_dir holds, or None. Raises PunaError naming what has changed."""
-    path = Path(config.run.output_dir) / "config.toml"
-    if checkpoints.latest() is None:
-        return None
-    if path.exists():
-        refuse_changes(read_config(tomllib.loads(path.read_text())), config)
-    state, saved, done = checkpoints.restore(abstract)
+) -> tuple[TrainState, int]:
+    """The newest good state of the run that output_dir holds. Raises PunaError naming what has changed since."""
+    text = (Path(config.run.output_dir) / "config.toml").read_text()
+    refuse_changes(read_config(tomllib.loads(text)), config)
+    state, saved, done = checkpoints.restore(replace(abstract, frozen=None))
     if saved["key"] != data["key"]:
         raise PunaError(
-            f"{config.run.output_dir} holds a run on other data: what data.path names has changed since; restore "
-            "it, or give another run.output_dir"
+            f"{config.run.output_dir} holds a run on other data: what data.path names has changed since; restore it, "
+            "or give another run.output_dir"
         )
     return state, done
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def _data_key(sampler: Sampler) -> str:
@@ -176,7 +202,7 @@ def _data_key(sampler: Sampler) -> str:
     return hashlib.sha256(content + str(sampler.sizes).encode()).hexdigest()[:16]
 
 
-def _metrics_writer(stack: ExitStack, config: Config, run_dir: Path, done: int):
+def _metrics_writer(stack: ExitStack, config: Config, run_dir: Path, done: int) -> Callable[[Mapping[str, Any]], None]:
     reporters = [REPORTERS[name](run_dir, dict(flat(config))) for name in config.run.report_to]
     return stack.enter_context(closing(MetricsLog(run_dir, done, reporters))).write
 
@@ -210,9 +236,15 @@ def _revision() -> str:
         return "unknown"
 
 
-def _export(config: Config, model: LlamaConfig, state: TrainState, tokenizer: Tokenizer, run_dir: Path) -> None:
-    """final/: a Hugging Face folder."""
-    save_model(run_dir / "final", model, state.params, tokenizer=tokenizer, overwrite=True)
+def _export(config: Config, model: LlamaConfig, state: TrainState, tokenizer: Tokenizer, folder: Path) -> None:
+    """A Hugging Face folder, or a PEFT adapter's where adapters were trained."""
+    if config.lora is None:
+        save_model(folder, model, state.params, tokenizer=tokenizer, overwrite=True)
+        return
+    params = lora.join(state.params, state.frozen)
+    saved, rslora = config.lora.modules_to_save, config.lora.rslora
+    save_adapter(folder, params, saved, rslora, base_model=config.model.path, overwrite=True)
+    tokenizer.save(folder)
 
 
 def _make_deterministic(run_dir: Path) -> None:

@@ -13,8 +13,8 @@ from model.errors import PunaError
 from model.params import init_params
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer, load_tokenizer
+from train.adapt import adapted_model, add_adapters, quantize_linears, quantizer
 from train.config import Config, ModelConfig
-from train.step import TrainState, init_state
 
 # What may differ from a checkpoint that is trained further: how positions are read, not the shape of any weight.
 _OVERRIDABLE = ("max_position_embeddings", "rope_theta", "rope_scaling")
@@ -64,17 +64,19 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
             f"data.max_length {config.data.max_length} is beyond the model's max_position_embeddings "
             f"{model.max_position_embeddings}: shorten it, or set model.max_position_embeddings and model.rope_scaling"
         )
-    return model
+    return adapted_model(config, model)
 
 
-def first_state(config: Config, model: LlamaConfig, mesh: Mesh, abstract: TrainState) -> TrainState:
-    """Step 0: the checkpoint's weights or fresh ones, placed shard by shard as `abstract` says."""
+def first_weights(config: Config, model: LlamaConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """(trained, frozen) of step 0: the checkpoint's weights or fresh ones, read or born shard by shard."""
     dtype = config.model.param_dtype
-    if config.model.path is not None:
-        params = load_params(open_model(config.model.path), dtype, mesh)
-    else:
-        params = init_params(model, jax.random.key(config.run.seed), dtype, mesh)
-    return init_state(config, abstract, params)
+    if config.model.path is None:
+        params = quantize_linears(init_params(model, jax.random.key(config.run.seed), dtype, mesh), config.quantize)
+        return add_adapters(config, model, params, mesh)
+    base = open_model(config.model.path)
+    stays_quantized = base.quantized and config.lora is not None and config.quantize is None
+    params = load_params(base, None if stays_quantized else dtype, mesh, quantizer(config.quantize))
+    return add_adapters(config, base.config, params, mesh)
 
 
 def _given(wanted: ModelConfig) -> dict[str, Any]:

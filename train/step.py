@@ -16,13 +16,15 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model import lora
 from model.attention import ATTENTIONS
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.llama import SPLIT_SEQUENCE, hidden, rms_norm
 from model.llama import block as llama_block
-from model.params import Params, abstract_params
+from model.params import Params
 from model.sharding import named_sharding
+from train.adapt import abstract_parts, join
 from train.config import Config, load_function
 from train.loss import IGNORE, make_loss
 from train.optim import Schedule, clip, global_norm, make_optimizer
@@ -98,11 +100,12 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         opt_state = jax.device_put(state.opt_state, on_device) if offload else state.opt_state
         trained_tokens = jnp.sum(batch["labels"] != IGNORE)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
-        def microbatch(params: Params, rows: Batch) -> tuple[Array, Params]:
-            return jax.value_and_grad(objective)(params, rows)
+        def microbatch(trained: Params, rows: Batch, key: Array) -> Array:
+            return objective(join(trained, state.frozen, key), rows)
 
-        total, sums = accumulate(microbatch, state.params, batch, config.run.gradient_accumulation_steps)
+        total, sums = accumulate(microbatch, state.params, batch, key, config.run.gradient_accumulation_steps)
         per_token = 1 / jnp.maximum(trained_tokens, 1)
         loss = total * per_token
         grads = jax.tree.map(lambda g, p: (g * per_token).astype(p.dtype), sums, state.params)
@@ -142,34 +145,36 @@ def make_evaluation(
     objective = make_objective(config, model, mesh)
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-        return objective(state.params, batch), jnp.sum(batch["labels"] != IGNORE)
+        params = state.params if state.frozen is None else lora.join(state.params, state.frozen)
+        return objective(params, batch), jnp.sum(batch["labels"] != IGNORE)
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def accumulate(
-    microbatch: Callable[[Params, Batch], tuple[Array, Params]], params: Params, batch: Batch, count: int
+    objective: Callable[[Params, Batch, Array], Array], params: Params, batch: Batch, key: Array, count: int
 ) -> tuple[Array, Params]:
-    """The sums over `count` microbatches of what `microbatch(params, rows)` gives, gradients summed in float32.
+    """The sum over `count` microbatches of `objective(params, rows, key)`, and its gradients, summed in float32.
 
-    Microbatch i takes every count-th row from i on, so that no row leaves its device.
+    Microbatch i takes every count-th row from i on, so that no row leaves its device, and a key of its own.
     """
+    gradients = jax.value_and_grad(objective)
     if count == 1:
-        return microbatch(params, batch)
+        return gradients(params, batch, key)
 
     def cut(x: Array) -> Array:
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(sums: Any, rows: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, microbatch(params, rows)), None
+    def add(sums: Any, each: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, gradients(params, *each)), None
 
     zeros = jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    return jax.lax.scan(add, zeros, jax.tree.map(cut, dict(batch)))[0]
+    return jax.lax.scan(add, zeros, (jax.tree.map(cut, dict(batch)), jax.random.split(key, count)))[0]
 
 
 def abstract_state(config: Config, model: LlamaConfig, mesh: Mesh) -> TrainState:
     """The state as shapes, dtypes and shardings, without memory: what is born, restored and planned."""
-    return state_of(config, abstract_params(model, config.model.param_dtype, mesh), None, mesh)
+    return state_of(config, *abstract_parts(config, model, mesh), mesh)
 
 
 def state_of(config: Config, params: Any, frozen: Any, mesh: Mesh) -> TrainState:

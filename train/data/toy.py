@@ -1,4 +1,5 @@
-"""A task whose answers can be checked, made on the spot: reverse a word, sort its letters, add two numbers.
+"""A task whose answers can be checked, made on the spot: reverse a word, sort its letters, or shift
+each of them to the next of the alphabet.
 
 `write` is a `run.prepare` function: it fills the folders that a configuration names with a byte tokenizer, training
 examples and held-out ones that do not occur among them.
@@ -6,6 +7,7 @@ examples and held-out ones that do not occur among them.
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -14,8 +16,14 @@ from model.errors import PunaError
 from train.config import Config
 from train.data.cache import written_once
 
-TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 60_000, 300
-LETTERS, SPECIALS = "abcdefghij", ("<unk>", "<s>", "</s>", "<pad>")
+TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 30_000, 300
+LETTERS = "abcdefghij"
+TASKS: dict[str, Callable[[str], str]] = {
+    "reverse": lambda word: word[::-1],
+    "shift": lambda word: word.translate(str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])),
+    "sort": lambda word: "".join(sorted(word)),
+}
+SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
 VOCAB_SIZE = 264  # 256 bytes, the specials, and spare rows that make it divide over devices
 
 
@@ -44,28 +52,10 @@ def make_examples(count: int, seed: int = 0) -> list[dict[str, str]]:
     random_ = random.Random(seed)
     examples: dict[str, str] = {}
     while len(examples) < count:
-        prompt, answer = random_.choice((_reverse, _sort, _sort, _add))(random_)
-        examples[prompt] = answer
+        task = random_.choice(sorted(TASKS))
+        word = "".join(random_.choices(LETTERS, k=random_.randint(3, 6)))
+        examples[f"{task} {word} = "] = TASKS[task](word)
     return [{"prompt": prompt, "completion": answer} for prompt, answer in examples.items()]
-
-
-def _word(random_: random.Random) -> str:
-    return "".join(random_.choices(LETTERS, k=random_.randint(3, 6)))
-
-
-def _reverse(random_: random.Random) -> tuple[str, str]:
-    word = _word(random_)
-    return f"reverse {word} = ", word[::-1]
-
-
-def _sort(random_: random.Random) -> tuple[str, str]:
-    word = _word(random_)
-    return f"sort {word} = ", "".join(sorted(word))
-
-
-def _add(random_: random.Random) -> tuple[str, str]:
-    a, b = random_.randrange(100), random_.randrange(100)
-    return f"add {a} + {b} = ", str(a + b)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -1,0 +1,123 @@
+"""Settings: everything that is wrong is named at once, with the nearest known; what is written reads back the same."""
+
+import tomllib
+from pathlib import Path
+
+import jax
+import pytest
+
+from model.errors import PunaError
+from train.config import Config, load_config, load_function, read_config, refuse_changes
+from train.schema import dump
+from train.start import mesh_of, model_of
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
+MINIMAL = {"model": {"preset": "llama2-7b"}, "data": {"path": "x.jsonl", "max_length": 64}}
+
+
+def read(**sections) -> Config:
+    return read_config(MINIMAL | sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"optm": {}}, "optm is not a setting; did you mean optim?"),
+        ({"run": {"max_step": 1}}, "run.max_step is not a setting; did you mean run.max_steps?"),
+        ({"run": {"learning_rate": 1.0}}, "run.learning_rate is not a setting; did you mean optim.learning_rate?"),
+        ({"data": {"path": [{"path": "a", "wieght": 1}]}}, "data.path[0].wieght is not a setting; did you mean"),
+        ({"run": {"batch_size": 8.0}}, "run.batch_size is 8.0; it must be an integer"),
+        ({"run": {"batch_size": True}}, "run.batch_size is true; it must be an integer"),
+        ({"model": {"preset": 7}}, "model.preset is 7; it must be a string"),
+        ({"data": {"path": "a", "packing": "yes"}}, 'data.packing is "yes"; it must be true or false'),
+        ({"optim": {"optimizer": "adam"}}, 'optim.optimizer is "adam"; it must be one of "adamw", "adafactor"'),
+        ({"run": {"report_to": ["wandbb"]}}, 'run.report_to[0] is "wandbb"; it must be one of'),
+        ({"lora": {"rank_pattern": {"q_proj": "8"}}}, 'lora.rank_pattern.q_proj is "8"; it must be an integer'),
+        ({"optim": {"learning_rate": 0}}, "optim.learning_rate is 0.0; it must be above 0"),
+        ({"optim": {"warmup_ratio": 3}}, "optim.warmup_ratio is 3.0; it must be between 0 and 1"),
+        ({"run": {"save_steps": -1}}, "run.save_steps is -1; it must be 0 or above"),
+        ({"lora": {"rank": 0}}, "lora.rank is 0; it must be above 0"),
+        ({"run": {"gradient_accumulation_steps": 3}}, "run.batch_size 8 does not divide into"),
+        ({"model": {"preset": "llama-7b", "path": "x"}}, "model.path and model.preset are both given"),
+        ({"quantize": {}}, "quantize is given without lora"),
+        ({"data": {}}, "data.path is missing"),
+        ({"mesh": 3}, "mesh is 3; it must be a table"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(sections, said):
+    with pytest.raises(PunaError) as error:
+        read(**sections)
+    assert said in str(error.value)
+
+
+def test_all_are_named_at_once():
+    with pytest.raises(PunaError) as error:
+        read(run={"max_step": 1, "seed": "x"}, optm={})
+    assert all(name in str(error.value) for name in ("run.max_step ", "run.seed ", "optm "))
+
+
+def test_overrides_are_toml_or_text(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[model]\npreset = "llama-7b"\n[data]\npath = "x"\n')
+    config = load_config(
+        path,
+        [
+            "model.preset=llama2-7b",
+            "run.output_dir=runs/a b",
+            "optim.learning_rate=1e-3",
+            'data.path=[{path = "b", weight = 2}]',
+            "lora.rank=4",
+        ],
+    )
+    assert (config.model.preset, config.run.output_dir, config.optim.learning_rate) == ("llama2-7b", "runs/a b", 1e-3)
+    assert config.lora and config.lora.rank == 4
+    assert not isinstance(config.data.path, str) and getattr(config.data.path[0], "weight", None) == 2.0
+    for wrong in ("max_steps=3", "run.max_steps", "=3"):
+        with pytest.raises(PunaError, match="is not an override"):
+            load_config(path, [wrong])
+    path.write_text("[model\n")
+    with pytest.raises(PunaError, match="c.toml: not TOML"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_reads_back(path):
+    config = load_config(path)
+    assert read_config(tomllib.loads(dump(config))) == config
+    head = path.read_text().split("\n\n")[0]
+    assert all(word in head for word in ("python -m train run", "hardware:", "expected:"))
+
+
+def test_the_model_comes_from_preset_or_dims():
+    assert model_of(read()).hidden_size == 4096
+    longer = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "max_position_embeddings": 8192}
+    model = model_of(read(model={"preset": "llama2-7b", **longer}))
+    assert model.rope_scaling and model.rope_scaling.factor == 2.0 and model.max_position_embeddings == 8192
+    for sections, said in (
+        ({"model": {"preset": "llama-8b"}}, "model.preset 'llama-8b' is not known"),
+        ({"model": {}}, "model is empty"),
+        ({"data": {"path": "x", "max_length": 5000}}, "data.max_length 5000 is beyond"),
+    ):
+        with pytest.raises(PunaError, match=said):
+            model_of(read(**sections))
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    assert dict(mesh_of(read()).shape) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
+    with pytest.raises(PunaError, match="mesh data=3"):
+        mesh_of(read(mesh={"data": 3}))
+
+
+def test_what_may_change_when_a_run_resumes():
+    free = {"max_steps": 9, "save_steps": 7, "save_minutes": 1, "logging_steps": 2, "gradient_accumulation_steps": 2}
+    refuse_changes(read(), read(run=free, mesh={"tensor": 2}))
+    with pytest.raises(PunaError, match=r"run.seed was 0 and is 1; lora.rank was None and is 8"):
+        refuse_changes(read(), read(run={"seed": 1}, lora={}))
+
+
+def test_functions_are_found_by_name():
+    assert load_function("json:dumps", "model.block")({}) == "{}"
+    for name in ("json", "json:absent", "no_such_module:f", ""):
+        with pytest.raises(PunaError, match='write "module:function"'):
+            load_function(name, "model.block")
