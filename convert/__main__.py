@@ -1,6 +1,7 @@
 """`python -m convert`: models between formats, and what they hold."""
 
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import typer
 from jax.numpy import dtype as as_dtype
 
-from convert import delta
+from convert import delta, merge
+from convert.bnb import as_format, quantized_checkpoint
 from convert.checkpoint import open_model
 from convert.command import main, progress
 from convert.describe import describe
@@ -30,6 +32,8 @@ def model(
     destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
     to: str = typer.Option(..., help="hf, orbax or meta."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; by default as stored."),
+    quantize: str | None = typer.Option(None, help="int8, int4 or nf4, for the linear weights of the layers; hf only."),
+    double_quant: bool = typer.Option(True, help="nf4: quantize the scales of its blocks too."),
     max_shard_size: str = typer.Option("5GB", help="Bytes of one safetensors file, as in 500MB or 2GiB."),
     shards: int = typer.Option(1, min=1, help="Model-parallel shards of Meta's format."),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
@@ -41,9 +45,40 @@ def model(
     if dtype is not None:
         kind = np.dtype(as_dtype(dtype))
         checkpoint = replace(checkpoint, tensors={name: t.cast(kind) for name, t in checkpoint.tensors.items()})
+    if dtype is not None or to != "hf":
+        checkpoint = replace(checkpoint, quantized={})  # of quantized weights, the dequantized numbers are written
+    if quantize is not None:
+        if to != "hf":
+            raise PunaError(f"--quantize {quantize} writes --to hf only, not {to}")
+        checkpoint = quantized_checkpoint(checkpoint, as_format(quantize), double=double_quant and quantize == "nf4")
     target = replace(checkpoint, format=to)
     bar = partial(progress, f"writing {destination.name}")
     write_model(destination, target, overwrite, shards=shards, max_shard_size=limit, bar=bar)
+
+
+@app.command("merge")
+def merge_command(
+    paths: list[str] = typer.Argument(metavar="BASE ADAPTER... DST", help="The base, adapters in order, and DST."),
+    to: str = typer.Option("hf", help="hf, orbax or meta."),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; by default the base's."),
+    max_shard_size: str = typer.Option("5GB", help="Bytes of one safetensors file, as in 500MB or 2GiB."),
+    shards: int = typer.Option(1, min=1, help="Model-parallel shards of Meta's format."),
+    overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
+) -> None:
+    """Merge one or several PEFT adapters into a model, in order; vocabularies may grow on the way."""
+    if len(paths) < 3:
+        raise PunaError(f"merge needs BASE, at least one ADAPTER and DST; {len(paths)} given")
+    limit = parse_size(max_shard_size)
+    check_dtype(dtype)
+    base, *adapters, last = paths
+    destination = Path(last)
+    bar = partial(progress, f"writing {destination.name}")
+    merged = merge.merge(
+        base, adapters, destination, format=to, dtype=dtype, overwrite=overwrite, shards=shards,
+        max_shard_size=limit, bar=bar,
+    )  # fmt: skip
+    for name, error in merged.items():
+        print(f"{name}: quantized again with a relative error of {error:.2%}", file=sys.stderr)
 
 
 @app.command()

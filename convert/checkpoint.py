@@ -31,6 +31,17 @@ _WANTED = ["*.json", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
+class StoredQuantized:
+    """A quantized weight in a file: `like` has its shapes and settings, and calling it loads its numbers."""
+
+    like: QuantizedArray
+    load: Callable[[], QuantizedArray]
+
+    def __call__(self) -> QuantizedArray:
+        return self.load()
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """`tensors` are named as in convert/names.py: `embed`, `layers.0.wq`, ...; `folder` holds the companion files.
 
@@ -41,7 +52,7 @@ class Checkpoint:
     tensors: dict[str, Stored]
     folder: Path
     format: str
-    quantized: Mapping[str, Callable[[], QuantizedArray]] = field(default_factory=dict)
+    quantized: Mapping[str, StoredQuantized] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from convert.bnb import as_tensors, quantization_config, read_quantized
 from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
 from convert.names import from_foreign, is_buffer, rows
 from convert.pickled import read_pickled
@@ -17,17 +18,19 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64")
 def read_hf(folder: Path) -> Checkpoint:
     """The model in an HF folder. Safetensors win over pickled weights where both are there, as in transformers."""
     said = read_json(folder / "config.json")
-    if (quantization := said.pop("quantization_config", None)) is not None:
-        method = quantization.get("quant_method", "unknown")
-        raise PunaError(f"{folder}: weights quantized by {method} are not read; give the unquantized model")
+    quantization = said.pop("quantization_config", None)
     config = LlamaConfig.from_hf(said)
     tensors = read_weights(folder)
+    quantized = {}
+    if quantization is not None:
+        dtype = said.get("dtype") or said.get("torch_dtype") or "float16"
+        tensors, quantized = read_quantized(quantization, tensors, config, dtype, folder)
     if config.tie_word_embeddings:
         _drop_tied_head(tensors, folder)
     for name, tensor in tensors.items():
         if tensor.dtype.name not in _FLOATS and not is_buffer(name):
             raise PunaError(f"{tensor.where}: {name} has dtype {tensor.dtype.name}; weights are {', '.join(_FLOATS)}")
-    return Checkpoint(config, from_foreign(config, tensors, str(folder)), folder, "hf")
+    return Checkpoint(config, from_foreign(config, tensors, str(folder)), folder, "hf", quantized)
 
 
 def read_weights(folder: Path) -> dict[str, Stored]:
@@ -79,12 +82,22 @@ def _drop_tied_head(tensors: dict[str, Stored], folder: Path) -> None:
         )
 
 
-def write_hf(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], bar: Bar, max_shard_size: int) -> None:
+def write_hf(folder: Path, checkpoint: Checkpoint, bar: Bar, max_shard_size: int) -> None:
     """Write config.json, generation_config.json and safetensors: one file, or shards of at most `max_shard_size`
-    bytes (a tensor larger than that has a file of its own) with their index."""
-    write_json(folder / "config.json", config.to_hf(main_dtype(tensors)))
+    bytes (a tensor larger than that has a file of its own) with their index. Quantized weights stay so."""
+    config, quantized = checkpoint.config, checkpoint.quantized
+    said = config.to_hf(main_dtype(checkpoint.tensors))
+    if quantized:
+        said["quantization_config"] = quantization_config(next(iter(quantized.values())).like)
+    write_json(folder / "config.json", said)
     write_generation_config(folder, config)
-    write_weights(folder, {row.hf: row.turned(tensors[row.name]) for row in rows(config)}, bar, max_shard_size)
+    tensors: dict[str, Stored] = {}
+    for row in rows(config):
+        if row.name in quantized:
+            tensors |= as_tensors(row.hf, quantized[row.name])
+        else:
+            tensors[row.hf] = row.turned(checkpoint.tensors[row.name])
+    write_weights(folder, tensors, bar, max_shard_size)
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Stored], bar: Bar, max_shard_size: int) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from convert.checkpoint import TOKENIZER_FILES, Checkpoint, copy_files
+from convert.checkpoint import TOKENIZER_FILES, Checkpoint, StoredQuantized, copy_files
 from convert.command import atomic_path, check_free_space
 from convert.hf import write_hf
 from convert.meta import write_meta
@@ -17,6 +18,7 @@ from convert.stored import Bar, Index, Stored, silent
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params
+from model.quantize import QuantizedArray, dequantize
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes of a safetensors file, as transformers has it
 
@@ -39,10 +41,13 @@ def save_model(
     """Write `params`, stacked or not, as an `hf`, `orbax` or `meta` folder, with the tokenizer's files where given.
 
     `shards` is the number of Meta's consolidated files. With several processes all call this, and the first one
-    writes; not in Meta's format, which reads in another order. Raises PunaError for LoRA or quantized leaves, and for
-    an existing `path` unless `overwrite`.
+    writes; not in Meta's format, which reads in another order. Quantized weights are written as they are, to hf
+    only. Raises PunaError for LoRA leaves, and for an existing `path` unless `overwrite`.
     """
     tensors = {row.name: _leaf(params, row.name, row.shape) for row in rows(config)}
+    quantized = {name: weight for name in tensors if (weight := _quantized_leaf(params, name)) is not None}
+    if quantized and format != "hf":
+        raise PunaError(f"quantized weights are written as hf, not as {format}; dequantize them, or save hf")
     if jax.process_count() > 1 and format == "meta":
         raise PunaError(
             "several processes write no Meta folder: save hf, and convert it with `python -m convert model`"
@@ -54,7 +59,7 @@ def save_model(
     with _new_folder(Path(path), tensors, overwrite) as folder:
         if tokenizer is not None:
             tokenizer.save(folder)
-        _write(folder, Checkpoint(config, tensors, folder, format), shards, MAX_SHARD_SIZE, silent)
+        _write(folder, Checkpoint(config, tensors, folder, format, quantized), shards, MAX_SHARD_SIZE, silent)
 
 
 def write_model(
@@ -93,7 +98,7 @@ def _write(folder: Path, checkpoint: Checkpoint, shards: int, max_shard_size: in
     config, tensors = checkpoint.config, checkpoint.tensors
     match checkpoint.format:
         case "hf":
-            write_hf(folder, config, tensors, bar, max_shard_size)
+            write_hf(folder, checkpoint, bar, max_shard_size)
         case "meta":
             write_meta(folder, config, tensors, bar, shards)
         case "orbax":
@@ -104,18 +109,36 @@ def _write(folder: Path, checkpoint: Checkpoint, shards: int, max_shard_size: in
             raise PunaError(f"format {unknown!r} is not known; choose hf, orbax or meta")
 
 
+def _find(params: Params, name: str) -> tuple[Any, Any]:
+    """The leaf that holds a parameter, and the index of its layer in a stacked one."""
+    first, _, rest = name.partition(".")
+    if first != "layers":
+        return params[first], ()
+    number, key = rest.split(".")
+    if isinstance(params["layers"], tuple):
+        return params["layers"][int(number)][key], ()
+    return params["layers"][key], int(number)
+
+
+def _quantized_leaf(params: Params, name: str) -> StoredQuantized | None:
+    leaf, select = _find(params, name)
+    if not isinstance(leaf, QuantizedArray):
+        return None
+    like = jax.eval_shape(lambda w: jax.tree.map(lambda x: x[select], w), leaf)
+    return StoredQuantized(like, lambda: jax.tree.map(lambda x: jnp.asarray(_gathered(x[select])), leaf))
+
+
+def _dequantized(leaf: QuantizedArray, select: Any) -> np.ndarray:
+    return np.asarray(dequantize(jax.tree.map(lambda x: jnp.asarray(_gathered(x[select])), leaf)))
+
+
 def _leaf(params: Params, name: str, shape: tuple[int, ...]) -> Stored:
     """One unstacked parameter of a tree in memory; on several processes its reading gathers it."""
-    first, _, rest = name.partition(".")
-    leaf = params[first]
-    select: Any = ()
-    if first == "layers":
-        number, key = rest.split(".")
-        stacked = not isinstance(leaf, tuple)
-        leaf = leaf[key] if stacked else leaf[int(number)][key]
-        select = int(number) if stacked else ()
+    leaf, select = _find(params, name)
+    if isinstance(leaf, QuantizedArray):
+        return Stored(shape, np.dtype(jnp.dtype(leaf.dtype)), lambda index: _dequantized(leaf, select)[index], name)
     if not isinstance(leaf, jax.Array):
-        raise PunaError(f"{name} is a {type(leaf).__name__}: merge adapters and dequantize before saving the model")
+        raise PunaError(f"{name} is a {type(leaf).__name__}: merge adapters before saving the model")
 
     def read(index: Index) -> np.ndarray:
         return _gathered(leaf[select])[index]

@@ -1,0 +1,277 @@
+"""Quantized weights in Hugging Face folders: bitsandbytes' layout for nf4 and int8, bit for bit, and ours for int4.
+
+A 4-bit `X.weight` lies flattened beside `X.weight.absmax`, its tables, and a JSON object stored as bytes; an int8 one
+is `X.weight` beside `X.SCB`. bitsandbytes knows no grouped int4: `quant_method` "puna" names that layout.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.checkpoint import Checkpoint, StoredQuantized
+from convert.names import rows
+from convert.stored import Index, Stored
+from model.config import LlamaConfig
+from model.errors import PunaError
+from model.params import LINEARS
+from model.quantize import FORMATS, NESTED_BLOCK, NF4, Format, QuantizedArray, dequantize, dynamic_map, quantize
+
+_STATE = "quant_state.bitsandbytes__nf4"
+_STATE_BYTES = 256  # padded with spaces, so that a header can be written before the numbers are known
+_PAD_CODES = 0x77  # two zeros of NF4
+
+
+# --------------------------------------------------------------------------------------------------------------- write
+
+
+def as_format(name: str) -> Format:
+    """The format of that name. Raises PunaError for another."""
+    for format in FORMATS:
+        if format == name:
+            return format
+    raise PunaError(f"quantize {name!r} is not known; choose {', '.join(FORMATS)}")
+
+
+def quantized_checkpoint(checkpoint: Checkpoint, format: Format, block: int = 64, double: bool = False) -> Checkpoint:
+    """The checkpoint with every linear weight of its layers quantized when read, one at a time; see `quantize`."""
+    lazy = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.split(".")[-1] in LINEARS:
+            like = _like((tensor.shape[1], tensor.shape[0]), format, tensor.dtype.name, block, double)
+            make = partial(quantize_rows, format=format, block=block, double=double)
+            lazy[name] = StoredQuantized(like, lambda tensor=tensor, make=make: make(tensor.transposed().load()))
+    return replace(checkpoint, quantized=lazy)
+
+
+@partial(jax.jit, static_argnames=("format", "block", "double"))
+def quantize_rows(rows: jax.Array, format: Format, block: int, double: bool) -> QuantizedArray:
+    """The weight given as rows [out, in], as files hold it; see `model.quantize.quantize`."""
+    return quantize(rows.T, format, block, double)  # the transposes cancel: files hold what the codes run over
+
+
+def quantization_config(like: QuantizedArray) -> dict[str, Any]:
+    """The `quantization_config` of config.json for weights like this one."""
+    if like.format == "int4":
+        return {"quant_method": "puna", "format": "int4", "block": like.block}
+    is_nf4 = like.format == "nf4"
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": is_nf4,
+        "load_in_8bit": not is_nf4,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": like.nested_absmax is not None,
+        "bnb_4bit_compute_dtype": like.dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": None,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }
+
+
+def as_tensors(name: str, weight: StoredQuantized) -> dict[str, Stored]:
+    """The tensors of one quantized weight under its Hugging Face name `name`, computed once when first read."""
+    like = weight.like
+    n_blocks = math.ceil(like.size / like.block)
+    parts: dict[str, tuple[tuple[int, ...], Any]] = {}
+    if like.format == "int8":
+        parts[name] = (like.codes.shape, np.int8)
+        parts[name.removesuffix("weight") + "SCB"] = (like.absmax.shape, np.float32)
+        parts[name.removesuffix("weight") + "weight_format"] = ((), np.uint8)
+    elif like.format == "int4":
+        parts[name] = (like.codes.shape, np.uint8)
+        parts[f"{name}.absmax"] = (like.absmax.shape, jnp.bfloat16)
+    else:
+        parts[name] = ((math.ceil(like.size / 2), 1), np.uint8)
+        parts[f"{name}.absmax"] = ((n_blocks,), like.absmax.dtype)
+        if like.nested_absmax is not None:
+            parts[f"{name}.nested_absmax"] = (like.nested_absmax.shape, np.float32)
+            parts[f"{name}.nested_quant_map"] = ((256,), np.float32)
+        parts[f"{name}.quant_map"] = ((16,), np.float32)
+        parts[f"{name}.{_STATE}"] = ((_STATE_BYTES,), np.uint8)
+    read: list[str] = []
+
+    @cache
+    def arrays() -> dict[str, np.ndarray]:
+        return _arrays(name, weight())
+
+    def take(key: str, index: Index) -> np.ndarray:
+        array = arrays()[key]
+        read.append(key)
+        if len(read) == len(parts):  # a conversion reads each once: nothing stays behind
+            arrays.cache_clear()
+            read.clear()
+        return array[index] if index else array
+
+    return {key: Stored(shape, np.dtype(kind), partial(take, key), name) for key, (shape, kind) in parts.items()}
+
+
+def _arrays(name: str, q: QuantizedArray) -> dict[str, np.ndarray]:
+    codes, absmax = np.asarray(q.codes), np.asarray(q.absmax)
+    if q.format == "int8":
+        prefix = name.removesuffix("weight")
+        return {name: codes, f"{prefix}SCB": absmax, f"{prefix}weight_format": np.zeros((), np.uint8)}
+    if q.format == "int4":
+        return {name: codes, f"{name}.absmax": absmax}
+    n_blocks = math.ceil(q.size / q.block)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": q.block, "dtype": q.dtype}
+    state["shape"] = [q.out_features, q.in_features]
+    arrays = {
+        name: codes.reshape(-1, 1)[: math.ceil(q.size / 2)],
+        f"{name}.absmax": absmax.reshape(-1)[:n_blocks],
+        f"{name}.quant_map": np.array(NF4, np.float32),
+    }
+    if q.nested_absmax is not None and q.offset is not None:
+        arrays[f"{name}.nested_absmax"] = np.asarray(q.nested_absmax)
+        arrays[f"{name}.nested_quant_map"] = dynamic_map()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(q.offset)}
+    said = json.dumps(state).encode().ljust(_STATE_BYTES)
+    return arrays | {f"{name}.{_STATE}": np.frombuffer(said, np.uint8)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def read_quantized(
+    settings: Mapping[str, Any], tensors: dict[str, Stored], config: LlamaConfig, dtype: str, folder: Path
+) -> tuple[dict[str, Stored], dict[str, StoredQuantized]]:
+    """Splits what a quantized folder holds: every tensor as floats under its Hugging Face name, [out, in], and the
+    quantized weights under ours. `dtype` is what int8 weights were, which their files do not say.
+
+    Raises PunaError for another method or type, other tables or block sizes, and tensors that do not fit the config.
+    """
+    _check_method(settings, folder)
+    found: dict[str, StoredQuantized] = {}
+    left = dict(tensors)
+    for row in rows(config):
+        if row.name.split(".")[-1] not in LINEARS or row.hf not in left:
+            continue
+        n_in, n_out = row.shape
+        weight = _read_weight(row.hf, left, settings, (n_out, n_in), dtype)
+        if weight is not None:
+            found[row.name] = weight
+            left[row.hf] = _dequantized(weight, tensors[row.hf].where)
+    depth = config.num_hidden_layers
+    whole = {key for key in LINEARS if sum(f"layers.{i}.{key}" in found for i in range(depth)) == depth}
+    # Layers are stacked: a weight that some of them keep in float is loaded in float.
+    return left, {name: weight for name, weight in found.items() if name.split(".")[-1] in whole}
+
+
+def _check_method(settings: Mapping[str, Any], folder: Path) -> None:
+    method = settings.get("quant_method", "bitsandbytes")
+    if method == "puna" and settings.get("format") == "int4":
+        return
+    if method != "bitsandbytes":
+        raise PunaError(f"{folder}: weights quantized by {method} are not read; Puna reads bitsandbytes' nf4 and int8")
+    kind = settings.get("bnb_4bit_quant_type", "fp4")
+    if settings.get("load_in_4bit") and kind != "nf4":
+        raise PunaError(f"{folder}: bnb_4bit_quant_type {kind!r} is not read; Puna reads nf4")
+    storage = settings.get("bnb_4bit_quant_storage", "uint8")
+    if settings.get("load_in_4bit") and storage != "uint8":
+        raise PunaError(f"{folder}: bnb_4bit_quant_storage {storage!r} is not read; save it with uint8")
+
+
+def _read_weight(
+    name: str, left: dict[str, Stored], settings: Mapping[str, Any], shape: tuple[int, int], dtype: str
+) -> StoredQuantized | None:
+    """Takes the tensors of one weight out of `left`; None where it is not quantized."""
+    scb = left.pop(name.removesuffix("weight") + "SCB", None)
+    if scb is not None:
+        left.pop(name.removesuffix("weight") + "weight_format", None)
+        return _read_int8(left.pop(name), scb, shape, dtype)
+    own = {key: left.pop(key) for key in list(left) if key.startswith(f"{name}.")}
+    if not own:
+        return None
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in own.items()}
+    codes = left.pop(name)
+    if settings.get("quant_method") == "puna":
+        return _read_int4(codes, own["absmax"], shape, settings["block"], dtype)
+    return _read_nf4(name, codes, own, shape)
+
+
+def _read_int8(codes: Stored, scb: Stored, shape: tuple[int, int], dtype: str) -> StoredQuantized:
+    like = _like(shape, "int8", dtype)
+    _check_parts(codes, {"codes": like.codes, "SCB": like.absmax}, {"codes": codes, "SCB": scb})
+    return _stored(like, lambda: [codes.load(), scb.load()])
+
+
+def _read_int4(codes: Stored, absmax: Stored, shape: tuple[int, int], block: int, dtype: str) -> StoredQuantized:
+    like = _like(shape, "int4", dtype, block)
+    _check_parts(codes, {"codes": like.codes, "absmax": like.absmax}, {"codes": codes, "absmax": absmax})
+    return _stored(like, lambda: [codes.load(), absmax.load()])
+
+
+def _read_nf4(name: str, codes: Stored, own: Mapping[str, Stored], shape: tuple[int, int]) -> StoredQuantized:
+    where = codes.where
+    if _STATE not in own:
+        raise PunaError(f"{where}: {name} lacks its {_STATE}; found {', '.join(sorted(own))}")
+    state = json.loads(own[_STATE].load().tobytes())
+    double = "nested_offset" in state
+    said = (tuple(state["shape"]), state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK))
+    known = (shape, 64, NESTED_BLOCK)
+    if said != known:
+        raise PunaError(f"{where}: {name} has shape, block and nested block {said}; this model needs {known}")
+    tables = {"quant_map": np.array(NF4, np.float32)} | ({"nested_quant_map": dynamic_map()} if double else {})
+    for key, table in tables.items():
+        if key in own and not np.array_equal(own[key].load(), table):
+            raise PunaError(f"{where}: {name}.{key} is not the standard table")
+    like = _like(shape, "nf4", state["dtype"], double=double)
+    sizes = {"codes": math.ceil(like.size / 2), "absmax": math.ceil(like.size / 64)}
+    if double:
+        sizes["nested_absmax"] = math.ceil(sizes["absmax"] / NESTED_BLOCK)
+    found = {"codes": codes, **own}
+    if {key: math.prod(found[key].shape) if key in found else 0 for key in sizes} != sizes:
+        raise PunaError(f"{where}: {name} and its states have other sizes than {shape} needs ({sizes})")
+
+    def load() -> list[np.ndarray]:
+        parts = [
+            _padded(codes.load(), like.codes.shape, _PAD_CODES),
+            _padded(own["absmax"].load(), like.absmax.shape, 0),
+        ]
+        if double:
+            parts += [own["nested_absmax"].load(), np.array(state["nested_offset"], np.float32)]
+        return parts
+
+    return _stored(like, load)
+
+
+def _like(shape: tuple[int, int], format: Format, dtype: str, block: int = 64, double: bool = False) -> QuantizedArray:
+    """The shapes that quantizing a weight [out, in] gives."""
+    make = partial(quantize_rows, format=format, block=block, double=double)
+    return jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+
+
+def _check_parts(codes: Stored, expected: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
+    for key, like in expected.items():
+        if (found[key].shape, found[key].dtype) != (like.shape, like.dtype):
+            said = f"{found[key].dtype.name} {found[key].shape}; this model needs {like.dtype.name} {like.shape}"
+            raise PunaError(f"{codes.where}: {key} of a quantized weight is {said}")
+
+
+def _padded(flat: np.ndarray, shape: tuple[int, ...], fill: int) -> np.ndarray:
+    flat = flat.reshape(-1)
+    return np.pad(flat, (0, math.prod(shape) - flat.size), constant_values=fill).reshape(shape)
+
+
+def _stored(like: QuantizedArray, load: Any) -> StoredQuantized:
+    structure = jax.tree.structure(like)
+    return StoredQuantized(like, lambda: jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in load()]))
+
+
+def _dequantized(weight: StoredQuantized, where: str) -> Stored:
+    """The float weight [out, in] that a quantized one stands for."""
+    like = weight.like
+    kind = np.dtype(jnp.dtype(like.dtype))
+
+    def read(index: Index) -> np.ndarray:
+        return np.asarray(dequantize(weight())).T[index]
+
+    return Stored((like.out_features, like.in_features), kind, read, where)
