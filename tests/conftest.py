@@ -7,15 +7,16 @@ from pathlib import Path
 import jax
 import pytest
 
-# Compiling is most of what the tests take: what one test or one run compiled, the next finds here.
-COMPILED = {
-    "jax_compilation_cache_dir": str(Path(__file__).parent.parent / ".pytest_cache" / "jax"),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-for name, value in COMPILED.items():
-    os.environ.setdefault(name.upper(), str(value))  # the commands that tests start share it
+# Compiling is most of what the tests take: what one test or one run compiled, the next finds here. The commands that
+# tests start have a cache of their own, since some are killed while they write to it.
+CACHE = Path(__file__).parent.parent / ".pytest_cache"
+for name, value in (
+    ("jax_compilation_cache_dir", str(CACHE / "jax")),
+    ("jax_persistent_cache_min_compile_time_secs", 0),
+    ("jax_persistent_cache_min_entry_size_bytes", -1),
+):
     jax.config.update(name, value)
+    os.environ[name.upper()] = str(value).replace("/jax", "/jax-commands")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, and by the commands tests start
 jax.config.update("jax_platforms", "cpu")
