@@ -1,14 +1,16 @@
 """The commands that make text: `python -m infer generate MODEL --prompt TEXT`."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from convert.command import main
 from infer.generate import check_room, complete
 from infer.load import find, load, sampling, start_mesh
+from model.quantize import Format
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -16,14 +18,6 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=T
 @app.callback()
 def commands() -> None:
     """Text out of a model."""
-
-
-class Dtype(StrEnum):
-    """What weights are computed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 @app.command()
@@ -40,6 +34,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Where the model's folder has no tokenizer.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; as stored when not given.")] = None,
+    quantize: Annotated[Format | None, typer.Option(help="What to quantize the linear weights to.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter folder; several apply in order.")] = None,
     mesh: Annotated[str | None, typer.Option(help="Devices to split the model over, as tensor=2.")] = None,
 ) -> None:
     """Print each prompt and its continuation, and nothing else.
@@ -62,9 +58,10 @@ def generate(
         ids = source.tokenizer.encode(text, add_bos=source.tokenizer.bos_id is not None)
         check_room(f"prompt {number}", ids, max_new_tokens, source.config)
     devices = start_mesh(mesh)
+    config, params = load(source, devices, dtype, quantize, adapter or [])
     pieces = complete(
-        load(source, devices, dtype),
-        source.config,
+        params,
+        config,
         source.tokenizer,
         prompt,
         max_new_tokens,

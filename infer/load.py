@@ -1,5 +1,6 @@
 """What every command of `infer` starts with: a model, its tokenizer, its devices, and how it wishes to be sampled."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params, unstack
+from model.quantize import Format
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,11 +57,17 @@ def find(model: str, tokenizer: Path | None = None) -> Source:
     return Source(checkpoint, found, read_json(defaults) if defaults.exists() else {})
 
 
-def load(source: Source, mesh: Mesh | None = None, dtype: str | None = None) -> Params:
-    """The weights, unstacked as decoding wants them."""
+def load(
+    source: Source,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    quantize: Format | None = None,
+    adapters: Sequence[str | Path] = (),
+) -> tuple[LlamaConfig, Params]:
+    """The weights, unstacked as decoding wants them, and the config as adapters leave it. See `load_model`."""
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
-        _, params = load_model(source.checkpoint.folder, dtype, mesh)
-        return unstack(params)
+        config, params = load_model(source.checkpoint.folder, dtype, mesh, quantize, adapters)
+        return config, unstack(params)
 
 
 def sampling(generation: dict[str, Any], **given: Any) -> Sampling:

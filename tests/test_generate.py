@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -22,6 +23,7 @@ from infer.load import sampling, start_mesh
 from infer.sample import Sampling
 from model import forward, make_mesh
 from model.errors import PunaError
+from model.tokenizer import load_tokenizer
 
 NEW = 24
 
@@ -82,7 +84,7 @@ def run_theirs(theirs, prompt, **keywords):
     with torch.no_grad():
         ids = torch.tensor([prompt])
         out = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, use_cache=True, **keywords
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, **keywords
         )
     return out[0, len(prompt) :].tolist()
 
@@ -268,6 +270,18 @@ def test_several_prompts_are_divided_and_each_as_alone(data_dir, command):
     together = command(folder, *(part for text in texts for part in ("--prompt", text)), *flags)
     assert together.removesuffix("\n").split("\n\f\n") == alone
     assert all(text.startswith(prompt) and "." not in text for text, prompt in zip(alone, texts, strict=True))
+
+
+@pytest.mark.slow
+def test_an_adapter_speaks_as_in_peft(data_dir, command):
+    derived = data_dir / "stories260k-derived"
+    base = transformers.LlamaForCausalLM.from_pretrained(derived / "hf_sharded")
+    adapted = peft.PeftModel.from_pretrained(base, derived / "peft_qv_r8a16").eval()
+    source = load_tokenizer(derived / "hf_sharded")
+    prompt = source.encode("Once upon a time", add_bos=True)
+    expected = source.decode(prompt + run_theirs(adapted, prompt)) + "\n"
+    flags = ["--prompt", "Once upon a time", "--max-new-tokens", NEW]
+    assert command(derived / "hf_sharded", "--adapter", derived / "peft_qv_r8a16", *flags) == expected
 
 
 def test_float_types_are_named_as_the_flag_has_them(data_dir, command):
