@@ -30,7 +30,7 @@ def _kind(row: Row) -> str:
     return row.name.rpartition(".")[2]
 
 
-def _pairs_to_halves(size: int, head_dim: int) -> np.ndarray:
+def pairs_to_halves(size: int, head_dim: int) -> np.ndarray:
     """For each row of a weight in our order, the row of Meta's that holds it."""
     return np.arange(size).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
@@ -88,7 +88,7 @@ def _joined(row: Row, shards: list[Stored], config: LlamaConfig) -> Stored:
             f"{row.foreign_shape}: is a consolidated.*.pth missing?"
         )
     if kind in _ROTATED:
-        tensor = tensor.taken(0, _pairs_to_halves(tensor.shape[0], config.head_dim))
+        tensor = tensor.taken(0, pairs_to_halves(tensor.shape[0], config.head_dim))
     return row.turned(tensor)
 
 
@@ -119,7 +119,7 @@ def _piece(row: Row, tensor: Stored, config: LlamaConfig, shard: int, shards: in
     if len(row.shape) == 1:
         return tensor
     if kind in _ROTATED:
-        tensor = tensor.taken(0, np.argsort(_pairs_to_halves(tensor.shape[0], config.head_dim)))
+        tensor = tensor.taken(0, np.argsort(pairs_to_halves(tensor.shape[0], config.head_dim)))
     by_columns = kind == "embed" and config.vocab_size < _LLAMA3_VOCABULARY and not config.tie_word_embeddings
     axis = 1 if kind in _COLUMNS or by_columns else 0
     units = {"wq": config.num_attention_heads, "wo": config.num_attention_heads}.get(kind, tensor.shape[axis])

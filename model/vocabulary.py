@@ -208,7 +208,7 @@ def _read_merges(path: Path) -> Vocabulary:
     vocab: dict[str, int] = model["vocab"]
     added = [added_token(entry) for entry in spec.get("added_tokens", [])]
     if "ByteLevel" in steps:
-        spell, dummy_prefix, errors = partial(_spell_byte_level, _byte_level_alphabet()), False, "replace"
+        spell, dummy_prefix, errors = partial(_spell_byte_level, byte_level_alphabet()), False, "replace"
     elif model.get("byte_fallback") or "Metaspace" in steps:
         metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})
         dummy_prefix = "Strip" in steps or metaspace.get("prepend_scheme") != "never"
@@ -242,7 +242,7 @@ def _read_merges(path: Path) -> Vocabulary:
     )
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """GPT-2's letter for each byte: printable Latin-1 stands for itself, the others follow U+0100 in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

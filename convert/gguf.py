@@ -1,0 +1,296 @@
+"""GGUF files, with which llama.cpp runs a model on small devices: metadata, tokenizer and tensors in one file.
+
+Keys and tensors are as llama.cpp's own converter (conversion/llama.py) writes them for the architecture "llama".
+Matrices lie `[out, in]`; llama.cpp rotates adjacent pairs, so that the rows of q and k are in Meta's order. Matrices
+have the type asked for, or F16 where it cannot cut their rows into blocks; vectors are always F32. Written through the
+`gguf` library, one tensor at a time.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.checkpoint import Checkpoint
+from convert.command import atomic_path, check_free_space
+from convert.gguf_tokenizer import add_tokenizer
+from convert.meta import pairs_to_halves
+from convert.names import Row, account, check_shape, rows
+from convert.stored import Bar, Index, Stored, contiguous, silent, stored
+from model.config import LlamaConfig, RopeScaling
+from model.errors import PunaError
+from model.params import param_count
+from model.rope import frequencies
+
+TYPES = {  # our names: GGUF's of the tensor type, and of the file
+    "float32": ("F32", "ALL_F32"),
+    "float16": ("F16", "MOSTLY_F16"),
+    "bfloat16": ("BF16", "MOSTLY_BF16"),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
+    "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
+}
+_ARRAYS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_ROPE_FREQS = "rope_freqs.weight"
+_PERMUTED = ("wq", "wk", "bq", "bk")
+
+
+def import_gguf(purpose: str) -> Any:
+    """The gguf library. Raises PunaError naming the extra that installs it."""
+    try:
+        import gguf
+    except ImportError:
+        raise PunaError(f"{purpose} needs the gguf library: pip install 'puna[gguf]'") from None
+    return gguf
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor to write, in llama.cpp's layout, and its GGUF type."""
+
+    tensor: Stored
+    type: str
+
+
+def write_gguf(path: Path, checkpoint: Checkpoint, type: str, overwrite: bool = False, bar: Bar = silent) -> None:
+    """Write the checkpoint and the tokenizer in its folder as one file, renamed when complete.
+
+    type: a key of TYPES. Raises PunaError for a config or a tokenizer that llama.cpp could not run as they are, for
+    numbers beyond the type's range, and where `path` exists.
+    """
+    if type not in TYPES:
+        raise PunaError(f"GGUF type {type!r} is not known; choose {', '.join(TYPES)}")
+    gguf = import_gguf(f"writing {path}")
+    config = checkpoint.config
+    names = _names(gguf, config)
+    entries = {
+        names[row.name]: _Entry(_theirs(row, checkpoint.tensors[row.name], config), _type(gguf, row, TYPES[type][0]))
+        for row in rows(config)
+    }
+    if config.rope_scaling and config.rope_scaling.rope_type == "llama3":
+        entries = {_ROPE_FREQS: _Entry(stored(_rope_factors(config), "the config"), "F32"), **entries}
+    with atomic_path(path, overwrite) as temporary:
+        check_free_space(path, sum(_nbytes(gguf, entry) for entry in entries.values()))
+        writer = gguf.GGUFWriter(temporary, "llama")
+        try:
+            writer.add_type("model")
+            writer.add_name(checkpoint.folder.name)
+            writer.add_size_label(gguf.size_label(param_count(config), param_count(config), 0, 0))
+            writer.add_file_type(gguf.LlamaFileType[TYPES[type][1]])
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            _add_config(gguf, writer, config)
+            add_tokenizer(writer, checkpoint.folder, config.vocab_size)
+            _write_tensors(gguf, writer, entries, bar)
+        finally:
+            writer.close()
+
+
+def _names(gguf: Any, config: LlamaConfig) -> dict[str, str]:
+    """llama.cpp's name of each of our parameters."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    return {row.name: table.get_name(row.hf, try_suffixes=(".weight", ".bias")) for row in rows(config)}
+
+
+def _is_permuted(row: Row) -> bool:
+    return row.name.rpartition(".")[2] in _PERMUTED
+
+
+def _theirs(row: Row, tensor: Stored, config: LlamaConfig) -> Stored:
+    tensor = row.turned(tensor)
+    if _is_permuted(row):
+        tensor = tensor.taken(0, np.argsort(pairs_to_halves(tensor.shape[0], config.head_dim)))
+    return tensor
+
+
+def _ours(row: Row, tensor: Stored, config: LlamaConfig) -> Stored:
+    if _is_permuted(row):
+        tensor = tensor.taken(0, pairs_to_halves(tensor.shape[0], config.head_dim))
+    return row.turned(tensor)
+
+
+def _type(gguf: Any, row: Row, wanted: str) -> str:
+    """The GGUF type of one parameter: quantized types take rows of whole blocks only."""
+    if len(row.shape) == 1:
+        return "F32"
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[wanted]]
+    return wanted if row.foreign_shape[-1] % block == 0 else "F16"
+
+
+def _nbytes(gguf: Any, entry: _Entry) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.type]]
+    return math.prod(entry.tensor.shape) // block * size
+
+
+def _rope_factors(config: LlamaConfig) -> np.ndarray:
+    """float32 [d/2]: what llama.cpp divides each frequency by, for Llama 3.1's scaling."""
+    plain, _ = frequencies(replace(config, rope_scaling=None))
+    scaled, _ = frequencies(config)
+    return np.asarray(plain / scaled, np.float32)
+
+
+def _add_config(gguf: Any, writer: Any, config: LlamaConfig) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    match config.rope_scaling:
+        case None | RopeScaling(rope_type="llama3"):  # llama3 is a tensor
+            pass
+        case RopeScaling(rope_type="linear") as scaling:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(scaling.factor)
+        case (
+            RopeScaling(
+                rope_type="yarn", attention_factor=None, mscale=None, mscale_all_dim=None, truncate=None | True
+            ) as scaling
+        ):
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(scaling.factor)
+            writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+            writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast or 32.0)
+            writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow or 1.0)
+        case scaling:
+            raise PunaError(f"rope_scaling {scaling.to_hf()} cannot be said in GGUF as llama.cpp reads it; use --to hf")
+
+
+def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], bar: Bar) -> None:
+    for name, entry in entries.items():
+        kind = gguf.GGMLQuantizationType[entry.type]
+        dtype, shape = _ARRAYS.get(entry.type), entry.tensor.shape
+        if dtype is None:
+            dtype, shape = np.dtype(np.uint8), gguf.quant_shape_to_byte_shape(shape, kind)
+        writer.add_tensor_info(name, shape, dtype, _nbytes(gguf, entry), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with bar(sum(entry.tensor.nbytes for entry in entries.values())) as advance:
+        for name, entry in entries.items():
+            writer.write_tensor_data(_converted(gguf, name, entry))
+            advance(entry.tensor.nbytes)
+
+
+def _converted(gguf: Any, name: str, entry: _Entry) -> np.ndarray:
+    array = contiguous(entry.tensor.load())
+    if (wrong := array.size - int(np.isfinite(array).sum())) > 0:
+        raise PunaError(f"{entry.tensor.where}: {wrong} numbers of {name} are NaN or infinite: the file is damaged")
+    try:
+        with np.errstate(over="raise"):
+            if entry.type in _ARRAYS:
+                return array.astype(_ARRAYS[entry.type])
+            return gguf.quants.quantize(array.astype(np.float32), gguf.GGMLQuantizationType[entry.type])
+    except FloatingPointError:
+        raise PunaError(f"{entry.tensor.where}: {name} has numbers beyond float16, which {entry.type} uses") from None
+
+
+def read_gguf(path: Path) -> Checkpoint:
+    """The model in a GGUF file, or in the one of a folder: quantized types read as their dequantized float32.
+
+    The tokenizer inside is not read; files beside it are taken for the model's. Raises PunaError where the file is
+    damaged, is of another architecture, or says what no LlamaConfig does.
+    """
+    path = _file(path)
+    gguf = import_gguf(f"reading {path}")
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise PunaError(f"{path} is truncated or no GGUF file: {error}; fetch it again") from None
+    tensors = {tensor.name: _read_tensor(gguf, tensor, path) for tensor in reader.tensors}
+    config = _read_config(reader, tensors, path)
+    names = _names(gguf, config)
+    account(names.values(), tensors.keys() - {_ROPE_FREQS}, str(path))
+    for row in rows(config):
+        check_shape(names[row.name], tensors[names[row.name]], row.foreign_shape)
+    ours = {row.name: _ours(row, tensors[names[row.name]], config) for row in rows(config)}
+    return Checkpoint(config, ours, path.parent, "gguf")
+
+
+def _file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise PunaError(f"{path} holds {len(files)} GGUF files: give one of {', '.join(file.name for file in files)}")
+    return files[0]
+
+
+def _read_tensor(gguf: Any, tensor: Any, path: Path) -> Stored:
+    name, kind, data = tensor.tensor_type.name, tensor.tensor_type, tensor.data
+    if name in _ARRAYS:
+        return stored(data.view(_ARRAYS[name]), str(path))
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+
+    def read(index: Index) -> np.ndarray:
+        try:
+            return gguf.quants.dequantize(np.asarray(data[index[0]]), kind)[:, index[1]]
+        except NotImplementedError:
+            raise PunaError(f"{path}: {tensor.name} has type {name}, which the gguf library cannot read") from None
+
+    return Stored(shape, np.dtype(np.float32), read, str(path))
+
+
+def _read_config(reader: Any, tensors: dict[str, Stored], path: Path) -> LlamaConfig:
+    def value(key: str, default: Any = None) -> Any:
+        found = reader.get_field(key)
+        if found is not None:
+            return found.contents()
+        if default is None:
+            raise PunaError(f"{path} does not say {key}: it is no LLaMA that llama.cpp runs")
+        return default
+
+    if (architecture := value("general.architecture")) != "llama":
+        raise PunaError(f"{path} holds a model of architecture {architecture!r}; Puna reads 'llama'")
+    heads, hidden = value("llama.attention.head_count"), value("llama.embedding_length")
+    biases = {name.rpartition(".")[0].rpartition(".")[2] for name in tensors if name.endswith(".bias")}
+    plain = LlamaConfig(
+        vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 1,
+        hidden_size=hidden,
+        intermediate_size=value("llama.feed_forward_length"),
+        num_hidden_layers=value("llama.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=value("llama.attention.head_count_kv", heads),
+        head_dim=value("llama.attention.key_length", hidden // heads),
+        max_position_embeddings=value("llama.context_length"),
+        rms_norm_eps=_float(value("llama.attention.layer_norm_rms_epsilon")),
+        rope_theta=_float(value("llama.rope.freq_base", 10000.0)),
+        tie_word_embeddings="output.weight" not in tensors,
+        attention_bias="attn_q" in biases,
+        mlp_bias="ffn_gate" in biases,
+        bos_token_id=value("tokenizer.ggml.bos_token_id", 1),
+        eos_token_id=(value("tokenizer.ggml.eos_token_id", 2),),
+    )
+    kind, factor = value("llama.rope.scaling.type", "none"), _float(value("llama.rope.scaling.factor", 1.0))
+    if kind == "none":
+        return _with_llama3(plain, tensors, path)
+    settings = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        settings["original_max_position_embeddings"] = value("llama.rope.scaling.original_context_length")
+        settings["beta_fast"] = _float(value("llama.rope.scaling.yarn_beta_fast", 32.0))
+        settings["beta_slow"] = _float(value("llama.rope.scaling.yarn_beta_slow", 1.0))
+    return replace(plain, rope_scaling=RopeScaling.from_hf(settings, plain.max_position_embeddings))
+
+
+def _with_llama3(plain: LlamaConfig, tensors: dict[str, Stored], path: Path) -> LlamaConfig:
+    """GGUF has only what each frequency is divided by; the published Llama 3s tell which scaling that is."""
+    if _ROPE_FREQS not in tensors:
+        return plain
+    for factor in (8.0, 32.0):
+        config = replace(plain, rope_scaling=RopeScaling("llama3", factor, 8192, 1.0, 4.0))
+        found, expected = tensors[_ROPE_FREQS].load(), _rope_factors(config)
+        if found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4):
+            return config
+    raise PunaError(f"{path}: {_ROPE_FREQS} is not that of Llama 3.1, 3.2 or 3.3; convert from the original instead")
+
+
+def _float(value: float) -> float:
+    """The shortest decimal of a float32: 1e-05 is stored as 9.999999747e-06."""
+    return float(str(np.float32(value)))
