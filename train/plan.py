@@ -191,8 +191,7 @@ def report(plan: Plan, suggestions: dict[str, Plan | None]) -> str:
         "",
         "collectives of a device, a step",
         *(f"  {kind:<18} {x.count:>7,} times {x.bytes / 1e9:>10.3f} GB" for kind, x in sorted(plan.traffic.items())),
-        f"  gathered {plan.gathered[0] / 1e9:.3f} GB, in theory {plan.gathered[1] / 1e9:.3f}; "
-        f"reduced {plan.reduced[0] / 1e9:.3f} GB, in theory {plan.reduced[1] / 1e9:.3f}",
+        *([] if plan.frozen else [_against_theory(plan)]),
         "",
         "GPUs",
         *_verdicts(plan, suggestions),
@@ -202,6 +201,14 @@ def report(plan: Plan, suggestions: dict[str, Plan | None]) -> str:
         f"bytes are upper bounds. A GPU is taken to give {_USABLE:.0%} of its memory.",
     ]
     return "\n".join(lines)
+
+
+def _against_theory(plan: Plan) -> str:
+    (gathered, should_gather), (reduced, should_reduce) = plan.gathered, plan.reduced
+    return (
+        f"  gathered {gathered / 1e9:.3f} GB, in theory {should_gather / 1e9:.3f}; "
+        f"reduced {reduced / 1e9:.3f} GB, in theory {should_reduce / 1e9:.3f}"
+    )
 
 
 def _rows(plan: Plan) -> list[str]:
