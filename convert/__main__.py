@@ -10,16 +10,18 @@ import numpy as np
 import typer
 from jax.numpy import dtype as as_dtype
 
-from convert import delta, merge
+from convert import delta, manifest, merge
 from convert.bnb import as_format, quantized_checkpoint
-from convert.checkpoint import open_model
+from convert.checkpoint import main_dtype, open_model
 from convert.command import main, progress
 from convert.describe import describe
+from convert.gguf import write_gguf
 from convert.save import write_model
 from convert.verify import compare
 from model.errors import PunaError
 
 DTYPES = ("float32", "bfloat16", "float16")
+GGUF_TYPES = {"int8": "q8_0", "int4": "q4_0"}
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
 deltas = typer.Typer(no_args_is_help=True, help="What to add to a base model to give a fine-tuned one.")
@@ -28,11 +30,13 @@ app.add_typer(deltas, name="delta")
 
 @app.command()
 def model(
-    source: str = typer.Argument(metavar="SRC", help="A model folder of any format, or a Hub id org/name[@revision]."),
+    source: str = typer.Argument(metavar="SRC", help="A model of any format, or a Hub id org/name[@revision]."),
     destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
-    to: str = typer.Option(..., help="hf, orbax or meta."),
+    to: str = typer.Option(..., help="hf, orbax, meta or gguf (for llama.cpp; DST is a file)."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; by default as stored."),
-    quantize: str | None = typer.Option(None, help="int8, int4 or nf4, for the linear weights of the layers; hf only."),
+    quantize: str | None = typer.Option(
+        None, help="hf: int8, int4 or nf4, for the linear weights of the layers. gguf: int8 (Q8_0) or int4 (Q4_0)."
+    ),
     double_quant: bool = typer.Option(True, help="nf4: quantize the scales of its blocks too."),
     max_shard_size: str = typer.Option("5GB", help="Bytes of one safetensors file, as in 500MB or 2GiB."),
     shards: int = typer.Option(1, min=1, help="Model-parallel shards of Meta's format."),
@@ -47,12 +51,16 @@ def model(
         checkpoint = replace(checkpoint, tensors={name: t.cast(kind) for name, t in checkpoint.tensors.items()})
     if dtype is not None or to != "hf":
         checkpoint = replace(checkpoint, quantized={})  # of quantized weights, the dequantized numbers are written
+    bar = partial(progress, f"writing {destination.name}")
+    if to == "gguf":
+        stored_as = quantize or main_dtype(checkpoint.tensors)
+        write_gguf(destination, checkpoint, GGUF_TYPES.get(stored_as, stored_as), overwrite, bar)
+        return
     if quantize is not None:
         if to != "hf":
-            raise PunaError(f"--quantize {quantize} writes --to hf only, not {to}")
+            raise PunaError(f"--quantize {quantize} writes --to hf or gguf only, not {to}")
         checkpoint = quantized_checkpoint(checkpoint, as_format(quantize), double=double_quant and quantize == "nf4")
     target = replace(checkpoint, format=to)
-    bar = partial(progress, f"writing {destination.name}")
     write_model(destination, target, overwrite, shards=shards, max_shard_size=limit, bar=bar)
 
 
@@ -82,10 +90,29 @@ def merge_command(
 
 
 @app.command()
-def inspect(path: str = typer.Argument(metavar="PATH", help="A model folder of any format, or a Hub id.")) -> None:
-    """Print a model's config, sizes, dtypes, parameter count, and the SHA-256 of each of its files."""
+def inspect(
+    path: str = typer.Argument(metavar="PATH", help="A model folder of any format, or a Hub id; or a training run."),
+    verify: bool = typer.Option(False, "--verify", help="PATH is a training run: check every file it has saved."),
+) -> None:
+    """Print a model's config, sizes, dtypes, parameter count, and the SHA-256 of each of its files.
+
+    With --verify, check the checkpoints of a training run; exit 1 where one is damaged.
+    """
+    if verify:
+        _verify_run(path)
+        return
     for key, value in describe(open_model(path)):
         print(f"{key:<23} {value}")
+
+
+def _verify_run(path: str) -> None:
+    damage = manifest.verify(path)
+    if not damage:
+        raise PunaError(f"{path} holds no checkpoints: give the output_dir of a training run")
+    for step, lines in damage.items():
+        print(f"step {step}: " + ("; ".join(lines) or "every file is as it was written"))
+    if any(damage.values()):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -60,7 +60,7 @@ class Checkpoint:
 
 
 def open_model(path: str | Path) -> Checkpoint:
-    """The model at a local folder of any format we read, or of a Hub id.
+    """The model at a local folder of any format we read, in a GGUF file, or of a Hub id.
 
     Raises PunaError naming what is missing, left over, truncated or of the wrong shape.
     """
@@ -70,15 +70,17 @@ def open_model(path: str | Path) -> Checkpoint:
             from convert.hf import read_hf as read
         case "meta":
             from convert.meta import read_meta as read
+        case "gguf":
+            from convert.gguf import read_gguf as read
         case _:
             from convert.orbax import read_orbax as read
     return read(folder)
 
 
 def locate(path: str | Path) -> Path:
-    """The local folder that `path` names, downloaded where it is a Hub id and no folder. Raises PunaError."""
+    """The local folder (or GGUF file) that `path` names, downloaded where it is a Hub id. Raises PunaError."""
     folder = Path(path)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
         return folder
     if folder.exists():
         raise PunaError(f"{path} is a file: give the folder that holds the model")
@@ -112,7 +114,7 @@ def _hub_weights(name: str, revision: str | None) -> list[str]:
 
 
 def detect(folder: Path) -> str:
-    """hf, meta or orbax. Raises PunaError for a folder that holds none of them, or more than one."""
+    """hf, meta, orbax or gguf. Raises PunaError for a folder that holds none of them, or more than one."""
     signs = {
         "hf": [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*.index.json")],
         "meta": list(folder.glob("consolidated.*.pth")),
@@ -124,12 +126,14 @@ def detect(folder: Path) -> str:
         raise PunaError(f"{folder} holds models of several formats: {examples}; keep one, or give the folder of one")
     if found:
         return next(iter(found))
+    if folder.is_file() or any(folder.glob("*.gguf")):
+        return "gguf"
     if (folder / "params.json").exists() and not (folder / "config.json").exists():
         raise PunaError(f"{folder} has params.json and no consolidated.*.pth: Meta's weights are missing")
     if (folder / "adapter_config.json").exists():
         raise PunaError(f"{folder} is an adapter, not a model: merge it into its base, or give it as an adapter")
     raise PunaError(
-        f"{folder} holds no model*.safetensors, pytorch_model*.bin, consolidated.*.pth or params/: no model"
+        f"{folder} holds no model*.safetensors, pytorch_model*.bin, consolidated.*.pth, *.gguf or params/: no model"
     )
 
 

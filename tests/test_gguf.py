@@ -238,7 +238,7 @@ def test_a_tokenizer_json_converted_from_sentencepiece(data_dir, tmp_path):
     assert by_ours == sorted(merged, key=lambda id: -pieces.get_score(id)) and len(merged) > 100
 
 
-# Round trips and faults.
+# Round trips, commands and faults.
 
 
 @pytest.mark.parametrize("type", TYPES)
@@ -259,6 +259,21 @@ def test_what_is_written_is_read_back(data_dir, tmp_path, type):
             kind_here = kind if rows.shape[1] % 32 == 0 else gguf.GGMLQuantizationType.F16
             expected = gguf.quants.dequantize(gguf.quants.quantize(rows.copy(), kind_here), kind_here)
             assert np.array_equal(found if name == "embed" else found.T, expected)
+
+
+def test_the_commands(data_dir, tmp_path, command):  # noqa: F811
+    source, file = data_dir / "stories260k-derived/hf_sharded", tmp_path / "stories.gguf"
+    assert command("model", source, file, "--to", "gguf")[:2] == (0, [])
+    assert tokens_of(file)["model"] == "llama"
+    code, out, _ = command("verify", source, file)
+    assert (code, out[-1]) == (0, "same")
+    assert command("model", file, tmp_path / "back", "--to", "hf")[0] == 0
+    assert command("verify", source, tmp_path / "back")[0] == 0
+    for arguments, kind in ((("--dtype", "float16"), "F16"), (("--quantize", "int8"), "Q8_0")):
+        assert command("model", source, file, "--to", "gguf", "--overwrite", *arguments)[0] == 0
+        assert gguf.GGUFReader(file).get_tensor(0).tensor_type == gguf.GGMLQuantizationType[kind]
+    code, _, err = command("model", source, tmp_path / "dst.gguf", "--to", "gguf", "--quantize", "nf4")
+    assert code == 2 and "'nf4' is not known" in err[-1] and not list(tmp_path.glob("*dst*"))
 
 
 def test_wrong_input_is_named_and_nothing_is_written(tmp_path, monkeypatch):
