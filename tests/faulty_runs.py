@@ -37,6 +37,7 @@ learning_rate = 1e-3
 batch_size = 8
 max_steps = 40
 save_steps = 5
+keep_last = 100
 """
 
 
@@ -51,18 +52,32 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def start(command: str, *arguments: object, devices: int = 2, **env: str) -> subprocess.Popen:
-    """`python -m train COMMAND ARGUMENTS` on `devices` virtual CPU devices."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_", "XLA_"))}
-    clean |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+def start(command: str, *arguments: object, devices: int = 2, cache: Path | None = None) -> subprocess.Popen:
+    """`python -m train COMMAND ARGUMENTS` on `devices` virtual CPU devices; compiled programs are shared in `cache`."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_", "XLA_"))}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    if cache:
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         [sys.executable, "-m", "train", command, *map(str, arguments)],
         cwd=ROOT,
-        env={**clean, **env},
+        env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def launch(config: Path, run_dir: Path, *more: object, processes: int = 2, devices: int = 4) -> subprocess.Popen:
+    """`train launch` of `processes` with `devices` each, with patience: the tests bring many deaths in a row."""
+    options = ("-n", processes, "--cpu-devices", devices, "--max-restarts", 10)
+    return start("launch", *options, config, f"run.output_dir={run_dir}", *more, cache=config.parent / "compiled")
+
+
+def run(config: Path, run_dir: Path, *more: object, devices: int = 1) -> subprocess.Popen:
+    """`train run`: one process, nobody watching."""
+    cache = config.parent / "compiled"
+    return start("run", config, f"run.output_dir={run_dir}", *more, devices=devices, cache=cache)
 
 
 def finish(process: subprocess.Popen, code: int = 0, timeout: float = 600) -> str:
@@ -128,19 +143,25 @@ def hit(run_dir: Path, index: int, number: signal.Signals, process: subprocess.P
     return True
 
 
-def is_saving(run_dir: Path) -> bool:
-    """Whether a save is under way."""
-    return any((run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
-
-
 def wait_for_save(run_dir: Path, process: subprocess.Popen) -> None:
     """Return in the middle of a save, or when the process has ended."""
-    while process.poll() is None and not is_saving(run_dir):
+    while process.poll() is None and not any((run_dir / "checkpoints").glob("*.orbax-checkpoint-tmp*")):
         time.sleep(0.001)
 
 
-def random_faults(seed: int, count: int) -> list[tuple[str, int]]:
-    """`count` faults for two processes: (what happens, to which)."""
-    chance = random.Random(seed)
-    kinds = ["kill", "kill", "kill while saving", "freeze"]
-    return [(chance.choice(kinds), chance.randrange(2)) for _ in range(count)]
+def storm(run_dir: Path, process: subprocess.Popen, faults: int, processes: int, chance: random.Random) -> list[str]:
+    """Befall a run `faults` times at random moments: any process is killed, in a save too, frozen or asked to stop.
+    Returns what was done; the process that watches the run may end by a SIGTERM, and a new one must then be made."""
+    done = []
+    for _ in range(faults):
+        kind = chance.choice(["kill", "kill", "kill while saving", "freeze", "stop"])
+        index = chance.randrange(processes)
+        wait_for_step(run_dir, min(39, last_step(run_dir) + chance.randrange(1, 8)), process)
+        if kind == "kill while saving":
+            wait_for_save(run_dir, process)
+        number = {"freeze": signal.SIGSTOP, "stop": signal.SIGTERM}.get(kind, signal.SIGKILL)
+        if hit(run_dir, index, number, process):
+            done.append(f"{kind} {index}")
+        if kind == "stop" or process.poll() is not None:
+            break
+    return done

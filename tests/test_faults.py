@@ -1,25 +1,33 @@
 """Whatever befalls the processes of a run, it ends as if nothing had happened: the same losses, the same state."""
 
-import math
-import os
+import json
 import random
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from faulty_runs import (
+    ROOT,
     finish,
     hit,
     last_step,
+    launch,
     outcome,
-    random_faults,
-    start,
+    run,
+    storm,
     wait_for_save,
     wait_for_step,
     write_config,
 )
 
+from convert import manifest
+
 pytestmark = pytest.mark.slow
+
+EXPECTED = Path(__file__).parent / "expected_losses.json"
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +36,175 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calm(config, tmp_path_factory) -> dict:
-    """The uninterrupted run of two processes with two devices each."""
+def calm_dir(config, tmp_path_factory) -> Path:
+    """The uninterrupted run of two processes with four devices each, every checkpoint kept."""
     run_dir = tmp_path_factory.mktemp("calm") / "run"
     finish(launch(config, run_dir))
-    return outcome(run_dir)
+    return run_dir
 
 
-def launch(config: Path, run_dir: Path, *overrides: str, processes: int = 2, devices: int = 2):
-    return start("launch", "-n", processes, "--cpu-devices", devices, config, f"run.output_dir={run_dir}", *overrides)
+@pytest.fixture(scope="module")
+def calm(calm_dir) -> dict:
+    found = outcome(calm_dir)
+    assert found["steps"] == list(range(1, 41))
+    return found
 
 
-def test_a_killed_worker_and_a_killed_coordinator(config, calm, tmp_path):
+def test_the_losses_are_those_of_the_record(calm):
+    """Exactly, on the kind of processor and the version of XLA that recorded them; elsewhere instructions round
+    differently. To record them anew, delete the entry and run this test."""
+    import jaxlib
+
+    with open("/proc/cpuinfo") as file:
+        processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
+    key = f"jaxlib {jaxlib.__version__}, {processor}"
+    recorded = json.loads(EXPECTED.read_text())
+    if key in recorded:
+        assert calm["loss"] == recorded[key]
+    else:
+        other = next(iter(recorded.values()))
+        assert calm["loss"] == pytest.approx(other, rel=1e-5)
+
+
+def test_killed_processes_and_a_killed_save(config, calm, tmp_path):
     run_dir = tmp_path / "run"
     process = launch(config, run_dir)
-    for step, index in ((8, 1), (22, 0)):
-        wait_for_step(run_dir, step, process)
-        assert hit(run_dir, index, signal.SIGKILL, process)
+    wait_for_step(run_dir, 8, process)
+    assert hit(run_dir, 1, signal.SIGKILL, process)
+    wait_for_step(run_dir, 12, process)
+    wait_for_save(run_dir, process)
+    assert hit(run_dir, 0, signal.SIGKILL, process)
     said = finish(process)
-    assert said.count("was ended by") + said.count("ended with exit code") == 2
+    assert said.count("restarting from") == 2, said
     assert outcome(run_dir) == calm
+
+
+def test_a_frozen_process_and_sigterm_to_one_of_two(config, calm, tmp_path):
+    run_dir = tmp_path / "run"
+    process = launch(config, run_dir)
+    wait_for_step(run_dir, 8, process)
+    assert hit(run_dir, 1, signal.SIGSTOP, process)
+    while "restarting" not in process.stderr.readline():  # someone must notice before the next fault
+        assert process.poll() is None
+    wait_for_step(run_dir, 17, process)
+    assert hit(run_dir, 1, signal.SIGTERM, process)
+    finish(process, code=85)
+    saved = max(manifest.steps(run_dir / "checkpoints"))
+    assert saved == last_step(run_dir) and manifest.damaged_files(run_dir / "checkpoints" / str(saved)) == []
+    finish(launch(config, run_dir))
+    again = outcome(run_dir)
+    assert again == calm
+
+
+def test_one_process_killed_and_started_again_by_hand(config, tmp_path):
+    calm_dir, run_dir = tmp_path / "calm", tmp_path / "run"
+    finish(run(config, calm_dir))
+    for step in (7, 23):
+        process = run(config, run_dir)
+        wait_for_step(run_dir, step, process)
+        process.kill()
+        finish(process, code=-signal.SIGKILL)
+    process = run(config, run_dir)
+    wait_for_step(run_dir, 31, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=85)
+    finish(run(config, run_dir))
+    assert outcome(run_dir) == outcome(calm_dir)
+    assert outcome(run_dir)["steps"] == list(range(1, 41))
+
+
+def assert_close(losses, others, first=1e-6, rest=1e-5):
+    assert losses[0] == pytest.approx(others[0], rel=first)
+    assert losses[:20] == pytest.approx(others[:20], rel=rest)
+
+
+def test_two_processes_train_as_one(config, calm, tmp_path):
+    """2 x 4 devices and 1 x 8: the same batches, the same curve."""
+    finish(run(config, tmp_path / "run", devices=8))
+    assert_close(calm["loss"], outcome(tmp_path / "run")["loss"])
+
+
+@pytest.mark.parametrize("processes, devices", [(1, 8), (4, 1), (1, 1)])
+def test_resumes_on_another_number_of_processes_and_devices(config, calm_dir, calm, tmp_path, processes, devices):
+    """Saved at step 20 on 2 x 4. What a step logs of its batch (its tokens) is equal, its loss to 1e-6."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(calm_dir, run_dir)
+    for step in manifest.steps(run_dir / "checkpoints"):
+        if step > 20:
+            shutil.rmtree(run_dir / "checkpoints" / str(step))
+    settings = ("run.max_steps=40",)
+    finish(launch(config, run_dir, *settings, processes=processes, devices=devices))
+    lines, ours = ([json.loads(x) for x in (d / "metrics.jsonl").read_text().splitlines()] for d in (calm_dir, run_dir))
+    assert [line["step"] for line in ours] == list(range(1, 41))
+    for name in ("num_tokens", "trained_tokens", "learning_rate", "epoch"):
+        assert [line[name] for line in ours] == [line[name] for line in lines]
+    assert outcome(run_dir)["loss"][:20] == calm["loss"][:20]
+    assert outcome(run_dir)["loss"][20:] == pytest.approx(calm["loss"][20:], rel=1e-6)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(config, tmp_path):
+    run_dir = tmp_path / "run"
+    first = run(config, run_dir, "run.max_steps=100000", "run.save_steps=0")
+    wait_for_step(run_dir, 1, first)
+    said = finish(run(config, run_dir), code=2)
+    assert f"error: {run_dir} is in use by process {first.pid} on " in said
+    first.kill()
+    first.communicate()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(3))
+def test_a_storm(config, calm, tmp_path, seed):
+    """At least 20 faults at random moments: kills of either process, in saves too, freezes, and SIGTERMs."""
+    chance, run_dir, done = random.Random(seed), tmp_path / "run", []
+    while not (run_dir / "final").exists():
+        process = launch(config, run_dir)
+        done += storm(run_dir, process, 24 - len(done), 2, chance)
+        _, said = process.communicate()
+        assert process.returncode in (0, 85), said[-4000:]
+        if len(done) < 20 and (run_dir / "final").exists():  # it came through too fast: back to step 10, and on
+            shutil.rmtree(run_dir / "final")
+            for step in manifest.steps(run_dir / "checkpoints"):
+                if step > 10:
+                    shutil.rmtree(run_dir / "checkpoints" / str(step))
+    print(f"storm {seed}: {len(done)} faults: {', '.join(done)}")
+    assert len(done) >= 20
+    assert outcome(run_dir) == calm
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(2))
+def test_a_storm_on_one_process_without_a_supervisor(config, tmp_path, seed):
+    chance, run_dir = random.Random(seed), tmp_path / "run"
+    finish(run(config, tmp_path / "calm"))
+    for _ in range(20):
+        process = run(config, run_dir)
+        wait_for_step(run_dir, min(39, last_step(run_dir) + chance.randrange(1, 6)), process)
+        if chance.random() < 0.3:
+            wait_for_save(run_dir, process)
+        process.kill()
+        process.communicate()
+        if (run_dir / "final").exists():
+            shutil.rmtree(run_dir / "final")
+    finish(run(config, run_dir))
+    assert outcome(run_dir) == outcome(tmp_path / "calm")
+
+
+@pytest.mark.soak
+def test_a_full_disk_leaves_the_last_checkpoint(config, tmp_path):
+    """A tmpfs of 2 MB in a mount namespace of its own (`unshare`, which needs user namespaces or root)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=2m tmpfs {disk} && "
+        f"{sys.executable} -m train run {config} run.output_dir={disk}/run; code=$?; "
+        f"cp -r {disk}/run {tmp_path}/kept; exit $code"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin:/usr/sbin", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode not in (0, 85), done.stderr[-2000:]
+    assert "was not written, the earlier ones stay" in done.stderr
+    kept = tmp_path / "kept" / "checkpoints"
+    assert manifest.damaged_files(kept / str(max(manifest.steps(kept)))) == []
