@@ -10,7 +10,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from model import lora, quantize
+from model.config import LlamaConfig
 from model.lora import LoraArray
+from model.params import Params, ParamSpec, param_specs
 from model.quantize import QuantizedArray
 from model.sharding import named_sharding
 
@@ -53,6 +55,16 @@ def shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> A
             return named_sharding(mesh, axes, w.shape, name)
 
 
-def is_weight(leaf: object) -> bool:
-    """Whether a node of a parameter tree is one weight, though it may hold several arrays."""
-    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, QuantizedArray, LoraArray))
+def tree_shardings(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
+    """The `NamedSharding` of every leaf of stacked parameters, which may be abstract, whatever their kinds."""
+
+    def one(path: Any, spec: ParamSpec, w: Weight) -> Any:
+        return shardings(w, spec.axes, mesh, "/".join(entry.key for entry in path))
+
+    specs = param_specs(config)
+    return jax.tree_util.tree_map_with_path(one, specs, params, is_leaf=lambda node: isinstance(node, ParamSpec))
+
+
+def place(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
+    """Moves stacked parameters of any kinds onto `mesh` as the parameter table says."""
+    return jax.device_put(params, tree_shardings(params, config, mesh))

@@ -116,11 +116,6 @@ def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, mesh: M
     return map_specs(one, config)
 
 
-def place(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
-    """Moves stacked float parameters onto `mesh` as the table says."""
-    return jax.device_put(params, param_shardings(config, mesh))
-
-
 def param_count(config: LlamaConfig) -> int:
     """Number of weights, tied embeddings counted once."""
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)))

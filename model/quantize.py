@@ -34,6 +34,7 @@ NF4 = (
 )  # fmt: skip
 NESTED_BLOCK = 256  # absmax values that share one scale under double quantization
 INT8_UNIT = np.float32(1 / 127)
+_GRID = np.float32(32767.5)
 
 
 @struct.dataclass
@@ -146,12 +147,18 @@ def _nest(q: QuantizedArray, n: int) -> QuantizedArray:
     offset = _rounded(_mean(flat))
     groups = jnp.pad(flat - offset, (0, -n % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     nested = jnp.abs(groups).max(axis=1)
-    # bitsandbytes on CPU first rounds to a grid of 65,536 points, of which it tabulates the nearest codes.
-    steps = _rounded((_rounded(groups * _inverse(nested)[:, None]) + 1) * np.float32(32767.5))
-    grid = _rounded(jnp.floor(steps + 0.5) / np.float32(32767.5)) - 1
-    codes = _nearest(grid, dynamic_map()).reshape(-1)[:n]
+    steps = _rounded((_rounded(groups * _inverse(nested)[:, None]) + 1) * _GRID)
+    codes = _lookup(_grid_codes(), jnp.floor(steps + 0.5)).reshape(-1)[:n]
     codes = jnp.pad(codes, (0, q.absmax.size - n)).reshape(q.absmax.shape)
     return replace(q, absmax=codes, nested_absmax=nested, offset=offset)
+
+
+@cache
+def _grid_codes() -> np.ndarray:
+    """The 8-bit code nearest to each of 65,536 points from -1 to 1: bitsandbytes on CPU rounds to them first."""
+    table = dynamic_map()
+    points = np.arange(65536, dtype=np.float32) / _GRID - np.float32(1)
+    return np.searchsorted((table[:-1] + table[1:]) / np.float32(2), points).astype(np.uint8)
 
 
 def _inverse(absmax: Array) -> Array:
@@ -159,15 +166,13 @@ def _inverse(absmax: Array) -> Array:
 
 
 def _nearest(x: Array, table: np.ndarray) -> Array:
-    """The index in sorted `table` of the value nearest to each x, as uint8; halfway goes down."""
-    bounds = (table[:-1] + table[1:]) / np.float32(2)
-    if len(table) == 16:  # comparisons vectorize; a binary search does not
-        return reduce(jnp.add, [(x > bound).astype(jnp.uint8) for bound in bounds])
-    return jnp.searchsorted(bounds, x).astype(jnp.uint8)
+    """The index in sorted `table` of the value nearest to each x, as uint8; halfway goes down. Comparisons vectorize,
+    which a binary search does not."""
+    return reduce(jnp.add, [(x > bound).astype(jnp.uint8) for bound in (table[:-1] + table[1:]) / np.float32(2)])
 
 
 def _mean(x: Array) -> Array:
-    """The mean of float32 [n], summed in the order of PyTorch's CPU kernel up to 32,768 values.
+    """The mean of non-negative float32 [n], summed in the order of PyTorch's CPU kernel up to 32,768 values.
 
     An offset of double quantization is such a mean, and agrees to the bit only if the order does: 8 lanes, 4 streams,
     and a cascade of partial sums of 16. (Beyond that size PyTorch's order depends on its number of threads.)
@@ -181,7 +186,8 @@ def _mean(x: Array) -> Array:
         streams = _in_order(streams[:whole].reshape(-1, 16, 4, 8).swapaxes(0, 1))
     rest = _in_order(jnp.concatenate([total[:1], lanes[len(lanes) // 4 * 4 :]]))
     eight = _in_order(jnp.concatenate([rest[None], total[1:]]))
-    return _in_order(jnp.concatenate([x[x.size // 8 * 8 :], eight])) / x.size
+    count = (x >= 0).sum()  # by a number it knows, the compiler would divide through the reciprocal
+    return _in_order(jnp.concatenate([x[x.size // 8 * 8 :], eight])) / count.astype(jnp.float32)
 
 
 def _in_order(x: Array) -> Array:
@@ -331,7 +337,7 @@ class _Chunks:
         # On CPU decoded weights stay in the cache. Elsewhere the compiler may fuse decoding into the product; where it
         # does not, this bounds what it writes.
         limit = 2**19 if jax.default_backend() == "cpu" else 2**24
-        few = _largest_divisor(n_rows // self.shards, limit * 2 // q.codes.shape[1] if q.format != "int8" else limit)
+        few = _largest_divisor(n_rows // self.shards, limit // (q.in_features * q.joined))
         self.count = n_rows // self.shards // few
         self.q = q if q.format == "int8" else replace(q, absmax=block_absmax(q), nested_absmax=None, offset=None)
 
