@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
@@ -137,7 +138,8 @@ def _empty(layer: Params, depth: int) -> Params:
 
 @partial(jax.jit, donate_argnums=0)
 def _put(stacked: Params, layer: Params, number: int) -> Params:
-    return jax.tree.map(lambda all, one: all.at[number].set(one), stacked, layer)
+    # `at[].set` is a scatter, which XLA on CPU computes for bfloat16 in a float32 copy of the whole.
+    return jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, number, 0), stacked, layer)
 
 
 @jax.jit

@@ -6,6 +6,7 @@ reads slices of them.
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,11 +89,17 @@ def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored]
     for row in rows(config):
         tree, name = _place(row.name)
         trees.setdefault(tree, {})[name] = tensors[row.name]
-    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with bar(total) as advance, ocp.AsyncCheckpointer(handler) as checkpointer:
+    checkpointer = ocp.PyTreeCheckpointer(use_zarr3=True, use_compression=False)
+    with bar(total) as advance, ThreadPoolExecutor(1) as writer:  # Orbax's own asynchronous save copies first
+        saving: Future[None] | None = None
         for tree, leaves in trees.items():
             arrays = {name: contiguous(leaf.load()) for name, leaf in leaves.items()}
             chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
-            checkpointer.save((folder / "params" / tree).absolute(), arrays, save_args=chunks)
+            if saving is not None:
+                saving.result()
+            path = (folder / "params" / tree).absolute()
+            saving = writer.submit(checkpointer.save, path, arrays, save_args=chunks)
             advance(sum(leaf.nbytes for leaf in leaves.values()))
+        if saving is not None:
+            saving.result()

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.stored import Advance, Stored, contiguous, stored
+from convert.stored import Advance, Stored, loaded, stored
 from model.errors import PunaError
 
 _ALIGNMENT = 64  # of the tensors inside the zip, as torch has it, so that they can be mapped
@@ -60,7 +60,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 
 
 def write_pickled(path: Path, tensors: Mapping[str, Stored], advance: Advance) -> None:
-    """Write the tensors as `torch.save` would, read one at a time; `advance` hears of each one's bytes.
+    """Write the tensors as `torch.save` would, read one ahead; `advance` hears of each one's bytes.
 
     A tensor that has two names is stored once, and is one tensor again when read.
     """
@@ -68,10 +68,10 @@ def write_pickled(path: Path, tensors: Mapping[str, Stored], advance: Advance) -
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _pickle(tensors, storages))
         archive.writestr("archive/byteorder", "little")
-        for key, tensor in enumerate(storages):
+        for key, array in enumerate(loaded(storages)):
             with archive.open(_aligned_entry(archive, f"archive/data/{key}"), "w", force_zip64=True) as file:
-                file.write(contiguous(tensor.load()).reshape(-1).view(np.uint8).data)
-            advance(tensor.nbytes)
+                file.write(array.reshape(-1).view(np.uint8).data)
+            advance(array.nbytes)
         archive.writestr("archive/version", "3\n")
 
 

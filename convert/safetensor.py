@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.stored import Advance, Stored, contiguous, stored
+from convert.stored import Advance, Stored, loaded, stored
 from model.errors import PunaError
 
 DTYPES = {
@@ -64,7 +64,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Stored], advance: Advance) -> None:
-    """Write the tensors, read one at a time and in order; `advance` hears of each tensor's bytes."""
+    """Write the tensors, read in order, each while the one before is written; `advance` hears of their bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks which framework's layout it is
     offset = 0
     for name, tensor in tensors.items():
@@ -75,6 +75,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], advance: Advanc
     text += b" " * (-len(text) % 8)  # the tensors start aligned
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(contiguous(tensor.load()).reshape(-1).view(np.uint8).data)
-            advance(tensor.nbytes)
+        for array in loaded(tensors.values()):
+            file.write(array.reshape(-1).view(np.uint8).data)
+            advance(array.nbytes)

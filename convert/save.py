@@ -41,17 +41,15 @@ def save_model(
     """Write `params`, stacked or not, as an `hf`, `orbax` or `meta` folder, with the tokenizer's files where given.
 
     `shards` is the number of Meta's consolidated files. With several processes all call this, and the first one
-    writes; not in Meta's format, which reads in another order. Quantized weights are written as they are, to hf
-    only. Raises PunaError for LoRA leaves, and for an existing `path` unless `overwrite`.
+    writes, and hf only: Meta's format reads in another order. Quantized weights are written as they are, to hf only.
+    Raises PunaError for LoRA leaves, and for an existing `path` unless `overwrite`.
     """
     tensors = {row.name: _leaf(params, row.name, row.shape) for row in rows(config)}
     quantized = {name: weight for name in tensors if (weight := _quantized_leaf(params, name)) is not None}
     if quantized and format != "hf":
         raise PunaError(f"quantized weights are written as hf, not as {format}; dequantize them, or save hf")
-    if jax.process_count() > 1 and format == "meta":
-        raise PunaError(
-            "several processes write no Meta folder: save hf, and convert it with `python -m convert model`"
-        )
+    if jax.process_count() > 1 and format != "hf":
+        raise PunaError(f"several processes write hf, not {format}: convert it with `python -m convert model`")
     if jax.process_index() > 0:
         for tensor in tensors.values():  # the other half of each gathering read, in the writer's order
             tensor.load()

@@ -6,8 +6,8 @@ so a conversion holds one tensor at a time, and a sharded load reads only the sl
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -122,6 +122,19 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda start: stripes(start, min(start + share, len(source))), range(0, len(source), share)))
     return copy
+
+
+def loaded(tensors: Iterable[Stored]) -> Iterator[np.ndarray]:
+    """The tensors' numbers, row-major; while one is used, the next is read."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: Future[np.ndarray] | None = None
+        for tensor in tensors:
+            coming = reader.submit(lambda tensor=tensor: contiguous(tensor.load()))
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
 
 
 def same_bytes(a: Stored, b: Stored) -> bool:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from convert import command as commands
 from convert import save_model
 from convert.checkpoint import open_model, read_json, write_json
 from convert.load import load_params
-from model.quantize import quantize
+from model import lora
 
 ROOT = Path(__file__).parent.parent
 
@@ -304,12 +305,11 @@ def test_a_disk_too_small_is_found_out_before_writing(sharded, tmp_path, command
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lora_and_quantized_leaves_are_not_saved_as_a_model(sharded, tmp_path):
+def test_adapters_are_not_saved_as_a_model(sharded, tmp_path):
     checkpoint = open_model(sharded)
-    params = load_params(checkpoint)
-    params["layers"]["wq"] = quantize(params["layers"]["wq"], "int8")
-    with pytest.raises(ValueError, match="layers.0.wq is a QuantizedArray: merge adapters and dequantize"):
-        save_model(tmp_path / "out", checkpoint.config, params)
+    config, params = lora.add(load_params(checkpoint), checkpoint.config, jax.random.key(0), targets=["q_proj"])
+    with pytest.raises(ValueError, match="layers.0.wq is a LoraArray: merge adapters"):
+        save_model(tmp_path / "out", config, params)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,183 @@
+"""Conversion of a 7B-shaped model: peak memory, whatever the depth, and rates against a plain copy of the same bytes.
+
+A synthetic bfloat16 LLaMA in Hugging Face's format goes to Orbax and back, and to Meta and back, each step a
+`python -m convert model` of its own whose anonymous memory (RssAnon of /proc) is sampled. A quarter of the layers is
+done first: the peaks must be the same. Then `load_model` of a 1B-shaped folder is timed. Copies and conversions alike
+are timed until their bytes are on disk.
+
+    python benchmarks/convert.py [--layers 32] [--folder /tmp]
+
+prints a table and writes benchmarks/results/convert.json. It needs 42 GB of disk; --layers 4 makes do with 7.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "convert.json"
+GIB = 2**30
+STEPS = (("hf", "orbax"), ("orbax", "hf"), ("hf", "meta"), ("meta", "hf"))
+
+# Children run from the root: there `convert` is the package and not this file.
+MAKE = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import ml_dtypes, numpy as np
+from convert.checkpoint import Checkpoint
+from convert.names import rows
+from convert.save import write_model
+from convert.stored import Stored
+from model.config import PRESETS
+
+folder, preset, layers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+config = PRESETS[preset]
+config = replace(config, num_hidden_layers=layers or config.num_hidden_layers)
+numbers = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(ml_dtypes.bfloat16)
+
+def tensor(seed, shape):
+    start = seed * 7919 % 2**23  # no two tensors alike
+    return Stored(shape, numbers.dtype, lambda index: np.resize(numbers[start:], shape)[index], "random numbers")
+
+tensors = {row.name: row.turned(tensor(seed, row.foreign_shape)) for seed, row in enumerate(rows(config))}
+write_model(folder, Checkpoint(config, tensors, folder, "hf"))
+"""
+LOAD = """
+import sys, time
+import jax
+from convert import load_model
+
+jax.config.update("jax_platforms", "cpu")
+jax.numpy.zeros(())  # the backend starts before the clock
+start = time.perf_counter()
+jax.block_until_ready(load_model(sys.argv[1])[1])
+print(time.perf_counter() - start)
+"""
+
+
+def child(*arguments: str) -> tuple[float, float, str]:
+    """Run Python with these arguments: seconds until its output is on disk, peak GiB of anonymous memory, stdout."""
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    peaks = [0]
+    watcher = threading.Thread(target=watch, args=(process, peaks))
+    watcher.start()
+    output = process.communicate()[0]
+    watcher.join()
+    if process.returncode:
+        sys.exit(f"{' '.join(arguments)[-80:]} failed")
+    os.sync()
+    return time.perf_counter() - start, max(peaks) / GIB, output
+
+
+def watch(process: subprocess.Popen[str], peaks: list[int]) -> None:
+    """Note the process's anonymous resident memory every 10 ms."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        with suppress(ProcessLookupError):  # it has just ended
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            peaks.append(int(fields.get("RssAnon", "0 kB").split()[0]) * 1024)
+        time.sleep(0.01)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def copy_seconds(folder: Path) -> float:
+    """A plain copy, until it is on disk."""
+    os.sync()
+    start = time.perf_counter()
+    shutil.copytree(folder, folder.parent / "copy")
+    os.sync()
+    seconds = time.perf_counter() - start
+    shutil.rmtree(folder.parent / "copy")
+    return seconds
+
+
+def round_trips(work: Path, layers: int) -> dict[str, Any]:
+    """Convert a 7B-shaped model of so many layers there and back; the last step's bytes are checked."""
+    source = work / "hf"
+    child("-c", MAKE, str(source), "llama-7b", str(layers))
+    copied = size(source) / copy_seconds(source)
+    result: dict[str, Any] = {
+        "layers": layers,
+        "gigabytes": round(size(source) / 1e9, 2),
+        "copy_gb_s": round(copied / 1e9, 3),
+    }
+    for here, there in STEPS:
+        origin = source if here == "hf" else work / here
+        target = work / ("back" if there == "hf" else there)
+        seconds, peak, _ = child("-m", "convert", "model", str(origin), str(target), "--to", there)
+        rate = size(target) / seconds
+        result[f"{here} to {there}"] = {
+            "gb_s": round(rate / 1e9, 3),
+            "of_copy": round(rate / copied, 2),
+            "peak_gib": round(peak, 2),
+        }
+        if there == "hf":
+            child("-m", "convert", "verify", str(source), str(target), "--tokens", "0")
+            shutil.rmtree(target)
+            shutil.rmtree(origin)
+    shutil.rmtree(source)
+    return result
+
+
+def loading(work: Path) -> dict[str, float]:
+    """`load_model` of a 1B-shaped folder, in a process that has started JAX, against a copy of the folder."""
+    child("-c", MAKE, str(work / "hf"), "llama3.2-1b", "0")
+    copied = copy_seconds(work / "hf")
+    _, peak, output = child("-c", LOAD, str(work / "hf"))
+    seconds = float(output)
+    return {
+        "gigabytes": round(size(work / "hf") / 1e9, 2),
+        "copy_s": round(copied, 2),
+        "load_s": round(seconds, 2),
+        "copies": round(seconds / copied, 2),
+        "peak_gib": round(peak, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--folder", type=Path, default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        trips = [round_trips(Path(name), layers) for layers in (max(arguments.layers // 4, 1), arguments.layers)]
+        load = loading(Path(name))
+    result = {
+        "command": " ".join(["python", "benchmarks/convert.py", *sys.argv[1:]]),
+        "setting": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "conversions": trips,
+        "load_model 1B": load,
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    table = Table("step", "layers", "GB/s", "of a copy", "peak GiB")
+    for here, there in STEPS:
+        for trip in trips:
+            step = trip[f"{here} to {there}"]
+            row = (f"{here} to {there}", trip["layers"], step["gb_s"], step["of_copy"], step["peak_gib"])
+            table.add_row(*map(str, row))
+    Console().print(table)
+    print(f"load_model of {load['gigabytes']} GB: {load['load_s']} s, {load['copies']} times a copy")
+
+
+if __name__ == "__main__":
+    main()
