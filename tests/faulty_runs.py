@@ -100,6 +100,13 @@ def outcome(run_dir: Path) -> dict:
     }
 
 
+def processor() -> str:
+    """The kind of processor, which decides what instructions XLA compiles to."""
+    pairs = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    about = {name.strip(): value.strip() for name, value in pairs}
+    return f"{about.get('model name')} family {about.get('cpu family')} model {about.get('model')}"
+
+
 def workers(run_dir: Path) -> dict[int, int]:
     """The living `train run` processes of a run by process id: index -> pid, found by their environment."""
     found = {}

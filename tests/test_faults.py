@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jaxlib
 import pytest
 from faulty_runs import (
     ROOT,
@@ -16,10 +18,12 @@ from faulty_runs import (
     last_step,
     launch,
     outcome,
+    processor,
     run,
     storm,
     wait_for_save,
     wait_for_step,
+    workers,
     write_config,
 )
 
@@ -53,11 +57,7 @@ def calm(calm_dir) -> dict:
 def test_the_losses_are_those_of_the_record(calm):
     """Exactly, on the kind of processor and the version of XLA that recorded them; elsewhere instructions round
     differently. To record them anew, delete the entry and run this test."""
-    import jaxlib
-
-    with open("/proc/cpuinfo") as file:
-        processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
-    key = f"jaxlib {jaxlib.__version__}, {processor}"
+    key = f"jaxlib {jaxlib.__version__}, {processor()}"
     recorded = json.loads(EXPECTED.read_text())
     if key in recorded:
         assert calm["loss"] == recorded[key]
@@ -94,6 +94,18 @@ def test_a_frozen_process_and_sigterm_to_one_of_two(config, calm, tmp_path):
     finish(launch(config, run_dir))
     again = outcome(run_dir)
     assert again == calm
+
+
+def test_sigterm_before_jax_has_started_is_not_lost(config, calm, tmp_path):
+    run_dir = tmp_path / "run"
+    process = launch(config, run_dir)
+    while len(workers(run_dir)) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    finish(process, code=85)
+    assert 0 < last_step(run_dir) < 10
+    assert outcome(run_dir)["loss"] == calm["loss"][: last_step(run_dir)]
 
 
 def test_one_process_killed_and_started_again_by_hand(config, tmp_path):
