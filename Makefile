@@ -15,7 +15,7 @@ demo: $(VENV)/.core
 	@echo "== Comparing every tensor, and the logits"
 	$(BIN)/python -m convert verify demo/run/final demo/hf
 	@echo "== Asking it"
-	$(BIN)/python -m infer generate demo/hf --prompt "sort jihgf = " --prompt "reverse abcde = " --prompt "add 41 + 17 = "
+	$(BIN)/python -m infer generate demo/hf --max-new-tokens 8 --prompt "sort jihgf = " --prompt "reverse abcde = "
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not soak"
