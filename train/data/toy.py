@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -16,6 +17,7 @@ from model.errors import PunaError
 from train.config import Config
 from train.data.cache import written_once
 
+Example = dict[str, str]
 TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 30_000, 300
 LETTERS = "abcdefghij"
 TASKS: dict[str, Callable[[str], str]] = {
@@ -30,6 +32,8 @@ VOCAB_SIZE = 264  # 256 bytes, the specials, and spare rows that make it divide 
 def write(config: Config) -> None:
     """Makes what is not there yet: the folder model.tokenizer, and data.path and data.eval_path in one folder.
 
+    Records are of data.format: instruction, conversations, or else prompts with their completions.
+
     Raises PunaError where the configuration does not name them so.
     """
     if not (isinstance(config.data.path, str) and config.data.eval_path and config.model.tokenizer):
@@ -39,7 +43,8 @@ def write(config: Config) -> None:
         raise PunaError("train.data.toy:write needs data.path and data.eval_path in one folder")
 
     def write_data(folder: Path) -> None:
-        examples = make_examples(TRAIN_EXAMPLES + HELD_OUT_EXAMPLES)
+        form = RECORDS.get(config.data.format, dict)
+        examples = [form(example) for example in make_examples(TRAIN_EXAMPLES + HELD_OUT_EXAMPLES)]
         _write_jsonl(folder / held_out.name, examples[:HELD_OUT_EXAMPLES])
         _write_jsonl(folder / train.name, examples[HELD_OUT_EXAMPLES:])
 
@@ -47,15 +52,31 @@ def write(config: Config) -> None:
     written_once(Path(config.model.tokenizer), write_tokenizer, wait_seconds=60)
 
 
-def make_examples(count: int, seed: int = 0) -> list[dict[str, str]]:
+def make_examples(count: int, seed: int = 0) -> list[Example]:
     """`count` different prompts with their answers, always the same ones for a seed."""
     random_ = random.Random(seed)
     examples: dict[str, str] = {}
     while len(examples) < count:
         task = random_.choice(sorted(TASKS))
-        word = "".join(random_.choices(LETTERS, k=random_.randint(3, 6)))
+        word = "".join(random_.choices(LETTERS, k=random_.randint(3, 5)))
         examples[f"{task} {word} = "] = TASKS[task](word)
     return [{"prompt": prompt, "completion": answer} for prompt, answer in examples.items()]
+
+
+def _as_instruction(example: Example) -> dict[str, Any]:
+    task, word, _ = example["prompt"].split()
+    return {"instruction": f"{task} the word", "input": word, "output": example["completion"]}
+
+
+def _as_conversation(example: Example) -> dict[str, Any]:
+    turns = (("human", example["prompt"]), ("gpt", example["completion"]))
+    return {"conversations": [{"from": role, "value": text.strip()} for role, text in turns]}
+
+
+RECORDS: dict[str, Callable[[Example], dict[str, Any]]] = {
+    "instruction": _as_instruction,
+    "conversations": _as_conversation,
+}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -72,5 +93,5 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_jsonl(path: Path, examples: list[dict[str, str]]) -> None:
+def _write_jsonl(path: Path, examples: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
