@@ -116,7 +116,7 @@ def decoder(params: Params, config: LlamaConfig, batch: int) -> Callable[[], Any
     @partial(jax.jit, donate_argnums=1)
     def step(params: Params, cache: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         out, cache = forward(params, tokens, config, cache=cache)
-        return out[:, -1:].argmax(axis=-1), cache.replace(lengths=jnp.full(batch, 64))
+        return out[:, -1:].argmax(axis=-1), cache.replace(lengths=jnp.full(batch, 64, jnp.int32))
 
     state = {"tokens": jnp.ones((batch, 1), jnp.int32), "cache": init_cache(config, batch, 128).unstack()}
 

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from convert import load_model, save_model
+from convert.__main__ import app
 from convert.peft import apply_adapters, read_adapter, save_adapter
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
 from model.lora import add, merge
+from model.quantize import dequantize
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -179,6 +182,45 @@ def test_the_shared_adapters_give_their_golden_logits(data_dir, name, tmp_path):
     save_adapter(tmp_path / "a", params, saved)
     again = peft.PeftModel.from_pretrained(torch_model(folder / "hf_sharded"), tmp_path / "a").eval()
     np.testing.assert_allclose(torch_logits(again, tokens)[0], golden["adapter_logits"], atol=1e-4)
+
+
+def test_two_adapters_with_growing_vocabularies_merge_as_peft_merges_them(base, tmp_path):
+    """Chinese-Alpaca-Plus is LLaMA, then LLaMA-Plus on 49,953 tokens, then Alpaca-Plus on 49,954."""
+    theirs = torch_model(base)
+    for rows in (101, 102):
+        theirs.resize_token_embeddings(rows, mean_resizing=False)
+        settings = peft.LoraConfig(r=4, target_modules=list(ALL), modules_to_save=["embed_tokens", "lm_head"])
+        model = peft.get_peft_model(theirs, settings)
+        randomize(model)
+        model.save_pretrained(tmp_path / f"plus{rows}")
+        theirs = model.merge_and_unload()
+    arguments = [str(base), str(tmp_path / "plus101"), str(tmp_path / "plus102"), str(tmp_path / "merged")]
+    result = CliRunner().invoke(app, ["merge", *arguments])
+    assert result.exit_code == 0, result.exception
+    tokens = np.random.default_rng(1).integers(0, 102, (2, 24))
+    golden = torch_logits(theirs.eval(), tokens)
+    np.testing.assert_allclose(our_logits(*load_model(tmp_path / "merged"), tokens), golden, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(torch_model(tmp_path / "merged"), tokens), golden, atol=1e-4)
+    backwards = [arguments[0], arguments[2], arguments[1], str(tmp_path / "wrong")]
+    assert isinstance(CliRunner().invoke(app, ["merge", *backwards]).exception, PunaError)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_merging_into_a_quantized_base_quantizes_again_and_says_the_error(base, format, tmp_path):
+    quantized = ["model", str(base), str(tmp_path / "q"), "--to", "hf", "--quantize", format]
+    assert CliRunner().invoke(app, quantized).exit_code == 0
+    model = peft.get_peft_model(torch_model(base), peft.LoraConfig(**SETTINGS["plain"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "a")
+    result = CliRunner().invoke(app, ["merge", str(tmp_path / "q"), str(tmp_path / "a"), str(tmp_path / "m")])
+    assert result.exit_code == 0 and "layers.0.wq: quantized again with a relative error of" in result.stderr
+    in_memory, errors = merge(load_model(tmp_path / "q", adapters=[tmp_path / "a"])[1])
+    again = load_model(tmp_path / "m")[1]
+    assert errors.keys() == {"layers/wq", "layers/wv"}
+    for name in ("wq", "wv", "wo"):
+        here, there = in_memory["layers"][name], again["layers"][name]
+        np.testing.assert_allclose(dequantize(here), dequantize(there), atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
