@@ -37,6 +37,7 @@ def small(mesh: dict, accumulation: int = 1, sequence_parallel: bool = False, **
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -55,6 +56,7 @@ def test_collectives_are_within_two_per_cent_of_theory(config):
     assert plan.reduced[0] == pytest.approx(plan.reduced[1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_state_is_counted_shard_by_shard():
     plan = make_plan(small({"fsdp": 8}))
     whole = make_plan(small({"data": 8}))
@@ -64,7 +66,7 @@ def test_state_is_counted_shard_by_shard():
     assert plan.total == plan.parameters + plan.optimizer + plan.gradients + plan.activations
 
 
-def test_flops_count_loops_shards_and_recomputation():
+def test_flops_count_loops_and_shards():
     @jax.jit
     def loop(x, w):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
@@ -77,6 +79,9 @@ def test_flops_count_loops_shards_and_recomputation():
     y = jax.ShapeDtypeStruct((16, 4), jnp.float32)
     assert cost.flops(jax.make_jaxpr(split)(x, y)) == 2 * 8 * 16 * 4
 
+
+@pytest.mark.slow
+def test_flops_of_a_step_are_those_of_its_products():
     plan = make_plan(small({"fsdp": 8}))
     model, tokens = plan.model, 16 * 128
     layer = 4 * 256 * 256 + 3 * 256 * 768
@@ -84,11 +89,8 @@ def test_flops_count_loops_shards_and_recomputation():
     forward = tokens * (4 * (2 * layer + attention) + 2 * 256 * model.vocab_size)
     assert plan.flops == 3 * forward
     full = make_plan(small({"fsdp": 8}, remat="full"))
-    last = tokens * 2 * 256 * 768  # the last product of a layer need not be made again
-    assert full.flops in (
-        plan.flops + tokens * 4 * (2 * layer + attention),
-        plan.flops + tokens * 4 * (2 * layer + attention) - 4 * last,
-    )
+    again = 2 * layer + attention - 2 * 256 * 768  # all but the last product of a layer, which no gradient needs
+    assert full.flops == plan.flops + tokens * 4 * again
 
 
 def test_collectives_are_read_from_hlo():
@@ -110,6 +112,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
     }
 
 
+@pytest.mark.slow
 def test_alternatives_need_less_and_say_what_they_change():
     plan = make_plan(small({"data": 2, "fsdp": 4}))
     every = list(alternatives(plan.config, plan.mesh))
