@@ -67,8 +67,8 @@ class Checkpoints:
         """Start to save `state` (a tree of arrays), the data position and the configuration as `step`.
 
         Returns once the arrays may be donated; the previous save is awaited first. Nothing happens where the last
-        step saved or restored was `step`. A save that fails leaves the
-        earlier steps as they are and is said on stderr; `wait` raises it unless a later save succeeds.
+        step saved or restored was `step`. A save that fails leaves the earlier steps as they are and is said on
+        stderr; `wait` raises it unless a later save succeeds.
 
         Raises:
             CheckpointError: the folder of `step` is there already, or a save failed among several processes.
