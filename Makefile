@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
 demo: $(VENV)/.core
-	@echo "== Training a tiny LLaMA to reverse, sort and add; everything it writes goes to demo/"
+	@echo "== Training a tiny LLaMA to reverse and sort words; everything it writes goes to demo/"
 	$(BIN)/python -m train.demo run.output_dir=demo/run
 	@echo "== Converting it to Orbax, and back to a Hugging Face folder"
 	$(BIN)/python -m convert model demo/run/final demo/orbax --to orbax --overwrite
