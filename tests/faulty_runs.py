@@ -157,18 +157,30 @@ def wait_for_save(run_dir: Path, process: subprocess.Popen) -> None:
 
 
 def storm(run_dir: Path, process: subprocess.Popen, faults: int, processes: int, chance: random.Random) -> list[str]:
-    """Befall a run `faults` times at random moments: any process is killed, in a save too, frozen or asked to stop.
-    Returns what was done; the process that watches the run may end by a SIGTERM, and a new one must then be made."""
-    done = []
+    """Befall a run up to `faults` times at random moments: any process is killed, in a save too, frozen or asked to
+    stop. Returns what was done. It leaves the last steps alone, and lets a checkpoint be made after every third fault
+    or so, as the supervisor gives up without any; after a SIGTERM it ends, as the supervisor does."""
+    done: list[str] = []
     for _ in range(faults):
+        saved = newest_step(run_dir)
+        patient = chance.random() < 0.4
+        while patient and process.poll() is None and newest_step(run_dir) == saved:
+            time.sleep(0.05)
         kind = chance.choice(["kill", "kill", "kill while saving", "freeze", "stop"])
-        index = chance.randrange(processes)
-        wait_for_step(run_dir, min(39, last_step(run_dir) + chance.randrange(1, 8)), process)
+        wait_for_step(run_dir, newest_step(run_dir) + chance.randrange(1, 8), process)
         if kind == "kill while saving":
             wait_for_save(run_dir, process)
+        if newest_step(run_dir) >= 30 or process.poll() is not None:
+            break
+        index = chance.randrange(processes)
         number = {"freeze": signal.SIGSTOP, "stop": signal.SIGTERM}.get(kind, signal.SIGKILL)
         if hit(run_dir, index, number, process):
             done.append(f"{kind} {index}")
-        if kind == "stop" or process.poll() is not None:
+        if kind == "stop":
             break
+        time.sleep(2)  # the supervisor must have seen this one before the next
     return done
+
+
+def newest_step(run_dir: Path) -> int:
+    return max(manifest.steps(run_dir / "checkpoints"), default=0)
