@@ -12,8 +12,8 @@ from reference import config_of, hf_config, hf_logits, hf_model, params_of
 from model import LlamaConfig, RopeScaling, abstract_params, hidden, init_cache, init_params, logits, make_mesh, unstack
 from model import forward as eager_forward
 from model.errors import PunaError
+from model.linear import place
 from model.llama import SPLIT_SEQUENCE, block, rms_norm
-from model.params import place
 
 ATOL = 1e-4
 forward = jax.jit(eager_forward, static_argnames=("config", "window", "dtype", "block", "norm", "remat"))
