@@ -2,11 +2,13 @@
 
 import json
 
+import bitsandbytes.functional as bnb
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -19,9 +21,6 @@ from model.quantize import QuantizedArray, dequantize, dynamic_map, quantize
 
 # peft, transformers and bitsandbytes deprecate each other's names; what they warn of is not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-bnb = pytest.importorskip("bitsandbytes.functional")
-transformers = pytest.importorskip("transformers")
 
 CONFIG = LlamaConfig(
     vocab_size=96,
