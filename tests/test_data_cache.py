@@ -147,7 +147,7 @@ def fault(config, tokenizer):
 
 def test_mixed_schemas_nulls_and_wrong_types_are_named_by_line(tokenizer, config, tmp_path):
     bad = [{"text": None}, {"body": "x"}, {"text": 7}, {"text": ["x"]}, {"instruction": "x", "output": "y"}]
-    said = fault(config([{"text": "a"}, *bad, {"text": "b"}]), tokenizer).split(";\n")
+    said = fault(config([{"text": "a"}, *bad, {"text": "b"}]), tokenizer).split("\n")
     assert said == [
         f"{tmp_path}/a.jsonl:2: key 'text': expected text, got null",
         f"{tmp_path}/a.jsonl:3: key 'text' is missing; the record has 'body'",
@@ -169,7 +169,7 @@ def test_faults_of_reading_and_of_records_come_together(tokenizer, config, tmp_p
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": 1}\nnot json\n')
     said = fault(config(path=str(path)), tokenizer)
-    assert sorted(part.split(": ")[0] for part in said.split(";\n")) == [f"{path}:2", f"{path}:3"]
+    assert sorted(part.split(": ")[0] for part in said.split("\n")) == [f"{path}:2", f"{path}:3"]
 
 
 def test_examples_without_a_trained_token_are_named(tokenizer, config, tmp_path):
