@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from jax.numpy import dtype as as_dtype
 
-from convert import delta, manifest, merge
+from convert import delta, manifest, merge, vocab
 from convert.bnb import as_format, quantized_checkpoint
 from convert.checkpoint import main_dtype, open_model
 from convert.command import main, progress
@@ -26,6 +26,8 @@ GGUF_TYPES = {"int8": "q8_0", "int4": "q4_0"}
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
 deltas = typer.Typer(no_args_is_help=True, help="What to add to a base model to give a fine-tuned one.")
 app.add_typer(deltas, name="delta")
+vocabularies = typer.Typer(no_args_is_help=True, help="Tokenizers that grow, and models that grow with them.")
+app.add_typer(vocabularies, name="vocab")
 
 
 @app.command()
@@ -154,6 +156,35 @@ def apply_delta(
     """Write BASE + DELTA with DELTA's tokenizer and the SHA-256 of every file."""
     bar = partial(progress, f"writing {destination.name}")
     delta.apply(base, difference, destination, init, total, sums, overwrite, bar)
+
+
+@vocabularies.command("merge")
+def merge_vocabularies(
+    base: Path = typer.Argument(metavar="BASE.model", help="The SentencePiece model whose ids stay."),
+    extra: Path = typer.Argument(metavar="EXTRA.model", help="The one whose new pieces are appended."),
+    destination: Path = typer.Argument(metavar="DST.model", help="The file to write."),
+    special: list[str] = typer.Option([], help="A piece to append at the end, as [PAD]; may be repeated."),
+    overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
+) -> None:
+    """Append a tokenizer's new pieces to another's, as Chinese-LLaMA-Alpaca did; print counts and SHA-256."""
+    merged = vocab.merge(base, extra, destination, special, overwrite)
+    print(f"{merged.base} + {merged.extra} pieces, {merged.added} of them new: {merged.total}")
+    print(f"sha256 {merged.sha256}")
+
+
+@vocabularies.command("resize")
+def resize_vocabulary(
+    source: str = typer.Argument(metavar="MODEL", help="A model of any format, or a Hub id."),
+    destination: Path = typer.Argument(metavar="DST", help="The folder to write, in MODEL's format."),
+    tokenizer: Path = typer.Option(..., help="The tokenizer (file or folder) that the embeddings are to hold."),
+    init: str = typer.Option("mean", help="New rows: mean (of the old ones) or zero."),
+    multiple: int = typer.Option(1, help="Pad the number of rows to a multiple of this."),
+    overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
+) -> None:
+    """Give a model's embeddings a row for every token of a larger tokenizer, and the tokenizer's files."""
+    bar = partial(progress, f"writing {destination.name}")
+    written = vocab.resize(source, destination, tokenizer, init, multiple, overwrite, bar)
+    print(f"vocab_size {written.config.vocab_size}")
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
+from converting import command  # noqa: F401
 
 from convert.checkpoint import Checkpoint, open_model
 from convert.names import rows
@@ -217,3 +218,16 @@ def test_a_wrong_request_writes_nothing(models, tmp_path, tokenizer, options, wo
     with pytest.raises(PunaError, match=words):
         resize(models["llama"], tmp_path / "resized", **{"tokenizer": models[tokenizer]} | options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_commands(command, tmp_path):  # noqa: F811
+    base, extra = (
+        train(tmp_path / "a.model", "the quick brown fox", 280),
+        train(tmp_path / "b.model", "a lazy dog sleeps", 280),
+    )
+    merged = tmp_path / "merged.model"
+    code, said, _ = command("vocab", "merge", str(base), str(extra), str(merged), "--special", "[PAD]")
+    size = sentencepiece.SentencePieceProcessor(str(merged)).vocab_size()
+    assert (code, said[1]) == (0, f"sha256 {hashlib.sha256(merged.read_bytes()).hexdigest()}")
+    assert said[0].endswith(f": {size}")
+    assert command("vocab", "merge", str(base), str(extra), str(merged))[0] == 2  # it exists
