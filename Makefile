@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
+TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
+
 .PHONY: demo test check soak bench clean
 
 # A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
 demo: $(VENV)/.core
 	@echo "== Training a tiny LLaMA to reverse and sort words; everything it writes goes to demo/"
-	$(BIN)/python -m train.demo run.output_dir=demo/run
+	$(TUNED_MALLOC) $(BIN)/python -m train.demo run.output_dir=demo/run
 	@echo "== Converting it to Orbax, and back to a Hugging Face folder"
 	$(BIN)/python -m convert model demo/run/final demo/orbax --to orbax --overwrite
 	$(BIN)/python -m convert model demo/orbax demo/hf --to hf --overwrite
