@@ -8,8 +8,8 @@ import jax
 import pytest
 
 # Compiling is most of what the tests take: what one test or one run compiled, the next finds here. The commands that
-# tests start have a cache of their own, since some are killed while they write to it.
-CACHE = Path(__file__).parent.parent / ".pytest_cache"
+# tests start have a cache of their own, since some are killed while they write to it; so has each of several pytests.
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
 for name, value in (
     ("jax_compilation_cache_dir", str(CACHE / "jax")),
     ("jax_persistent_cache_min_compile_time_secs", 0),

@@ -109,20 +109,21 @@ def test_sigterm_before_jax_has_started_is_not_lost(config, calm, tmp_path):
 
 
 def test_one_process_killed_and_started_again_by_hand(config, tmp_path):
-    calm_dir, run_dir = tmp_path / "calm", tmp_path / "run"
-    finish(run(config, calm_dir))
-    for step in (7, 23):
-        process = run(config, run_dir)
+    """One process does a step in 5 ms: so many of them that a signal never comes too late."""
+    calm_dir, run_dir, long = tmp_path / "calm", tmp_path / "run", ("run.max_steps=600", "run.save_steps=50")
+    finish(run(config, calm_dir, *long))
+    for step in (7, 123):
+        process = run(config, run_dir, *long)
         wait_for_step(run_dir, step, process)
         process.kill()
         finish(process, code=-signal.SIGKILL)
-    process = run(config, run_dir)
-    wait_for_step(run_dir, 31, process)
+    process = run(config, run_dir, *long)
+    wait_for_step(run_dir, 231, process)
     process.send_signal(signal.SIGTERM)
     finish(process, code=85)
-    finish(run(config, run_dir))
+    finish(run(config, run_dir, *long))
     assert outcome(run_dir) == outcome(calm_dir)
-    assert outcome(run_dir)["steps"] == list(range(1, 41))
+    assert outcome(run_dir)["steps"] == list(range(1, 601))
 
 
 def assert_close(losses, others, first=1e-6, rest=1e-5):
