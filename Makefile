@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two pytests, each with up to 5 GB of memory, which take whole files in turn.
+IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
 TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
@@ -21,19 +23,19 @@ demo: $(VENV)/.core
 	$(BIN)/python -m infer generate demo/hf --max-new-tokens 8 --prompt "sort jihgf = " --prompt "reverse abcde = "
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not soak"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q -m "not slow and not soak"
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow and not soak"
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
 
 bench: $(VENV)/.dev
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for name in decode train quantized lora checkpoint convert; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

@@ -37,6 +37,8 @@ MAKE = """
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has names that packages have
 import ml_dtypes, numpy as np
 from convert.checkpoint import Checkpoint
 from convert.names import rows

@@ -20,14 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
+sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has names that packages have
+
 import jax
 import numpy as np
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder, which has a convert.py of its own
 
 from convert import load_model
 from infer.generate import generate

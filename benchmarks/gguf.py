@@ -3,13 +3,12 @@
 A model is written as F32, F16, Q8_0 and Q4_0. llama.cpp reads each file; we read the same file back and compute in
 float32, so that both have the very same weights. Prompts are tokenized by each side for itself.
 
-    python -m benchmarks.gguf MODEL [--tokens 200] [--engine llama_cpp_python]
+    python benchmarks/gguf.py MODEL [--tokens 200] [--engine llama_cpp_python]
 
-from the root (as a script, this file would stand in for the gguf library). The engine is what runs llama.cpp:
-llama-cpp-python, or xllamacpp, which comes as a wheel and needs no compiler. Its cache is float32 and its flash
-attention off, which would round to float16. It still rounds activations to float16 before it multiplies F16 weights,
-and to 8 bits for quantized ones; so the table also gives our margin between the two tokens where the texts part: beside
-F16 it is a near tie. Prints the table and writes benchmarks/results/gguf.json.
+The engine is what runs llama.cpp: llama-cpp-python, or xllamacpp, which comes as a wheel and needs no compiler. Its
+cache is float32 and its flash attention off, which would round to float16. It still rounds activations to float16
+before it multiplies F16 weights, and to 8 bits for quantized ones; so the table also gives our margin between the two
+tokens where the texts part: beside F16 it is a near tie. Prints the table and writes benchmarks/results/gguf.json.
 """
 
 import argparse
@@ -24,6 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
+
+sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has names that packages have
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def main() -> None:
                 found = compare(path, arguments.model, arguments.tokens, ENGINES[arguments.engine])
             rows += [{"type": type, **row} for row in found]
     show(rows)
-    command = ["python -m benchmarks.gguf", arguments.model.name, *sys.argv[2:]]
+    command = ["python benchmarks/gguf.py", arguments.model.name, *sys.argv[2:]]
     setting = {
         "command": " ".join(command),
         "cpu": platform.machine(),

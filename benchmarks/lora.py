@@ -1,7 +1,7 @@
 """LoRA beside peft on one base, beside our own full fine-tune, and QLoRA's memory line by line, in one run.
 
-    python -m benchmarks.lora             rank 8 on all linears of a 15M LLaMA, batch 4 x 256; needs torch and peft
-    python -m benchmarks.lora --smoke     tiny shapes, for a look at the table
+    python benchmarks/lora.py             rank 8 on all linears of a 15M LLaMA, batch 4 x 256; needs torch and peft
+    python benchmarks/lora.py --smoke     tiny shapes, for a look at the table
 
 Each side takes whole steps (forward, backward, AdamW, float32) on the same tokens and the same base, in turn; the
 fastest of each is kept. Peak memory is the compiler's account on our side (arguments and temporaries), and what the
@@ -11,11 +11,14 @@ process grew by while stepping on peft's.
 import argparse
 import json
 import resource
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has names that packages have
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """int8, int4 and nf4 against float32 in one run: a product, a decode step, and what each holds in memory.
 
-    python -m benchmarks.quantized                  the figures of the README, a minute or two on two cores
-    python -m benchmarks.quantized --smoke          the same on tiny shapes, for a look at the table
-    python -m benchmarks.quantized --model 7b       decoding with a 7B-shaped nf4 model, tokens a second
-    python -m benchmarks.quantized --gguf FILE      beside llama.cpp (llama-cpp-python) on a GGUF file of that shape
+    python benchmarks/quantized.py                  the figures of the README, a minute or two on two cores
+    python benchmarks/quantized.py --smoke          the same on tiny shapes, for a look at the table
+    python benchmarks/quantized.py --model 7b       decoding with a 7B-shaped nf4 model, tokens a second
+    python benchmarks/quantized.py --gguf FILE      beside llama.cpp (llama-cpp-python) on a GGUF file of that shape
 
 Forms are timed in turn, again and again, and the fastest of each is kept: what else the machine does hits all alike.
 `temporaries` are the compiler's own account; a full float copy of the weight would show there.
@@ -11,6 +11,7 @@ Forms are timed in turn, again and again, and the fastest of each is kept: what 
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has names that packages have
 
 import jax
 import jax.numpy as jnp

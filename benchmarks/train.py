@@ -4,8 +4,10 @@ Two shapes in float32, four rows of 256 tokens, AdamW with clipping: C15 (dim 28
 12 layers, 12 heads), vocabulary 32,000. Sides take turns, each in a process of its own, whose peak resident memory is
 its memory. Compilation and the first steps come before the clock. Every process runs with glibc's allocator as it is
 ("default") and told to keep what it has ("tuned", see TUNED): without that both sides pay page faults at every step.
+Ours runs with `model.remat`, "dots" unless told otherwise: matrix products are kept for the backward pass, what lies
+between them is computed again.
 
-    python benchmarks/train.py [--rounds 3] [--shapes C15 C110] [--malloc tuned default]
+    python benchmarks/train.py [--rounds 3] [--shapes C15 C110] [--malloc tuned default] [--remat dots]
 
 prints tables and writes benchmarks/results/train.json.
 """
@@ -24,6 +26,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has names that packages have
 
 from rich.console import Console
 from rich.table import Table
@@ -61,7 +65,7 @@ def timed(step: Any, count: int) -> list[float]:
     return rates
 
 
-def run_puna(shape: str) -> list[float]:
+def run_puna(shape: str, remat: str) -> list[float]:
     import jax
     import jax.numpy as jnp
 
@@ -71,9 +75,8 @@ def run_puna(shape: str) -> list[float]:
     from train.start import first_weights, mesh_of
     from train.step import init_state, make_step, shardings_of, state_of
 
-    config = read_config(
-        {"data": {"path": "unread", "max_length": LENGTH}, "model": dims(shape), "run": {"batch_size": BATCH}}
-    )
+    wanted = {"model": dims(shape) | {"remat": remat}, "run": {"batch_size": BATCH}}
+    config = read_config({"data": {"path": "unread", "max_length": LENGTH}} | wanted)
     model, mesh = LlamaConfig(**dims(shape)), mesh_of(config)
     parts = first_weights(config, model, mesh)
     abstract = state_of(config, *parts, mesh)
@@ -225,24 +228,23 @@ def run_tokenize_datasets(folder: Path) -> float:
     return len(rows) * 512 / (time.perf_counter() - start)
 
 
-def child(side: str, argument: str) -> None:
+def child(side: str, argument: str, remat: str) -> None:
     """What a process started by `measure` does: one side of one measurement, as JSON on stdout."""
-    sys.path.insert(0, str(ROOT))
     if side == "between":
         print(json.dumps(run_between(argument)))
     elif side in ("tokenize-puna", "tokenize-datasets"):
         rate = (run_tokenize_puna if side == "tokenize-puna" else run_tokenize_datasets)(Path(argument))
         print(json.dumps({"tokens_per_second": rate}))
     else:
-        rates = (run_puna if side == "puna" else run_torch)(argument)
+        rates = run_puna(argument, remat) if side == "puna" else run_torch(argument)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         print(json.dumps({"tokens_per_second": rates, "peak_mib": peak}))
 
 
-def start(malloc: str, *arguments: str) -> dict[str, Any]:
+def start(malloc: str, side: str, argument: str, remat: str) -> dict[str, Any]:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     env |= {"GLIBC_TUNABLES": TUNED} if malloc == "tuned" else {}
-    command = [sys.executable, str(Path(__file__)), "--child", *arguments]
+    command = [sys.executable, str(Path(__file__)), "--child", side, argument, remat]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -252,7 +254,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     seen: dict[Any, list[dict[str, Any]]] = {key: [] for key in keys}
     for _ in range(arguments.rounds):
         for malloc, shape, side in keys:
-            seen[malloc, shape, side].append(start(malloc, side, shape))
+            seen[malloc, shape, side].append(start(malloc, side, shape, arguments.remat))
     rows = []
     for malloc in arguments.malloc:
         for shape in arguments.shapes:
@@ -268,14 +270,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             row["speed_ratio"] = round(row["puna"]["tokens_per_second"] / row["torch"]["tokens_per_second"], 2)
             row["memory_ratio"] = round(row["puna"]["peak_mib"] / row["torch"]["peak_mib"], 2)
             rows.append(row)
-    between = start("tuned", "between", arguments.shapes[0])
+    between = start("tuned", "between", arguments.shapes[0], arguments.remat)
     between["share"] = round(between["idle_seconds"] / between["seconds"], 5)
     with tempfile.TemporaryDirectory() as folder:
         corpus(Path(folder))
         rates = {side: [] for side in ("puna", "datasets")}
         for _ in range(arguments.rounds):
             for side in rates:
-                rates[side].append(start("default", f"tokenize-{side}", folder)["tokens_per_second"])
+                rates[side].append(start("default", f"tokenize-{side}", folder, arguments.remat)["tokens_per_second"])
     tokenize = {side: round(statistics.median(values)) for side, values in rates.items()}
     return {"train": rows, "between_steps": between, "tokenize_and_pack_tokens_per_second": tokenize}
 
@@ -288,7 +290,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--malloc", nargs="+", choices=("tuned", "default"), default=["tuned", "default"])
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(*arguments.child)
@@ -302,6 +305,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "remat": arguments.remat,
         "tuned": f"GLIBC_TUNABLES={TUNED}",
         "versions": {module.__name__: module.__version__ for module in (jax, torch, transformers)},
     }

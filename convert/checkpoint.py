@@ -17,15 +17,6 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.quantize import QuantizedArray
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WANTED = ["*.json", "*.model", "*.jinja"]
 

@@ -20,7 +20,6 @@ import numpy as np
 from jax.numpy import dtype as as_dtype
 
 from convert.checkpoint import (
-    TOKENIZER_FILES,
     Checkpoint,
     copy_files,
     main_dtype,
@@ -40,6 +39,7 @@ from convert.vocab import INITS, resized
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.rope import frequencies
+from model.tokenizer import TOKENIZER_FILES
 
 RECORD = "delta.json"
 MISSED = "missed.safetensors"

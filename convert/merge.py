@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.bnb import quantize_rows
-from convert.checkpoint import TOKENIZER_FILES, Checkpoint, StoredQuantized, copy_files, open_model
+from convert.checkpoint import Checkpoint, StoredQuantized, copy_files, open_model
 from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter
 from convert.save import MAX_SHARD_SIZE, write_model
 from convert.stored import Bar, Index, Stored, silent
 from model.errors import PunaError
 from model.lora import LoraArray, dense
 from model.quantize import QuantizedArray, dequantize
-from model.tokenizer import load_tokenizer
+from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 
 def merge(

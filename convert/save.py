@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.checkpoint import TOKENIZER_FILES, Checkpoint, StoredQuantized, copy_files
+from convert.checkpoint import Checkpoint, StoredQuantized, copy_files
 from convert.command import atomic_path, check_free_space
 from convert.hf import write_hf
 from convert.meta import write_meta
@@ -19,6 +19,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params
 from model.quantize import QuantizedArray, dequantize
+from model.tokenizer import TOKENIZER_FILES
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes of a safetensors file, as transformers has it
 
