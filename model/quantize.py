@@ -35,6 +35,7 @@ NF4 = (
 NESTED_BLOCK = 256  # absmax values that share one scale under double quantization
 INT8_UNIT = np.float32(1 / 127)
 _GRID = np.float32(32767.5)
+_FEW = 64
 
 
 @struct.dataclass
@@ -228,7 +229,7 @@ def block_absmax(q: QuantizedArray) -> Array:
     """A 4-bit weight's absmax as float32 [rows, blocks of a row]."""
     if q.nested_absmax is None or q.offset is None:
         return q.absmax.astype(jnp.float32)
-    scale = jnp.repeat(q.nested_absmax, NESTED_BLOCK, total_repeat_length=NESTED_BLOCK * q.nested_absmax.size)
+    scale = jnp.broadcast_to(q.nested_absmax[:, None], (q.nested_absmax.size, NESTED_BLOCK)).reshape(-1)
     scale = jnp.pad(scale, (0, max(0, q.absmax.size - scale.size)))[: q.absmax.size].reshape(q.absmax.shape)
     return _rounded(_lookup(dynamic_map(), q.absmax) * scale) + q.offset
 
@@ -268,10 +269,22 @@ def matmul(x: Array, q: QuantizedArray) -> Array:
 def _multiply(x: Array, q: QuantizedArray) -> Array:
     if q.activations == "int8":
         return _int8_product(x, q)
-    product = _int8_chunk if q.format == "int8" else _packed_chunk
+    halves = (x,) if q.format == "int8" else (x[:, 0::2], x[:, 1::2])
+    # With few x the rows of the weight come first: XLA on CPU packs the second operand of a product anew each time,
+    # and the smaller one costs less.
+    rows_first = len(x) <= _FEW
     chunks = _Chunks(q)
-    parts = chunks.map(lambda i: product(x, chunks.take(i)).reshape(len(x), chunks.shards, -1))
-    y = jnp.moveaxis(parts, 0, 2).reshape(len(x), -1)[:, : q.out_features]
+
+    def product(i: Array) -> Array:
+        pairs = list(zip(halves, _rows(chunks.take(i)), strict=True))
+        if rows_first:
+            y = reduce(jnp.add, [_dot(rows.astype(x.dtype), half, 1) for half, rows in pairs])
+            return y.reshape(chunks.shards, -1, len(x))
+        return reduce(jnp.add, [_dot(half, rows, 1) for half, rows in pairs]).reshape(len(x), chunks.shards, -1)
+
+    parts = chunks.map(product)
+    y = jnp.moveaxis(parts, 0, 1).reshape(-1, len(x)).T if rows_first else jnp.moveaxis(parts, 0, 2)
+    y = y.reshape(len(x), -1)[:, : q.out_features]
     return y * (q.absmax * INT8_UNIT) if q.format == "int8" else y
 
 
@@ -289,8 +302,7 @@ def _multiply_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[
 
     def add(dx: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
         part, piece = dy[:, :, i].reshape(len(dy), -1), chunks.take(i)
-        halves = (piece.codes,) if q.format == "int8" else _decode(piece.codes, piece.absmax, piece)
-        return tuple(sum_ + _dot(part, half, 0) for sum_, half in zip(dx, halves, strict=True)), None
+        return tuple(sum_ + _dot(part, rows, 0) for sum_, rows in zip(dx, _rows(piece), strict=True)), None
 
     n = 1 if q.format == "int8" else 2
     start = (jnp.zeros((len(dy), q.in_features // n), jnp.float32),) * n
@@ -307,13 +319,9 @@ def _dot(x: Array, rows: Array, contract: int) -> Array:
     return lax.dot_general(x, rows.astype(x.dtype), dimensions, preferred_element_type=jnp.float32)
 
 
-def _int8_chunk(x: Array, piece: QuantizedArray) -> Array:
-    return _dot(x, piece.codes, 1)
-
-
-def _packed_chunk(x: Array, piece: QuantizedArray) -> Array:
-    even, odd = _decode(piece.codes, piece.absmax, piece)
-    return _dot(x[:, 0::2], even, 1) + _dot(x[:, 1::2], odd, 1)
+def _rows(piece: QuantizedArray) -> tuple[Array, ...]:
+    """The rows of a chunk, decoded: int8 ones without their scale; packed ones in halves, as `_decode` gives them."""
+    return (piece.codes,) if piece.format == "int8" else _decode(piece.codes, piece.absmax, piece)
 
 
 def _int8_product(x: Array, q: QuantizedArray) -> Array:
@@ -336,7 +344,7 @@ class _Chunks:
         self.shards = 1 if mesh.empty else math.gcd(n_rows, mesh.size)
         # On CPU decoded weights stay in the cache. Elsewhere the compiler may fuse decoding into the product; where it
         # does not, this bounds what it writes.
-        limit = 2**19 if jax.default_backend() == "cpu" else 2**24
+        limit = 2**18 if jax.default_backend() == "cpu" else 2**24
         few = _largest_divisor(n_rows // self.shards, limit // (q.in_features * q.joined))
         self.count = n_rows // self.shards // few
         self.q = q if q.format == "int8" else replace(q, absmax=block_absmax(q), nested_absmax=None, offset=None)
