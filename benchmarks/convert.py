@@ -2,12 +2,13 @@
 
 A synthetic bfloat16 LLaMA in Hugging Face's format goes to Orbax and back, and to Meta and back, each step a
 `python -m convert model` of its own whose anonymous memory (RssAnon of /proc) is sampled. A quarter of the layers is
-done first: the peaks must be the same. Then `load_model` of a 1B-shaped folder is timed. Copies and conversions alike
-are timed until their bytes are on disk.
+done first: the peaks must be the same. Then `load_model` of a 1B-shaped folder is timed, and a 7B-shaped folder is
+loaded as nf4 with double quantization. Copies and conversions alike are timed until their bytes are on disk.
 
-    python benchmarks/convert.py [--layers 32] [--folder /tmp]
+    python benchmarks/convert.py [--layers 32] [--folder /tmp] [--parts conversions load quantize]
 
-prints a table and writes benchmarks/results/convert.json. It needs 42 GB of disk; --layers 4 makes do with 7.
+prints a table and writes benchmarks/results/convert.json, where the parts not run stay as they were. It needs 42 GB of
+disk; --layers 4 makes do with 7.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "convert.json"
 GIB = 2**30
+PARTS = ("conversions", "load", "quantize")
 STEPS = (("hf", "orbax"), ("orbax", "hf"), ("hf", "meta"), ("meta", "hf"))
 
 # Children run from the root: there `convert` is the package and not this file.
@@ -37,8 +39,6 @@ MAKE = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has names that packages have
 import ml_dtypes, numpy as np
 from convert.checkpoint import Checkpoint
 from convert.names import rows
@@ -57,6 +57,21 @@ def tensor(seed, shape):
 
 tensors = {row.name: row.turned(tensor(seed, row.foreign_shape)) for seed, row in enumerate(rows(config))}
 write_model(folder, Checkpoint(config, tensors, folder, "hf"))
+"""
+QUANTIZE = """
+import sys, time
+from functools import partial
+import jax
+from convert import load_model
+from model.quantize import quantize
+
+jax.config.update("jax_platforms", "cpu")
+jax.numpy.zeros(())
+start = time.perf_counter()
+params = load_model(sys.argv[1], quantize=partial(quantize, format="nf4", double=True))[1]
+jax.block_until_ready(params)
+seconds = time.perf_counter() - start
+print(seconds, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) / 2**30)
 """
 LOAD = """
 import sys, time
@@ -145,9 +160,10 @@ def loading(work: Path) -> dict[str, float]:
     child("-c", MAKE, str(work / "hf"), "llama3.2-1b", "0")
     copied = copy_seconds(work / "hf")
     _, peak, output = child("-c", LOAD, str(work / "hf"))
-    seconds = float(output)
+    seconds, held = float(output), size(work / "hf")
+    shutil.rmtree(work / "hf")
     return {
-        "gigabytes": round(size(work / "hf") / 1e9, 2),
+        "gigabytes": round(held / 1e9, 2),
         "copy_s": round(copied, 2),
         "load_s": round(seconds, 2),
         "copies": round(seconds / copied, 2),
@@ -155,30 +171,52 @@ def loading(work: Path) -> dict[str, float]:
     }
 
 
+def quantizing(work: Path, layers: int) -> dict[str, float]:
+    """`load_model` of a 7B-shaped folder as nf4: seconds, GiB of the result, and the peak of anonymous memory."""
+    child("-c", MAKE, str(work / "hf"), "llama-7b", str(layers))
+    _, peak, output = child("-c", QUANTIZE, str(work / "hf"))
+    seconds, held = map(float, output.split())
+    found = {"layers": layers, "gigabytes": round(size(work / "hf") / 1e9, 2), "seconds": round(seconds, 1)}
+    shutil.rmtree(work / "hf")
+    return found | {"held_gib": round(held, 2), "peak_gib": round(peak, 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
+    layers = arguments.layers
+    result: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result["setting"] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        trips = [round_trips(Path(name), layers) for layers in (max(arguments.layers // 4, 1), arguments.layers)]
-        load = loading(Path(name))
-    result = {
-        "command": " ".join(["python", "benchmarks/convert.py", *sys.argv[1:]]),
-        "setting": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "conversions": trips,
-        "load_model 1B": load,
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        measures = {
+            "conversions": lambda: [round_trips(Path(name), depth) for depth in (max(layers // 4, 1), layers)],
+            "load": lambda: loading(Path(name)),
+            "quantize": lambda: quantizing(Path(name), layers),
+        }
+        for part in arguments.parts:
+            result[part] = {"command": " ".join(["python", "benchmarks/convert.py", *sys.argv[1:]])}
+            result[part]["figures"] = measures[part]()
+            RESULT.parent.mkdir(exist_ok=True)
+            RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
+
+
+def show(result: dict[str, Any]) -> None:
     table = Table("step", "layers", "GB/s", "of a copy", "peak GiB")
     for here, there in STEPS:
-        for trip in trips:
+        for trip in result.get("conversions", {}).get("figures", ()):
             step = trip[f"{here} to {there}"]
             row = (f"{here} to {there}", trip["layers"], step["gb_s"], step["of_copy"], step["peak_gib"])
             table.add_row(*map(str, row))
     Console().print(table)
-    print(f"load_model of {load['gigabytes']} GB: {load['load_s']} s, {load['copies']} times a copy")
+    if "load" in result:
+        load = result["load"]["figures"]
+        print(f"load_model of {load['gigabytes']} GB: {load['load_s']} s, {load['copies']} times a copy")
+    if "quantize" in result:
+        print("as nf4: {seconds} s, {held_gib} GiB held, peak {peak_gib} GiB".format(**result["quantize"]["figures"]))
 
 
 if __name__ == "__main__":

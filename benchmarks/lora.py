@@ -9,7 +9,6 @@ process grew by while stepping on peft's.
 """
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -25,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.quantized import best_times, nbytes, temporaries
+from benchmarks.quantized import best_times, nbytes, temporaries, write_result
 from convert import save_model
 from model import LlamaConfig, forward, init_params
 from model.lora import add, join, split
 from model.params import LINEARS, Params
 from model.quantize import quantize
 
+RESULT = Path(__file__).parent / "results" / "lora.json"
 C15 = LlamaConfig(
     vocab_size=32000,
     hidden_size=288,
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--seconds", type=float, default=60.0, help="of timing in all")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, default=RESULT, help="where to write the figures (not of --smoke)")
     options = parser.parse_args()
     config, shape, seconds = (SMOKE, (2, 16), 0.5) if options.smoke else (C15, (4, 256), options.seconds)
 
@@ -141,8 +141,8 @@ def main() -> None:
         account = "  ".join(f"{part} {mib:.1f}" for part, mib in accounts[name].items())
         of_full, of_peft = took / times["full"], took / times["peft LoRA"]
         print(f"{name:<18}{took * 1e3:9.1f} ms  {of_full:.2f} of full  {of_peft:.2f} of peft  MiB: {account}")
-    if options.json:
-        options.json.write_text(json.dumps({"seconds": times, "MiB": accounts}, indent=2) + "\n")
+    if not options.smoke:
+        write_result(options.json, {"seconds": times, "MiB": accounts})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Forms are timed in turn, again and again, and the fastest of each is kept: what 
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from model.linear import linear
 from model.params import LINEARS, Params, param_specs
 from model.quantize import Format, quantize
 
+RESULT = Path(__file__).parent / "results" / "quantized.json"
 QUANTIZERS: dict[str, Callable[[jax.Array], Any]] = {
     "float32": lambda w: w,
     "int8": partial(quantize, format="int8"),
@@ -169,6 +171,18 @@ def decode_llama_cpp(file: Path, tokens: int) -> list[dict[str, Any]]:
     return [{"what": file.name, "format": "llama.cpp", "tokens/s": tokens / (time.perf_counter() - start)}]
 
 
+def write_result(path: Path, figures: dict[str, Any]) -> None:
+    """Keeps figures with the command that gave them, and where."""
+    setting = {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "backend": jax.default_backend(),
+        "cores": os.cpu_count(),
+        "malloc": os.environ.get("GLIBC_TUNABLES", "default"),
+        "jax": jax.__version__,
+    }
+    path.write_text(json.dumps({"setting": setting, **figures}, indent=2) + "\n")
+
+
 def main() -> None:
     """Prints a table, and writes the rows as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,7 +191,7 @@ def main() -> None:
     parser.add_argument("--model", help="a preset to decode with instead, as llama-7b")
     parser.add_argument("--format", default="nf4", choices=["int8", "int4", "nf4"], help="of --model")
     parser.add_argument("--gguf", type=Path, help="a GGUF file to decode with in llama.cpp")
-    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--json", type=Path, help="where to write the rows (a plain run: results/quantized.json)")
     options = parser.parse_args()
     if options.gguf:
         rows = decode_llama_cpp(options.gguf, 32)
@@ -193,8 +207,9 @@ def main() -> None:
                 f"{key} {value:.3g}" if isinstance(value, float) else f"{value:<28}" for key, value in row.items()
             )
         )
-    if options.json:
-        options.json.write_text(json.dumps({"backend": jax.default_backend(), "rows": rows}, indent=2) + "\n")
+    is_plain = not (options.gguf or options.model or options.smoke)
+    if path := options.json or (RESULT if is_plain else None):
+        write_result(path, {"rows": rows})
 
 
 if __name__ == "__main__":

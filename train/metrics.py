@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import resource
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,12 +85,12 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run, resumed under the same id; WANDB_* variables steer it."""
+    """A Weights & Biases run, resumed under the id that its directory has; WANDB_* variables steer it."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
-        name = run_dir.name
+        own = f"{run_dir.name}-{zlib.crc32(str(run_dir.resolve()).encode()):08x}"
         wandb = _optional("wandb", "wandb")
-        self._run = wandb.init(dir=run_dir, name=name, id=name, config=dict(config), resume="allow")
+        self._run = wandb.init(dir=run_dir, name=run_dir.name, id=own, config=dict(config), resume="allow")
 
     def log(self, line: Mapping[str, Any]) -> None:
         self._run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])

@@ -1,0 +1,83 @@
+"""What leaves a run for other tools, read back with those tools' own readers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from train.metrics import TensorBoard
+
+ROOT = Path(__file__).parent.parent
+LINES = [{"step": 1, "loss": 2.5, "mfu": None}, {"step": 2, "loss": 1.25, "mfu": 0.5}]
+
+
+def events(path: Path) -> list[Event]:
+    """The records of an event file (TFRecord: length, its checksum, data, its checksum)."""
+    data, found = path.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        found.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_every_number_that_is_there(tmp_path):
+    board = TensorBoard(tmp_path, {})
+    for line in LINES:
+        board.log(line)
+    board.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    values = [(event.step, v.tag, v.simple_value) for event in events(path) for v in event.summary.value]
+    assert values == [(1, "loss", 2.5), (2, "loss", 1.25), (2, "mfu", 0.5)]
+
+
+def leveldb_records(path: Path) -> list[bytes]:
+    """The records of a LevelDB log, which is what an offline run of W&B is after seven bytes of its own: blocks of
+    32 KiB holding pieces (checksum, length, whether first, middle, last or all of a record)."""
+    data, at, found = path.read_bytes(), 7, [b""]
+    while at + 7 <= len(data):
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        found[-1] += data[at + 7 : at + 7 + size]
+        if kind in (1, 4):
+            found.append(b"")
+        at += 7 + size
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+    return found[:-1]
+
+
+WANDB = """
+import json, sys
+from pathlib import Path
+from train.metrics import WandB
+run = WandB(Path(sys.argv[1]), {"optim": {"learning_rate": 0.5}})
+for line in json.loads(sys.argv[2]):
+    run.log(line)
+run.close()
+"""
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_lines_the_settings_and_a_name_of_its_own(tmp_path):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (tmp_path / "run").mkdir()
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", WANDB, str(tmp_path / "run"), json.dumps(LINES)]
+    subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=120)
+    (path,) = (tmp_path / "run").rglob("*.wandb")
+    records = [Record.FromString(data) for data in leveldb_records(path)]
+    history = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    assert [(line["_step"], line["loss"], line["mfu"]) for line in history] == [(1, 2.5, None), (2, 1.25, 0.5)]
+    (run,) = [record.run for record in records if record.HasField("run")]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["optim"] == {"learning_rate": 0.5}
+    assert run.display_name == "run" and run.run_id.startswith("run-")
