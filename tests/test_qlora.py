@@ -81,7 +81,7 @@ def held_out_loss(folder: Path, lines: list[str]) -> float:
     model = transformers.LlamaForCausalLM.from_pretrained(folder)
     total = count = 0
     for line in lines:
-        ids, labels = encode(json.loads(line), tokenizer, template=TEMPLATE, response_template=RESPONSE, max_length=LENGTH)
+        ids, labels = encode(json.loads(line), tokenizer, TEMPLATE, LENGTH, response_template=RESPONSE)
         wanted = torch.tensor([labels])[:, 1:]
         with torch.inference_mode():
             logits = model(torch.tensor([ids])).logits[:, :-1]

@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from model import LlamaConfig, forward, init_params, make_mesh
+from model.config import PRESETS
 from model.errors import PunaError
 from model.linear import linear, place, shardings
-from model.params import LINEARS, param_specs, stack, unstack
+from model.params import LINEARS, abstract_params, param_specs, stack, unstack
 from model.quantize import NF4, dequantize, dynamic_map, matmul, quantize
 
 FORMATS = {
@@ -96,6 +97,23 @@ def test_stacked_weights_slice_into_layers_and_stack_again():
         assert one.shape == (172, 64)
         np.testing.assert_array_equal(dequantize(one), dequantize(q)[1])
         np.testing.assert_array_equal(dequantize(one), dequantize(quantize(weight((3, 172, 64))[1], **settings)))
+
+
+# GiB at 8 and at 4 bits, as Chinese-LLaMA-Alpaca's README gives them (65B at 8 bits only as "about 60").
+PUBLISHED = {"llama-7b": (7.8, 3.9), "llama-13b": (14.9, 7.8), "llama-33b": (32.4, 17.2), "llama-65b": (61.5, 38.5)}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_whole_models_are_no_larger_than_the_published_ones(preset):
+    """By exact account of the buffers, embeddings and head in bfloat16."""
+    for name, published in zip(("int8", "nf4 double"), PUBLISHED[preset], strict=True):
+
+        def quantized(params, name=name):
+            layers = {key: quantize(w, **FORMATS[name]) if key in LINEARS else w for key, w in params["layers"].items()}
+            return params | {"layers": layers}
+
+        shapes = jax.eval_shape(quantized, abstract_params(PRESETS[preset], jnp.bfloat16))
+        assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 2**30 <= published
 
 
 @pytest.mark.parametrize(
