@@ -225,7 +225,8 @@ def _read_merges(path: Path) -> Vocabulary:
         plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         stripped = spec | plain | {"model": model | {"vocab": kept, "merges": merges}}
         library = tokenizers.Tokenizer.from_str(json.dumps(stripped))
-        return lambda text: library.encode(text, add_special_tokens=False).ids
+        # A batch, though of one: it alone lets other threads run, and "fast" leaves out the offsets in the text.
+        return lambda text: library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     pieces = [b""] * (max(vocab.values(), default=-1) + 1)
     for piece, id in vocab.items():
