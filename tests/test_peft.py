@@ -1,14 +1,18 @@
 """Adapters come from PEFT and go back to it without a logit changing."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
+from converting import command  # noqa: F401
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -19,9 +23,6 @@ from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
 from model.lora import add, merge
 from model.quantize import dequantize
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 # peft and transformers deprecate each other's names; what they warn of is not ours.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -276,11 +277,18 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_wrong_adapter_is_refused_by_name(adapter, name):
+def test_a_wrong_adapter_is_refused_by_name(adapter, name, command, tmp_path):  # noqa: F811
+    """Loaded, and merged by the command: one line, exit code 2, and nothing written."""
     edit, settings, said = BROKEN[name]
     change(adapter, edit, **settings)
+    params = init_params(CONFIG, jax.random.key(0))
     with pytest.raises(PunaError, match=said):
-        apply_adapters(init_params(CONFIG, jax.random.key(0)), CONFIG, [adapter])
+        apply_adapters(params, CONFIG, [adapter])
+    save_model(tmp_path / "base", CONFIG, params)
+    before = sorted(tmp_path.iterdir())
+    code, out, err = command("merge", tmp_path / "base", adapter, tmp_path / "merged")
+    assert code == 2 and not out and len(err) == 1 and re.search(said, err[0]), err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_truncated_or_missing_file_is_refused(adapter):
