@@ -108,6 +108,16 @@ def test_sigterm_before_jax_has_started_is_not_lost(config, calm, tmp_path):
     assert outcome(run_dir)["loss"] == calm["loss"][: last_step(run_dir)]
 
 
+def test_a_process_frozen_before_the_others_met_it(config, calm, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONNECT_SECONDS", "15")
+    run_dir = tmp_path / "run"
+    process = launch(config, run_dir)
+    assert hit(run_dir, 0, signal.SIGSTOP, process)
+    said = finish(process)
+    assert "error: process 0 was not reached" in said and "restarting from the beginning" in said
+    assert outcome(run_dir) == calm
+
+
 def test_one_process_killed_and_started_again_by_hand(config, tmp_path):
     """One process does a step in 5 ms: so many of them that a signal never comes too late."""
     calm_dir, run_dir, long = tmp_path / "calm", tmp_path / "run", ("run.max_steps=600", "run.save_steps=50")

@@ -45,12 +45,17 @@ def initialize() -> None:
     without any of them it has one process. HEARTBEAT_SECONDS (30) is how long a silent process counts as alive and
     CONNECT_SECONDS (300) how long the processes wait for each other at the start.
 
-    Raises PunaError naming the processes that did not come in time, and their hosts under Slurm.
+    When some do not come in time they are named, with their hosts under Slurm, and this process ends with code 86:
+    who restarts it may find them there.
     """
     address, count, index = _from_environment(os.environ)
     timeout = _seconds("CONNECT_SECONDS", _CONNECT_SECONDS)
     if address and count and count > 1:
-        rollcall.meet(address, count, index or 0, timeout, process_hosts(os.environ))
+        try:
+            rollcall.meet(address, count, index or 0, timeout, process_hosts(os.environ))
+        except rollcall.Missing as error:
+            print(f"error: {error}", file=sys.stderr)
+            _leave(EXIT_PEER_LOST)
     jax.distributed.initialize(
         address,
         count,

@@ -18,7 +18,7 @@ from model.errors import PunaError
 from train.distributed import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG, free_port
 
 _POLL_SECONDS, _LAST_WORDS_SECONDS = 0.1, 1.0
-_HEARTBEAT_SECONDS = 10
+_HEARTBEAT_SECONDS, _CONNECT_SECONDS = 10, 60  # short: all are on this host, and a start that hangs is repeated
 _PR_SET_PDEATHSIG = 1
 
 
@@ -166,7 +166,8 @@ def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[b
 
 def _environment(run_dir: Path, address: str, processes: int, index: int) -> dict[str, str]:
     """What a child reads to find its peers; compiled programs are kept, so that a restart is quick."""
-    defaults = {"HEARTBEAT_SECONDS": str(_HEARTBEAT_SECONDS), "JAX_COMPILATION_CACHE_DIR": str(run_dir / ".compiled")}
+    defaults = {"HEARTBEAT_SECONDS": str(_HEARTBEAT_SECONDS), "CONNECT_SECONDS": str(_CONNECT_SECONDS)}
+    defaults["JAX_COMPILATION_CACHE_DIR"] = str(run_dir / ".compiled")
     run = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(processes), "PROCESS_ID": str(index)}
     return {**defaults, **os.environ, **run}
 
