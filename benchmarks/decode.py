@@ -31,7 +31,7 @@ from rich.table import Table
 
 from convert import load_model
 from infer.generate import generate
-from model.params import unstack
+from model.linear import for_decoding
 
 PROMPT, NEW = 32, 128
 RESULT = Path(__file__).parent / "results" / "decode.json"
@@ -75,7 +75,7 @@ def peer(model: Any, prompts: np.ndarray) -> Callable[[], list[list[int]]]:
 
 def ours(folder: Path, prompts: np.ndarray) -> Callable[[], list[list[int]]]:
     config, params = load_model(folder)
-    params = unstack(params)
+    params = for_decoding(params)
 
     def run() -> list[list[int]]:
         chunks = list(generate(params, config, prompts.tolist(), NEW))

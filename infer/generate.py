@@ -18,8 +18,9 @@ from infer.sample import Rows, Sampling, rows, sample
 from model.cache import KVCache, init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.linear import for_decoding
 from model.llama import hidden, logits
-from model.params import Params, unstack
+from model.params import Params
 from model.sharding import named_sharding
 from model.tokenizer import Tokenizer
 
@@ -101,7 +102,7 @@ def generate(
     """Continues token prompts as one batch, yielding each row's new tokens as they come; at the end rows yield none.
 
     Args:
-        params: stacked or unstacked; decoding unstacks them, so a caller that comes again gives them unstacked.
+        params: stacked or unstacked; a caller that comes again gives them as `for_decoding` makes stacked ones.
         prompts: at least one token each, of any lengths.
         samplings: one for each prompt; greedy when not given.
         eos_ids: tokens that end a row; the one that ended it is its last.
@@ -113,7 +114,7 @@ def generate(
     """
     for number, prompt in enumerate(prompts, 1):
         check_room(f"prompt {number}", prompt, max_new_tokens, config)
-    params = unstack(params)
+    params = for_decoding(params)
     settings = rows(list(samplings or [Sampling()] * len(prompts)))
     lengths = np.array([len(prompt) for prompt in prompts])
     state = _start(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)

@@ -14,7 +14,8 @@ from convert.checkpoint import Checkpoint, open_model, read_json
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.params import Params, unstack
+from model.linear import for_decoding
+from model.params import Params
 from model.quantize import Format
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer, load_tokenizer
@@ -64,10 +65,10 @@ def load(
     quantize: Format | None = None,
     adapters: Sequence[str | Path] = (),
 ) -> tuple[LlamaConfig, Params]:
-    """The weights, unstacked as decoding wants them, and the config as adapters leave it. See `load_model`."""
+    """The weights as decoding wants them, and the config as adapters leave it. See `load_model`."""
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
         config, params = load_model(source.checkpoint.folder, dtype, mesh, quantize, adapters)
-        return config, unstack(params)
+        return config, for_decoding(params)
 
 
 def sampling(generation: dict[str, Any], **given: Any) -> Sampling:

@@ -80,7 +80,8 @@ class LayerCache(struct.PyTreeNode):
         Returns the keys and values to attend to, [B, K, window, d], and the cache after the write.
         """
         rows = jnp.arange(k.shape[0]) if self.slots is None else self.slots
-        at: Any = (rows[:, None], slice(None), positions)
+        heads = jnp.arange(k.shape[2])
+        at: Any = (rows[:, None, None], heads, positions[..., None])
         if self.layer is not None:
             at = (self.layer, *at)
         new = self.replace(

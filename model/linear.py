@@ -1,22 +1,40 @@
-"""The one linear map. What a weight *is* (plain, quantized, with adapters) is a type of leaf, told apart here only."""
+"""The one linear map. What a weight *is* (plain, transposed, quantized, adapted) is a type of leaf told apart here."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from flax import struct
+from jax import Array, lax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from model import lora, quantize
 from model.config import LlamaConfig
 from model.lora import LoraArray
-from model.params import Params, ParamSpec, param_specs
-from model.quantize import QuantizedArray
+from model.params import LINEARS, Params, ParamSpec, param_specs
+from model.quantize import FEW, QuantizedArray
 from model.sharding import named_sharding
 
-Weight = Array | QuantizedArray | LoraArray
+
+@struct.dataclass
+class TransposedArray:
+    """A weight [in, out] that lies in memory as [out, in].
+
+    A product of few rows reads it once in this order; the other order is packed anew each time, which takes 1.2 to 1.6
+    times as long on CPU with 1 or 8 rows.
+    """
+
+    rows: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight it stands for: [in, out]."""
+        return self.rows.shape[::-1]
+
+
+Weight = Array | TransposedArray | QuantizedArray | LoraArray
 
 
 def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | None = None) -> Array:
@@ -37,8 +55,38 @@ def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
             return quantize.matmul(x, w).astype(out_dtype or x.dtype)
         case LoraArray():
             return lora.adapted(x, w, lambda x: product(x, w.base, out_dtype))
+        case TransposedArray():
+            rows = w.rows.astype(x.dtype)
+            if len(x) > FEW:
+                return lax.dot_general(x, rows, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+            # Without the barrier XLA folds both transposes away, and on CPU packs the weight instead of x.
+            return lax.optimization_barrier(jnp.matmul(rows, x.T, preferred_element_type=out_dtype)).T
         case _:
             return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=out_dtype)
+
+
+def for_decoding(params: Params) -> Params:
+    """Layers as a tuple, linear weights transposed: the form in which few tokens pass fastest. Unstacked layers stay.
+
+    The head is transposed too; weights of other kinds, and those under adapters, keep their form.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = tuple(_layer(params["layers"], i) for i in range(depth))
+    head = {"lm_head": _transposed(params["lm_head"])} if "lm_head" in params else {}
+    return {**params, "layers": layers, **head}
+
+
+@jax.jit  # one program for all layers
+def _layer(layers: Params, i: int) -> Params:
+    layer = jax.tree.map(lambda x: x[i], layers)
+    return layer | {name: _transposed(layer[name]) for name in LINEARS}
+
+
+@jax.jit
+def _transposed(w: Weight) -> Weight:
+    return TransposedArray(w.T) if isinstance(w, Array) else w
 
 
 def shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> Any:

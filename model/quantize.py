@@ -35,7 +35,7 @@ NF4 = (
 NESTED_BLOCK = 256  # absmax values that share one scale under double quantization
 INT8_UNIT = np.float32(1 / 127)
 _GRID = np.float32(32767.5)
-_FEW = 64
+FEW = 64
 
 
 @struct.dataclass
@@ -272,7 +272,7 @@ def _multiply(x: Array, q: QuantizedArray) -> Array:
     halves = (x,) if q.format == "int8" else (x[:, 0::2], x[:, 1::2])
     # With few x the rows of the weight come first: XLA on CPU packs the second operand of a product anew each time,
     # and the smaller one costs less.
-    rows_first = len(x) <= _FEW
+    rows_first = len(x) <= FEW
     chunks = _Chunks(q)
 
     def product(i: Array) -> Array:

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 from convert import load_model, save_model
 from infer.__main__ import app
-from infer.generate import Text, check_room, decode, generate
+from infer.generate import Text, _start, check_room, decode, generate
 from infer.load import sampling, start_mesh
-from infer.sample import Sampling
+from infer.sample import Sampling, rows
 from model import forward, make_mesh
 from model.errors import PunaError
+from model.linear import for_decoding
 from model.tokenizer import load_tokenizer
 
 NEW = 24
@@ -148,6 +149,18 @@ def test_one_program_serves_all_settings_and_chunks(ours, prompts):
     samplings = [Sampling(0.3, top_k=5, seed=1), Sampling(2.0, min_p=0.1), Sampling(repetition_penalty=2.0)]
     run(ours, prompts[::-1], samplings=samplings)
     assert decode._cache_size() == compiled
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_cache_is_updated_in_place(ours, prompts, batch):
+    """The compiled step copies no layer's keys: XLA did, three times a token, where one row wrote one slice."""
+    params, config = for_decoding(ours[1]), ours[0]
+    state = _start(params, config, prompts[:batch], 128, None)
+    arguments = (params, state, rows([Sampling()] * batch), jnp.zeros(0, jnp.int32), np.int32(4), config, 128)
+    compiled = decode.lower(*arguments).compile().as_text()
+    shape = ",".join(map(str, state.cache.k[0].shape))
+    assert f"f32[{shape}]" in compiled
+    assert not [line for line in compiled.splitlines() if f"f32[{shape}]" in line and " copy(" in line]
 
 
 def test_a_row_that_is_stopped_ends_alone(ours, prompts):

@@ -12,7 +12,7 @@ from reference import config_of, hf_config, hf_logits, hf_model, params_of
 from model import LlamaConfig, RopeScaling, abstract_params, hidden, init_cache, init_params, logits, make_mesh, unstack
 from model import forward as eager_forward
 from model.errors import PunaError
-from model.linear import place
+from model.linear import TransposedArray, for_decoding, linear, place
 from model.llama import SPLIT_SEQUENCE, block, rms_norm
 
 ATOL = 1e-4
@@ -104,7 +104,7 @@ def random_model(**changes):
     return jax.tree.map(lambda x: x if (x == 1).all() else x * 6, params), config
 
 
-@pytest.mark.parametrize("form", [lambda p: p, unstack], ids=["scan", "loop"])
+@pytest.mark.parametrize("form", [lambda p: p, unstack, for_decoding], ids=["scan", "loop", "decoding"])
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": LLAMA3}], ids=["default", "llama3"])
 def test_prefill_and_decode_equal_the_full_pass(form, changes, tokens):
     params, config = random_model(**changes)
@@ -117,6 +117,18 @@ def test_prefill_and_decode_equal_the_full_pass(form, changes, tokens):
         at += take
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=ATOL, rtol=0)
     assert cache.lengths.tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 65])
+def test_a_transposed_weight_is_the_same_weight(rows):
+    x, w = (jax.random.normal(jax.random.key(n), shape, jnp.float32) for n, shape in ((0, (rows, 48)), (1, (48, 80))))
+    transposed = TransposedArray(w.T)
+    assert transposed.shape == w.shape
+    np.testing.assert_allclose(linear(x, transposed), linear(x, w), atol=1e-5)
+    narrow = x.astype(jnp.bfloat16)
+    np.testing.assert_allclose(
+        linear(narrow, transposed, out_dtype=jnp.float32), linear(narrow, w, out_dtype=jnp.float32), atol=1e-5
+    )
 
 
 def test_rows_of_unequal_length_and_slots(tokens):
