@@ -33,6 +33,10 @@ Batch = Mapping[str, Array]
 Metrics = Mapping[str, Array]
 BATCH_KEYS = ("tokens", "labels", "segments")
 
+# What XLA does elsewhere by itself: on CPU it would copy both moments of every weight, for fear that the new ones
+# overwrite the old while these are still read. That is 0.5 GiB and a tenth of the step's time at 110M parameters.
+CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
 
 @struct.dataclass
 class TrainState:
@@ -135,7 +139,8 @@ def make_step(
         )
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step), compiler_options=options)
 
 
 def make_evaluation(
