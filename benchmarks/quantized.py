@@ -27,13 +27,14 @@ import jax
 import jax.numpy as jnp
 
 from model import PRESETS, LlamaConfig, forward, init_cache
-from model.linear import linear
+from model.linear import TransposedArray, linear
 from model.params import LINEARS, Params, param_specs
 from model.quantize import Format, quantize
 
 RESULT = Path(__file__).parent / "results" / "quantized.json"
 QUANTIZERS: dict[str, Callable[[jax.Array], Any]] = {
-    "float32": lambda w: w,
+    "float32": lambda w: TransposedArray(w.T),  # as decoding holds it
+    "float32, [in, out]": lambda w: w,
     "int8": partial(quantize, format="int8"),
     "int8 x int8": lambda w: replace(quantize(w, "int8"), activations="int8"),
     "int4": partial(quantize, format="int4"),
@@ -100,7 +101,7 @@ def product(shape: tuple[int, int], batches: list[int], seconds: float) -> list[
 
 
 def random_params(config: LlamaConfig, make: Callable[[jax.Array], Any], dtype: Any = jnp.float32) -> Params:
-    """Unstacked random parameters, each linear quantized as soon as it is made: never a float model."""
+    """Random parameters as decoding holds them, each linear quantized as soon as it is made: never a float model."""
     key = jax.random.key(0)
     specs = param_specs(config)
 
@@ -112,6 +113,7 @@ def random_params(config: LlamaConfig, make: Callable[[jax.Array], Any], dtype: 
         return {name: jax.block_until_ready(make(w)) if name in LINEARS else w for name, w in weights.items()}
 
     outer = {name: array(spec.shape, spec.init) for name, spec in specs.items() if name != "layers"}
+    outer["lm_head"] = TransposedArray(outer["lm_head"].T)
     return outer | {"layers": tuple(layer() for _ in range(config.num_hidden_layers))}
 
 
