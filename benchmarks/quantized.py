@@ -113,8 +113,8 @@ def random_params(config: LlamaConfig, make: Callable[[jax.Array], Any], dtype: 
         return {name: jax.block_until_ready(make(w)) if name in LINEARS else w for name, w in weights.items()}
 
     outer = {name: array(spec.shape, spec.init) for name, spec in specs.items() if name != "layers"}
-    outer["lm_head"] = TransposedArray(outer["lm_head"].T)
-    return outer | {"layers": tuple(layer() for _ in range(config.num_hidden_layers))}
+    layers = tuple(layer() for _ in range(config.num_hidden_layers))
+    return {**outer, "lm_head": TransposedArray(outer["lm_head"].T), "layers": layers}
 
 
 def decoder(params: Params, config: LlamaConfig, batch: int) -> Callable[[], Any]:
