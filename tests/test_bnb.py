@@ -20,7 +20,7 @@ from model.params import LINEARS
 from model.quantize import QuantizedArray, dequantize, dynamic_map, quantize
 
 # peft, transformers and bitsandbytes deprecate each other's names; what they warn of is not ours.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 CONFIG = LlamaConfig(
     vocab_size=96,

@@ -20,6 +20,8 @@ from train import checkpoint
 from train.checkpoint import Checkpoints, restore_part
 from train.integrity import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 MESHES = {"8": (8, 1), "2x4": (2, 4), "1x8": (1, 8), "2x1": (2, 1), "1": (1, 1)}
 
 

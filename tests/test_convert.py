@@ -34,6 +34,8 @@ from model.errors import PunaError
 from model.llama import forward
 from model.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
+
 GQA = {"num_key_value_heads": 4, "vocab_size": 101}
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
 

@@ -26,6 +26,8 @@ from model.errors import PunaError
 from model.linear import for_decoding
 from model.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 NEW = 24
 
 

@@ -25,6 +25,8 @@ from model.config import RopeScaling
 from model.errors import PunaError
 from model.vocabulary import LLAMA3_SPECIALS
 
+pytestmark = pytest.mark.slow
+
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 112, "attention_bias": True}
 TINY = LlamaConfig(
     vocab_size=8,

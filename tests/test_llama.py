@@ -15,6 +15,8 @@ from model.errors import PunaError
 from model.linear import TransposedArray, for_decoding, linear, place
 from model.llama import SPLIT_SEQUENCE, block, rms_norm
 
+pytestmark = pytest.mark.slow
+
 ATOL = 1e-4
 forward = jax.jit(eager_forward, static_argnames=("config", "window", "dtype", "block", "norm", "remat"))
 

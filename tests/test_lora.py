@@ -17,6 +17,8 @@ from model.lora import LoraArray, add, join, merge, split, with_dropout
 from model.params import LINEARS
 from model.quantize import dequantize, quantize
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LlamaConfig(
     vocab_size=64,
     hidden_size=128,

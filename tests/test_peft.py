@@ -25,7 +25,7 @@ from model.lora import add, merge
 from model.quantize import dequantize
 
 # peft and transformers deprecate each other's names; what they warn of is not ours.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
 
 CONFIG = LlamaConfig(
     vocab_size=96,

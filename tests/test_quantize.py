@@ -13,6 +13,8 @@ from model.linear import linear, place, shardings
 from model.params import LINEARS, abstract_params, param_specs, stack, unstack
 from model.quantize import NF4, dequantize, dynamic_map, matmul, quantize
 
+pytestmark = pytest.mark.slow
+
 FORMATS = {
     "int8": {"format": "int8"},
     "int4 of 32": {"format": "int4", "block": 32},

@@ -18,6 +18,8 @@ from train.data.toy import make_examples, write_tokenizer
 from train.metrics import flops_per_token, read_metrics
 from train.record import NonFinite
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -30,6 +30,8 @@ from train.step import (
     shardings_of,
 )
 
+pytestmark = pytest.mark.slow
+
 SMALL = LlamaConfig(
     vocab_size=96,
     hidden_size=32,

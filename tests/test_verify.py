@@ -14,6 +14,8 @@ from convert.save import write_model
 from convert.stored import stored
 from convert.verify import max_difference
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
