@@ -114,7 +114,8 @@ def random_params(config: LlamaConfig, make: Callable[[jax.Array], Any], dtype: 
 
     outer = {name: array(spec.shape, spec.init) for name, spec in specs.items() if name != "layers"}
     layers = tuple(layer() for _ in range(config.num_hidden_layers))
-    return {**outer, "lm_head": TransposedArray(outer["lm_head"].T), "layers": layers}
+    head = {"lm_head": TransposedArray(outer["lm_head"].T)} if "lm_head" in outer else {}
+    return {**outer, **head, "layers": layers}
 
 
 def decoder(params: Params, config: LlamaConfig, batch: int) -> Callable[[], Any]:

@@ -22,8 +22,8 @@ from model.sharding import named_sharding
 class TransposedArray:
     """A weight [in, out] that lies in memory as [out, in].
 
-    A product of few rows reads it once in this order; the other order is packed anew each time, which takes 1.2 to 1.6
-    times as long on CPU with 1 or 8 rows.
+    A product of few rows reads it once in this order; the other order is packed anew each time, which on CPU
+    takes longer (`benchmarks/quantized.py` times both).
     """
 
     rows: Array

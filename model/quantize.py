@@ -342,12 +342,11 @@ class _Chunks:
         mesh = jax.typeof(q.codes).sharding.mesh
         n_rows = q.codes.shape[0]
         self.shards = 1 if mesh.empty else math.gcd(n_rows, mesh.size)
-        # On CPU 4 MB of decoded weights stay in the cache, a quarter at most. Elsewhere the compiler may fuse decoding
-        # into the product; where it does not, this bounds what it writes.
-        limit = 2**20 if jax.default_backend() == "cpu" else 2**24
-        own = n_rows // self.shards
-        few = _largest_divisor(own, min(own // 4, limit // (q.in_features * q.joined)))
-        self.count = own // few
+        # On CPU decoded weights stay in the cache. Elsewhere the compiler may fuse decoding into the product; where it
+        # does not, this bounds what it writes.
+        limit = 2**18 if jax.default_backend() == "cpu" else 2**24
+        few = _largest_divisor(n_rows // self.shards, limit // (q.in_features * q.joined))
+        self.count = n_rows // self.shards // few
         self.q = q if q.format == "int8" else replace(q, absmax=block_absmax(q), nested_absmax=None, offset=None)
 
     def take(self, i: Array) -> QuantizedArray:
