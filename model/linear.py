@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from model import lora, quantize
 from model.config import LlamaConfig
 from model.lora import LoraArray
-from model.params import LINEARS, Params, ParamSpec, param_specs
+from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
 from model.quantize import FEW, QuantizedArray
 from model.sharding import named_sharding
 
@@ -72,15 +72,11 @@ def for_decoding(params: Params) -> Params:
     """
     if isinstance(params["layers"], tuple):
         return params
-    depth = jax.tree.leaves(params["layers"])[0].shape[0]
-    layers = tuple(_layer(params["layers"], i) for i in range(depth))
     head = {"lm_head": _transposed(params["lm_head"])} if "lm_head" in params else {}
-    return {**params, "layers": layers, **head}
+    return {**unstack(params, _transposed_linears), **head}
 
 
-@jax.jit  # one program for all layers
-def _layer(layers: Params, i: int) -> Params:
-    layer = jax.tree.map(lambda x: x[i], layers)
+def _transposed_linears(layer: Params) -> Params:
     return layer | {name: _transposed(layer[name]) for name in LINEARS}
 
 

@@ -6,6 +6,8 @@ half-split layout, so that a conversion is a transpose.
 """
 
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -121,13 +123,20 @@ def param_count(config: LlamaConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)))
 
 
-def unstack(params: Params) -> Params:
-    """Layers as a tuple: the form for decoding, where slicing stacked weights would copy them at every token."""
+def unstack(params: Params, form: Callable[[Params], Params] = lambda layer: layer) -> Params:
+    """Layers as a tuple, each as `form` makes it; unstacked ones stay.
+
+    The form for decoding, where slicing stacked weights would copy them at every token.
+    """
     if isinstance(params["layers"], tuple):
         return params
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
-    take = jax.jit(lambda layers, i: jax.tree.map(lambda x: x[i], layers))  # one program for all layers
-    return {**params, "layers": tuple(take(params["layers"], i) for i in range(depth))}
+    return {**params, "layers": tuple(_layer(params["layers"], i, form) for i in range(depth))}
+
+
+@partial(jax.jit, static_argnames="form")  # one program for all layers
+def _layer(layers: Params, i: int, form: Callable[[Params], Params]) -> Params:
+    return form(jax.tree.map(lambda x: x[i], layers))
 
 
 def stack(params: Params) -> Params:
