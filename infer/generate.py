@@ -50,11 +50,19 @@ def prefill(
 
 @partial(jax.jit, static_argnames=("config", "window"), donate_argnames="state")
 def decode(
-    params: Params, state: State, rows: Rows, eos: Array, steps: Array, config: LlamaConfig, window: int
+    params: Params,
+    state: State,
+    rows: Rows,
+    eos: Array,
+    steps: Array,
+    known: Array,
+    config: LlamaConfig,
+    window: int,
 ) -> tuple[State, Array]:
     """Up to `steps` <= CHUNK tokens for every row that is not done; ends early when all are.
 
-    Returns the state and the tokens int32 [B, CHUNK], -1 where a row was done. A row is done after a token in `eos`.
+    Tokens from the id `known` on are never chosen. Returns the state and the tokens int32 [B, CHUNK], -1 where a row
+    was done. A row is done after a token in `eos`.
     """
 
     def unfinished(carry: tuple[Array, State, Array]) -> Array:
@@ -66,7 +74,8 @@ def decode(
         x, cache = hidden(
             params, state.token[:, None], config, positions=state.position[:, None], cache=state.cache, window=window
         )
-        new = sample(logits(params, x[:, 0], config), rows, state.seen, state.position + 1)
+        scores = jnp.where(jnp.arange(config.vocab_size) < known, logits(params, x[:, 0], config), -jnp.inf)
+        new = sample(scores, rows, state.seen, state.position + 1)
         new = jnp.where(state.done, state.token, new)
         out = out.at[:, step].set(jnp.where(state.done, -1, new))
         state = State(
@@ -98,6 +107,7 @@ def generate(
     eos_ids: Sequence[int] = (),
     stopped: Callable[[int], bool] = lambda row: False,
     mesh: Mesh | None = None,
+    known: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continues token prompts as one batch, yielding each row's new tokens as they come; at the end rows yield none.
 
@@ -108,6 +118,8 @@ def generate(
         eos_ids: tokens that end a row; the one that ended it is its last.
         stopped: asked between chunks with a row's index; true ends the row.
         mesh: the mesh that `params` live on, if any.
+        known: how many tokens the tokenizer has, where it is fewer than the model: what pads a vocabulary to a round
+            size is never chosen.
 
     Raises:
         PunaError: no token in a prompt, or no room for `max_new_tokens` after it in the model's context.
@@ -117,13 +129,14 @@ def generate(
     params = for_decoding(params)
     settings = rows(list(samplings or [Sampling()] * len(prompts)))
     lengths = np.array([len(prompt) for prompt in prompts])
-    state = _start(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
+    state = start(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
     eos = jnp.asarray(np.array(eos_ids, np.int32))
+    limit = np.int32(config.vocab_size if known is None else known)
     made, done = 0, np.zeros(len(prompts), bool)
     while made < max_new_tokens and not done.all():
         steps = min(CHUNK, max_new_tokens - made, max(1, made))  # short chunks first: words appear at once
         window = min(_round_up(int(lengths.max()) + made + steps, WINDOW), state.cache.capacity)
-        state, out = decode(params, state, settings, eos, np.int32(steps), config, window)
+        state, out = decode(params, state, settings, eos, np.int32(steps), limit, config, window)
         made += steps
         yield [[token for token in row if token >= 0] for row in np.asarray(out).tolist()]
         done = np.asarray(state.done) | [stopped(row) for row in range(len(prompts))]
@@ -149,7 +162,7 @@ def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: Ll
         )
 
 
-def _start(
+def start(
     params: Params, config: LlamaConfig, prompts: Sequence[Sequence[int]], longest: int, mesh: Mesh | None
 ) -> State:
     """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
@@ -164,8 +177,8 @@ def _start(
         known = len(prompt) - 1
         tokens[row, :known], positions[row, :known] = prompt[:-1], range(known)
         seen[row, prompt] = True
-    for start in range(0, width, PREFILL):
-        part = slice(start, min(start + PREFILL, width))
+    for first in range(0, width, PREFILL):
+        part = slice(first, min(first + PREFILL, width))
         if (positions[:, part] < capacity).any():
             window = min(_round_up(part.stop, WINDOW), capacity)
             cache = prefill(params, cache, tokens[:, part], positions[:, part], config, window)
@@ -246,7 +259,8 @@ def complete(
     """Continues text prompts as one batch, yielding each row's new text as it becomes certain. See `generate`."""
     ids = [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts]
     texts = [Text(tokenizer, row, stop) for row in ids]
-    new = generate(params, config, ids, max_new_tokens, samplings, eos_ids, lambda row: texts[row].stopped, mesh)
+    stopped, known = (lambda row: texts[row].stopped), tokenizer.vocab_size
+    new = generate(params, config, ids, max_new_tokens, samplings, eos_ids, stopped, mesh, known)
     for tokens in new:
         yield [text.push(row) for text, row in zip(texts, tokens, strict=True)]
     yield [text.flush() for text in texts]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import infer.generate
 from convert import load_model, save_model
 from infer.__main__ import app
-from infer.generate import Text, _start, check_room, decode, generate
+from infer.generate import Text, check_room, decode, generate
 from infer.load import sampling, start_mesh
 from infer.sample import Sampling, rows
 from model import forward, make_mesh
@@ -157,12 +159,25 @@ def test_one_program_serves_all_settings_and_chunks(ours, prompts):
 def test_the_cache_is_updated_in_place(ours, prompts, batch):
     """The compiled step copies no layer's keys: XLA did, three times a token, where one row wrote one slice."""
     params, config = for_decoding(ours[1]), ours[0]
-    state = _start(params, config, prompts[:batch], 128, None)
-    arguments = (params, state, rows([Sampling()] * batch), jnp.zeros(0, jnp.int32), np.int32(4), config, 128)
-    compiled = decode.lower(*arguments).compile().as_text()
+    state = infer.generate.start(params, config, prompts[:batch], 128, None)
+    eos, number = jnp.zeros(0, jnp.int32), np.int32(4)
+    step = decode.lower(params, state, rows([Sampling()] * batch), eos, number, number, config, 128)
+    compiled = step.compile().as_text()
     shape = ",".join(map(str, state.cache.k[0].shape))
     assert f"f32[{shape}]" in compiled
     assert not [line for line in compiled.splitlines() if f"f32[{shape}]" in line and " copy(" in line]
+
+
+def test_rows_that_pad_a_vocabulary_are_never_chosen(ours, prompts):
+    """However likely: here each twice as likely, in logits, as a token that the tokenizer has."""
+    config, params = ours
+    embed, head = params["embed"], params["lm_head"]
+    wide = params | {"embed": jnp.concatenate([embed, embed]), "lm_head": jnp.concatenate([head, 2 * head], axis=1)}
+    padded = (replace(config, vocab_size=256), wide)
+    assert max(token for row in run(padded, prompts) for token in row) >= 128
+    assert run(padded, prompts, known=128) == run(ours, prompts)
+    warm = [Sampling(1.5, top_k=9, seed=3)] * len(prompts)
+    assert max(token for row in run(padded, prompts, samplings=warm, known=128) for token in row) < 128
 
 
 def test_a_row_that_is_stopped_ends_alone(ours, prompts):
