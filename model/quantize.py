@@ -221,12 +221,14 @@ def dequantize(q: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
     if q.format == "int8":
         rows = q.codes.astype(jnp.float32) * q.absmax[:, None] * INT8_UNIT
     else:
-        rows = jnp.stack(_decode(q.codes, block_absmax(q), q), axis=-1).reshape(-1, q.in_features)[: q.out_features]
+        rows = _decode(q.codes, block_scales(q), q)[: q.out_features]
     return rows.astype(dtype or q.dtype).T
 
 
-def block_absmax(q: QuantizedArray) -> Array:
-    """A 4-bit weight's absmax as float32 [rows, blocks of a row]."""
+def block_scales(q: QuantizedArray) -> Array:
+    """What the values of a 4-bit weight are multiplied by, as float32 [rows, blocks of a row]."""
+    if q.format == "int4":
+        return q.absmax.astype(jnp.float32) / 7
     if q.nested_absmax is None or q.offset is None:
         return q.absmax.astype(jnp.float32)
     scale = jnp.broadcast_to(q.nested_absmax[:, None], (q.nested_absmax.size, NESTED_BLOCK)).reshape(-1)
@@ -244,20 +246,16 @@ def _lookup(table: np.ndarray, index: Array) -> Array:
     return jnp.asarray(table).at[index.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
-def _decode(codes: Array, absmax: Array, q: QuantizedArray) -> tuple[Array, Array]:
-    """Rows of packed codes as float32: the weights of even inputs and of odd ones, each [out rows, in / 2].
+def _decode(codes: Array, scales: Array, q: QuantizedArray) -> Array:
+    """Rows of packed codes as float32 [rows, in].
 
-    They stay apart because interleaving them costs more than everything else here; a product needs no order.
+    A table over whole bytes gives both weights of a byte at once, in their order: taking nibbles apart by arithmetic
+    leaves halves that are two products, or an interleaving that costs more than everything else here.
     """
-    codes = codes.reshape(*absmax.shape, q.block // 2)
-    if q.format == "int4":
-        halves = [(half.astype(jnp.int8) - 8).astype(jnp.float32) for half in (codes >> 4, codes & 15)]
-        absmax = absmax / 7
-    else:  # a table over whole bytes saves taking the nibbles apart
-        values = np.array(NF4, np.float32)
-        halves = [_lookup(table, codes) for table in (np.repeat(values, 16), np.tile(values, 16))]
-    even, odd = ((half * absmax[..., None]).reshape(-1, q.in_features // 2) for half in halves)
-    return even, odd
+    values = np.arange(-8, 8, dtype=np.float32) if q.format == "int4" else np.array(NF4, np.float32)
+    pairs = _lookup(np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=-1), codes)
+    blocks = pairs.reshape(*scales.shape, q.block)
+    return (blocks * scales[..., None]).reshape(-1, q.in_features)
 
 
 def matmul(x: Array, q: QuantizedArray) -> Array:
@@ -269,18 +267,16 @@ def matmul(x: Array, q: QuantizedArray) -> Array:
 def _multiply(x: Array, q: QuantizedArray) -> Array:
     if q.activations == "int8":
         return _int8_product(x, q)
-    halves = (x,) if q.format == "int8" else (x[:, 0::2], x[:, 1::2])
     # With few x the rows of the weight come first: XLA on CPU packs the second operand of a product anew each time,
     # and the smaller one costs less.
     rows_first = len(x) <= FEW
     chunks = _Chunks(q)
 
     def product(i: Array) -> Array:
-        pairs = list(zip(halves, _rows(chunks.take(i)), strict=True))
+        rows = _rows(chunks.take(i))
         if rows_first:
-            y = reduce(jnp.add, [_dot(rows.astype(x.dtype), half, 1) for half, rows in pairs])
-            return y.reshape(chunks.shards, -1, len(x))
-        return reduce(jnp.add, [_dot(half, rows, 1) for half, rows in pairs]).reshape(len(x), chunks.shards, -1)
+            return _dot(rows.astype(x.dtype), x, 1).reshape(chunks.shards, -1, len(x))
+        return _dot(x, rows, 1).reshape(len(x), chunks.shards, -1)
 
     parts = chunks.map(product)
     y = jnp.moveaxis(parts, 0, 1).reshape(-1, len(x)).T if rows_first else jnp.moveaxis(parts, 0, 2)
@@ -300,14 +296,11 @@ def _multiply_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[
     dy = jnp.pad(dy, ((0, 0), (0, q.codes.shape[0] * q.joined - q.out_features))).astype(like.dtype)
     dy = dy.reshape(len(dy), chunks.shards, chunks.count, -1)
 
-    def add(dx: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
-        part, piece = dy[:, :, i].reshape(len(dy), -1), chunks.take(i)
-        return tuple(sum_ + _dot(part, rows, 0) for sum_, rows in zip(dx, _rows(piece), strict=True)), None
+    def add(dx: Array, i: Array) -> tuple[Array, None]:
+        return dx + _dot(dy[:, :, i].reshape(len(dy), -1), _rows(chunks.take(i)), 0), None
 
-    n = 1 if q.format == "int8" else 2
-    start = (jnp.zeros((len(dy), q.in_features // n), jnp.float32),) * n
-    dx, _ = lax.scan(add, start, jnp.arange(chunks.count))
-    return jnp.stack(dx, axis=-1).reshape(len(dy), -1).astype(like.dtype), None
+    dx, _ = lax.scan(add, jnp.zeros((len(dy), q.in_features), jnp.float32), jnp.arange(chunks.count))
+    return dx.astype(like.dtype), None
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
@@ -319,9 +312,9 @@ def _dot(x: Array, rows: Array, contract: int) -> Array:
     return lax.dot_general(x, rows.astype(x.dtype), dimensions, preferred_element_type=jnp.float32)
 
 
-def _rows(piece: QuantizedArray) -> tuple[Array, ...]:
-    """The rows of a chunk, decoded: int8 ones without their scale; packed ones in halves, as `_decode` gives them."""
-    return (piece.codes,) if piece.format == "int8" else _decode(piece.codes, piece.absmax, piece)
+def _rows(piece: QuantizedArray) -> Array:
+    """The rows of a chunk [out rows, in], decoded; int8 ones without their scale."""
+    return piece.codes if piece.format == "int8" else _decode(piece.codes, piece.absmax, piece)
 
 
 def _int8_product(x: Array, q: QuantizedArray) -> Array:
@@ -342,12 +335,9 @@ class _Chunks:
         mesh = jax.typeof(q.codes).sharding.mesh
         n_rows = q.codes.shape[0]
         self.shards = 1 if mesh.empty else math.gcd(n_rows, mesh.size)
-        # On CPU decoded weights stay in the cache. Elsewhere the compiler may fuse decoding into the product; where it
-        # does not, this bounds what it writes.
-        limit = 2**18 if jax.default_backend() == "cpu" else 2**24
-        few = _largest_divisor(n_rows // self.shards, limit // (q.in_features * q.joined))
+        few = _few(n_rows // self.shards, _chunk_weights(q) // (q.in_features * q.joined))
         self.count = n_rows // self.shards // few
-        self.q = q if q.format == "int8" else replace(q, absmax=block_absmax(q), nested_absmax=None, offset=None)
+        self.q = q if q.format == "int8" else replace(q, absmax=block_scales(q), nested_absmax=None, offset=None)
 
     def take(self, i: Array) -> QuantizedArray:
         """The weight of chunk i alone."""
@@ -363,8 +353,20 @@ class _Chunks:
         return lax.map(function, jnp.arange(self.count))
 
 
-def _largest_divisor(n: int, limit: int) -> int:
-    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1))
+def _chunk_weights(q: QuantizedArray) -> int:
+    """How many weights are decoded at a time, at most.
+
+    On CPU a sixteenth of a matrix, in bounds between which decoded weights stay in a cache and chunks are large enough
+    to share among cores. Elsewhere the compiler may fuse decoding into the product; where not, this bounds what it
+    writes.
+    """
+    return min(max(q.size // 16, 2**18), 2**20) if jax.default_backend() == "cpu" else 2**24
+
+
+def _few(n: int, limit: int) -> int:
+    """The largest divisor of n up to `limit`, of those that are multiples of 8 if there are any: vectors hold 8."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1)]
+    return max(divisors, key=lambda d: (d % 8 == 0, d))
 
 
 # ------------------------------------------------------------------------------------------------------------ sharding
