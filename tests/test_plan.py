@@ -171,21 +171,24 @@ print(json.dumps({"predicted": predicted, "measured": status("VmHWM") - before})
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "devices, mesh, remat", [(1, {}, "none"), (4, {"fsdp": 4}, "full"), (4, {"fsdp": 2, "tensor": 2}, "dots")]
+    "devices, mesh, remat, rows",
+    [(1, {}, "none", 2), (4, {"fsdp": 4}, "full", 4), (4, {"fsdp": 2, "tensor": 2}, "dots", 4)],
 )
-def test_predicted_memory_is_within_five_per_cent_of_the_peak(devices, mesh, remat):
-    """Of a real run of 59 million parameters, whose process grows by what the plan says of all its devices."""
-    dims = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16}
+def test_predicted_memory_is_within_five_per_cent_of_the_peak(devices, mesh, remat, rows):
+    """Of a real run of 154 million parameters, whose process grows by what the plan says of all its devices.
+
+    And by 40 to 90 MiB that no plan knows of, however large the run: the product library's scratch, and what malloc
+    keeps in reserve. A run of a third of this size was between 2 and 8 % above its plan, as the machine was loaded.
+    """
+    dims = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 48}
     settings = {
         "devices": devices,
         "model": dims | {"num_attention_heads": 8, "tokenizer": "unused", "remat": remat},
         "data": {"path": "unused", "max_length": 256},
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1} | mesh,
-        "run": {"batch_size": 4},
+        "run": {"batch_size": rows},
     }
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    # Arrays come from the kernel and go back to it at once: what glibc keeps in reserve depends on how threads meet.
-    env["GLIBC_TUNABLES"] = "glibc.malloc.mmap_threshold=131072"
     done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(settings)], capture_output=True, text=True,
                           env={**env, "PYTHONPATH": str(ROOT)}, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
