@@ -8,7 +8,7 @@ IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
 TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
 
-.PHONY: demo test check soak bench clean
+.PHONY: demo test check lint types fast-tests soak bench clean
 
 # A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
 demo: $(VENV)/.core
@@ -25,10 +25,20 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not soak"
 
+# Lint, types and the fast tests, side by side.
 check: $(VENV)/.dev
+	$(MAKE) --no-print-directory --jobs 3 lint types fast-tests
+
+lint types fast-tests: $(VENV)/.dev
+
+lint:
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types:
 	$(BIN)/pyright
+
+fast-tests:
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow and not soak"
 
 soak: $(VENV)/.dev

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -25,7 +26,6 @@ sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has nam
 import jax
 import numpy as np
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +33,7 @@ from convert import load_model
 from infer.generate import generate
 from model.linear import for_decoding
 
+transformers = import_module("transformers")  # not for the type checker, which would take 20 s to read it
 PROMPT, NEW = 32, 128
 RESULT = Path(__file__).parent / "results" / "decode.json"
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,8 @@ class OurStep:
 
 def peft_step(folder: Path, tokens: np.ndarray) -> Callable[[], Any]:
     """A step of peft on the same base, adapters on every linear, fused AdamW."""
-    import peft
+    peft, transformers = import_module("peft"), import_module("transformers")  # the type checker reads them for 20 s
     import torch
-    import transformers
 
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     settings = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -24,6 +24,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def run_puna(shape: str, remat: str) -> list[float]:
 
 def run_torch(shape: str) -> list[float]:
     import torch
-    import transformers
+
+    transformers = import_module("transformers")  # not for the type checker, which would take 20 s to read it
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dims(shape)))
     model.train()
@@ -205,8 +207,8 @@ def run_tokenize_puna(folder: Path) -> float:
 
 def run_tokenize_datasets(folder: Path) -> float:
     import datasets
-    import transformers
 
+    transformers = import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
 
@@ -299,7 +301,8 @@ def main() -> None:
     results = measure(arguments)
     import jax
     import torch
-    import transformers
+
+    transformers = import_module("transformers")  # not for the type checker, which would take 20 s to read it
 
     setting = {
         "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention import Mask, attend, attend_cudnn
+import model.attention
+from model.attention import Mask, attend_cudnn
 from model.errors import PunaError
+
+attend = jax.jit(model.attention.attend)
 
 
 def qkv(B=2, T=12, S=12, H=8, K=2, d=16):

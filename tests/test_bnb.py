@@ -1,8 +1,8 @@
 """bitsandbytes' codes and scales, bit for bit; its checkpoints read, and ours read by it."""
 
 import json
+from importlib import import_module
 
-import bitsandbytes.functional as bnb
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +71,7 @@ def test_int8_is_the_goldens_bit_for_bit(data_dir):
 @pytest.mark.parametrize("double", [False, True])
 def test_nf4_is_the_librarys_bit_for_bit(shape, dtype, double):
     w = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(getattr(torch, dtype))
+    bnb = import_module("bitsandbytes.functional")  # here: it takes seconds, and every pytest imports this file
     packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=double, quant_type="nf4")
     q = quantize(jnp.asarray(w.float().numpy()).astype(dtype).T, "nf4", double=double)
     size = w.numel()

@@ -365,6 +365,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_downloaded(sharded, tmp_path):
     Hub.root = shutil.copytree(sharded, tmp_path / "hub")
     (Hub.root / "pytorch_model.bin").write_bytes(b"the same again, not wanted")

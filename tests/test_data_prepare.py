@@ -213,6 +213,7 @@ def test_train_and_test_parts_are_disjoint_and_repeatable():
     assert split_train_test(records, 0.1) == (train, test) != split_train_test(records, 0.1, seed=1)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     small_tokenizer(tmp_path)
     (tmp_path / "a.json").write_text(

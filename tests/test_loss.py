@@ -30,6 +30,7 @@ def plain(x, head, targets, z_loss):
     return jnp.sum(jnp.where(targets == IGNORE, 0.0, log_z - chosen + z_loss * log_z**2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_equals_the_plain_form(arrays, sizes, chunk):

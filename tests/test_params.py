@@ -42,6 +42,7 @@ def test_a_weight_does_not_depend_on_which_others_exist():
     assert all(np.array_equal(full["layers"][name], less["layers"][name]) for name in less["layers"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_parameters_are_born_sharded_with_the_same_numbers(sizes):
     mesh = make_mesh(**sizes)

@@ -50,9 +50,10 @@ def test_unscaled_frequencies_are_transformers_bits(theta, head_dim):
 def test_dynamic_frequencies_equal_transformers():
     config = ours(10000.0, RopeScaling("dynamic", 2.0))
     theirs = LlamaRotaryEmbedding(HFConfig(**BASE, rope_theta=10000.0, rope_scaling=config.rope_scaling.to_hf()))
+    turn = jax.jit(tables, static_argnums=(0, 2))
     for length in (100, 4096, 4097, 10000):
         cos, sin = theirs(torch.zeros(1), torch.arange(length)[None])
-        got = tables(config, jnp.arange(length)[None], None)
+        got = turn(config, jnp.arange(length)[None], None)
         # Angles reach 10,000 radians, where one unit in the last place is 1e-3.
         np.testing.assert_allclose(got[0][0], cos[0, :, :64].numpy(), atol=2e-3)
         np.testing.assert_allclose(got[1][0], sin[0, :, :64].numpy(), atol=2e-3)

@@ -35,6 +35,7 @@ def golden(data_dir):
     return json.loads((data_dir / "stories260k" / "golden_stories260K.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_writes_the_published_text(story_model, golden, data_dir):
     ids = golden["greedy_ids"]
     options = ["--prompt", "", "--max-new-tokens", str(len(ids) - 1), "--temperature", "0"]
@@ -54,6 +55,7 @@ def test_logits_are_transformers(story_model, data_dir):
     np.testing.assert_allclose(ours[0], golden["logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_mean_negative_log_likelihood_of_five_stories(story_model, golden, data_dir):
     text = (data_dir / "stories260k" / "tinystories_sample.txt").read_text()
     stories = [story["ids"] for story in golden["tinystories"]]
