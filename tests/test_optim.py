@@ -67,6 +67,7 @@ def test_decay_follows_the_rule_of_transformers():
     assert {row.hf for row in rows(config) if named[row.name]} == decayed
 
 
+@pytest.mark.slow
 def test_adafactor_is_that_of_transformers():
     shapes = {"layers": {"w": (3, 6, 4), "norm": (3, 6)}, "head": (6, 10)}
     keys = iter(jax.random.split(jax.random.key(0), 100))

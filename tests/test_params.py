@@ -33,6 +33,7 @@ def test_init_fills_the_table(dtype):
     assert (params["final_norm"] == 1).all()
 
 
+@pytest.mark.slow
 def test_a_weight_does_not_depend_on_which_others_exist():
     bare = LlamaConfig(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=8,

@@ -98,6 +98,7 @@ def test_draws_follow_the_distribution():
     assert chi2 < 16.3  # the 99.9th percentile for three degrees of freedom; seeded, so the same each run
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours(logits):
     mixed = [Sampling(), Sampling(1.0, seed=1), Sampling(0.7, top_k=20, seed=2), Sampling(1.3, top_p=0.9, seed=3)]
     seen = jnp.zeros((4, VOCAB), bool)
