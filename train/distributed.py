@@ -56,7 +56,7 @@ def initialize() -> None:
         except rollcall.Missing as error:
             print(f"error: {error}", file=sys.stderr)
             _leave(EXIT_PEER_LOST)
-    if count == 1:  # the devices of one CPU process need no TCP between them, which takes ten times as long
+    if count == 1:  # the devices of one CPU process need no TCP between them
         jax.config.update("jax_cpu_collectives_implementation", None)
     jax.distributed.initialize(
         address,

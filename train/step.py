@@ -34,8 +34,8 @@ Metrics = Mapping[str, Array]
 BATCH_KEYS = ("tokens", "labels", "segments")
 
 # What XLA does elsewhere by itself: on CPU it would copy both moments of every weight, for fear that the new ones
-# overwrite the old while these are still read. That is 0.5 GiB at 110M parameters, by the
-# compiler's own account of temporaries.
+# overwrite the old while these are still read. That is 0.5 GiB at 110M parameters, by the compiler's
+# own account of temporaries.
 CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
