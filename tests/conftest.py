@@ -22,6 +22,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is importe
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+# LLVM's optimizations take most of the time of compiling, and gain nothing at the sizes of tests. XLA's own passes run
+# as ever, and so does everything in the modules below and in the commands that tests start.
+OPTIMIZED_MODULES = {"truths"}
+
 MODEL_MODULES = {path.stem for path in (Path(__file__).parent.parent / "model").glob("*.py")} | {"model"}
 
 
@@ -47,10 +51,21 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
+def subject(request) -> str:
+    """What the module of a test is about: its name without `test_`."""
+    return request.module.__name__.removeprefix("test_")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request):
+    """Compile without LLVM's optimizations, but for what is compared with published text."""
+    jax.config.update("jax_disable_most_optimizations", subject(request) not in OPTIMIZED_MODULES)
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """`model/` never mixes dtypes by accident: its tests run under JAX's strict promotion rules."""
-    if request.module.__name__.removeprefix("test_") in MODEL_MODULES:
+    if subject(request) in MODEL_MODULES:
         with jax.numpy_dtype_promotion("strict"):
             yield
     else:
