@@ -2,8 +2,8 @@
 
     python benchmarks/quantized.py                  the figures of the README, a minute or two on two cores
     python benchmarks/quantized.py --smoke          the same on tiny shapes, for a look at the table
-    python benchmarks/quantized.py --model 7b       decoding with a 7B-shaped nf4 model, tokens a second
-    python benchmarks/quantized.py --gguf FILE      beside llama.cpp (llama-cpp-python) on a GGUF file of that shape
+    python benchmarks/quantized.py --model llama-7b decoding with a 7B-shaped nf4 model, tokens a second
+    python benchmarks/quantized.py --gguf FILE      beside llama.cpp (xllamacpp) on a GGUF file of that shape
 
 Forms are timed in turn, again and again, and the fastest of each is kept: what else the machine does hits all alike.
 `temporaries` are the compiler's own account; a full float copy of the weight would show there.
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ sys.path[0] = str(Path(__file__).parent.parent)  # the root: this folder has nam
 import jax
 import jax.numpy as jnp
 
+from benchmarks.gguf import serve
 from model import PRESETS, LlamaConfig, forward, init_cache
 from model.linear import TransposedArray, linear
 from model.params import LINEARS, Params, param_specs
@@ -165,13 +165,11 @@ def decode_large(preset: str, format: Format, seconds: float) -> list[dict[str, 
 
 
 def decode_llama_cpp(file: Path, tokens: int) -> list[dict[str, Any]]:
-    """Greedy tokens a second of llama.cpp on a GGUF file."""
-    model = import_module("llama_cpp").Llama(str(file), n_ctx=256, verbose=False)
-    model.eval([1] * 64)
-    start = time.perf_counter()
-    for _ in range(tokens):
-        model.eval([1])
-    return [{"what": file.name, "format": "llama.cpp", "tokens/s": tokens / (time.perf_counter() - start)}]
+    """Greedy tokens a second of llama.cpp on a GGUF file, after 64 tokens."""
+    post = serve(file, threads=os.cpu_count() or 1)
+    settings = {"temperature": 0, "samplers": ["temperature"], "ignore_eos": True}
+    answer = post("/completion", prompt=[1] * 64, n_predict=tokens, **settings)
+    return [{"what": file.name, "format": "llama.cpp", "tokens/s": answer["timings"]["predicted_per_second"]}]
 
 
 def write_result(path: Path, figures: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 Two shapes in float32, four rows of 256 tokens, AdamW with clipping: C15 (dim 288, 6 layers, 6 heads) and C110 (dim 768,
 12 layers, 12 heads), vocabulary 32,000. Sides take turns, each in a process of its own, whose peak resident memory is
 its memory. Compilation and the first steps come before the clock. Every process runs with glibc's allocator as it is
-("default") and told to keep what it has ("tuned", see TUNED): without that both sides pay page faults at every step.
+("default"), told to keep what it has ("tuned"), and told to ask for huge pages ("huge"; see MALLOC): by default both
+sides pay page faults at every step.
 Ours runs with `model.remat`, "dots" unless told otherwise: matrix products are kept for the backward pass, what lies
 between them is computed again.
 
-    python benchmarks/train.py [--rounds 3] [--shapes C15 C110] [--malloc tuned default] [--remat dots]
+    python benchmarks/train.py [--rounds 3] [--shapes C15 C110] [--malloc default huge tuned] [--remat dots]
 
 prints tables and writes benchmarks/results/train.json.
 """
@@ -38,7 +39,11 @@ RESULT = ROOT / "benchmarks" / "results" / "train.json"
 SHAPES = {"C15": (288, 768, 6, 6), "C110": (768, 2048, 12, 12)}
 BATCH, LENGTH, VOCAB, WARM = 4, 256, 32_000, 3
 STEPS = {"C15": 12, "C110": 5}
-TUNED = "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000"
+MALLOC = {
+    "default": "",
+    "huge": "glibc.malloc.hugetlb=1",
+    "tuned": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000",
+}
 CORPUS_BYTES = 6_000_000
 
 
@@ -245,7 +250,7 @@ def child(side: str, argument: str, remat: str) -> None:
 
 def start(malloc: str, side: str, argument: str, remat: str) -> dict[str, Any]:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    env |= {"GLIBC_TUNABLES": TUNED} if malloc == "tuned" else {}
+    env["GLIBC_TUNABLES"] = MALLOC[malloc]
     command = [sys.executable, str(Path(__file__)), "--child", side, argument, remat]
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -291,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--malloc", nargs="+", choices=("tuned", "default"), default=["tuned", "default"])
+    parser.add_argument("--malloc", nargs="+", choices=MALLOC, default=list(MALLOC))
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -309,7 +314,7 @@ def main() -> None:
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "remat": arguments.remat,
-        "tuned": f"GLIBC_TUNABLES={TUNED}",
+        "GLIBC_TUNABLES": {name: MALLOC[name] for name in arguments.malloc},
         "versions": {module.__name__: module.__version__ for module in (jax, torch, transformers)},
     }
     RESULT.parent.mkdir(exist_ok=True)

@@ -196,9 +196,10 @@ def report(plan: Plan, suggestions: dict[str, Plan | None]) -> str:
         "GPUs",
         *_verdicts(plan, suggestions),
         "",
-        "An estimate: compiled for CPU devices, where it was within 5 % of measured peaks in float32. This backend "
-        "computes bfloat16 in float32, keeps the attention matrix, and reduces where a GPU scatters: activations and "
-        f"bytes are upper bounds. A GPU is taken to give {_USABLE:.0%} of its memory.",
+        "An estimate: compiled for CPU devices, where runs of 154M parameters in float32 peaked within 5 % of it (a "
+        "process takes 40 to 90 MiB of its own beside). This backend computes bfloat16 in float32, keeps the attention "
+        "matrix, and reduces where a GPU scatters: activations and bytes are upper bounds. A GPU is taken to give "
+        f"{_USABLE:.0%} of its memory.",
     ]
     return "\n".join(lines)
 
