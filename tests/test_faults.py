@@ -56,8 +56,8 @@ def calm(calm_dir) -> dict:
 
 @pytest.fixture(scope="module")
 def calm_pair(config, tmp_path_factory) -> dict:
-    """The uninterrupted run of two processes with one device each, whose steps take a tenth of the time: what befalls
-    processes asks for two of them, not for eight devices."""
+    """The uninterrupted run of two processes with one device each, in 25 s instead of 44: what befalls processes asks
+    for two of them, not for eight devices."""
     run_dir = tmp_path_factory.mktemp("pair") / "run"
     finish(launch(config, run_dir, devices=1))
     return outcome(run_dir)
