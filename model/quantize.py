@@ -36,6 +36,7 @@ NESTED_BLOCK = 256  # absmax values that share one scale under double quantizati
 INT8_UNIT = np.float32(1 / 127)
 _GRID = np.float32(32767.5)
 FEW = 64
+FEW_IN_HALVES = 8
 
 
 @struct.dataclass
@@ -250,7 +251,7 @@ def _decode(codes: Array, scales: Array, q: QuantizedArray) -> Array:
     """Rows of packed codes as float32 [rows, in].
 
     A table over whole bytes gives both weights of a byte at once, in their order: taking nibbles apart by arithmetic
-    leaves halves that are two products, or an interleaving that costs more than everything else here.
+    leaves halves that are two products (`_product_in_halves`), or an interleaving that costs more than all else here.
     """
     values = np.arange(-8, 8, dtype=np.float32) if q.format == "int4" else np.array(NF4, np.float32)
     pairs = _lookup(np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=-1), codes)
@@ -271,9 +272,13 @@ def _multiply(x: Array, q: QuantizedArray) -> Array:
     # and the smaller one costs less.
     rows_first = len(x) <= FEW
     chunks = _Chunks(q)
+    in_halves = q.format == "int4" and len(x) <= FEW_IN_HALVES and jax.default_backend() == "cpu"
 
     def product(i: Array) -> Array:
-        rows = _rows(chunks.take(i))
+        piece = chunks.take(i)
+        if in_halves:
+            return _product_in_halves(x, piece).reshape(chunks.shards, -1, len(x))
+        rows = _rows(piece)
         if rows_first:
             return _dot(rows.astype(x.dtype), x, 1).reshape(chunks.shards, -1, len(x))
         return _dot(x, rows, 1).reshape(len(x), chunks.shards, -1)
@@ -317,6 +322,21 @@ def _rows(piece: QuantizedArray) -> Array:
     return piece.codes if piece.format == "int8" else _decode(piece.codes, piece.absmax, piece)
 
 
+def _product_in_halves(x: Array, piece: QuantizedArray) -> Array:
+    """Rows of int4 times x [M, in] -> [rows, M]: the high nibbles with inputs 0, 2, ..., the low ones with the others.
+
+    XLA on CPU vectorizes this arithmetic and not the table of `_decode`. With more rows of x, the second product costs
+    more than that saves.
+    """
+
+    def half(nibbles: Array, x: Array) -> Array:
+        values = nibbles.astype(jnp.int32).astype(jnp.float32) - 8
+        blocks = values.reshape(*piece.absmax.shape, -1) * piece.absmax[..., None]
+        return _dot(blocks.reshape(-1, x.shape[1]).astype(x.dtype), x, 1)
+
+    return half(piece.codes >> 4, x[:, 0::2]) + half(piece.codes & 15, x[:, 1::2])
+
+
 def _int8_product(x: Array, q: QuantizedArray) -> Array:
     """int8 times int8: activations rounded to 127 steps of their row's largest. Four rows at least: XLA on CPU
     strength-reduces a product of fewer to a loop over a widened copy of the weight."""
@@ -356,11 +376,11 @@ class _Chunks:
 def _chunk_weights(q: QuantizedArray) -> int:
     """How many weights are decoded at a time, at most.
 
-    On CPU a sixteenth of a matrix, in bounds between which decoded weights stay in a cache and chunks are large enough
+    On CPU an eighth of a matrix, in bounds between which decoded weights stay in a cache and chunks are large enough
     to share among cores. Elsewhere the compiler may fuse decoding into the product; where not, this bounds what it
     writes.
     """
-    return min(max(q.size // 16, 2**18), 2**20) if jax.default_backend() == "cpu" else 2**24
+    return min(max(q.size // 8, 2**18), 2**21) if jax.default_backend() == "cpu" else 2**24
 
 
 def _few(n: int, limit: int) -> int:

@@ -83,12 +83,13 @@ def test_zeros_and_one_large_weight_survive(name):
 def test_the_product_and_its_gradient_are_those_of_the_dequantized_weight(name, shape):
     q = quantize(weight(shape), **FORMATS[name])
     w = dequantize(q)
-    x = weight((5, shape[0]), 1)
-    dy = weight((5, shape[1]), 2)
-    with jax.default_matmul_precision("highest"):
-        y, back = jax.vjp(lambda x: matmul(x, q), x)
-        np.testing.assert_allclose(y, x @ w, atol=1e-5)
-        np.testing.assert_allclose(back(dy)[0], dy @ w.T, atol=1e-5)
+    for rows in (1, 5, 20, 80):  # few and many take different ways
+        x = weight((rows, shape[0]), 1)
+        dy = weight((rows, shape[1]), 2)
+        with jax.default_matmul_precision("highest"):
+            y, back = jax.vjp(lambda x: matmul(x, q), x)
+            np.testing.assert_allclose(y, x @ w, atol=1e-5)
+            np.testing.assert_allclose(back(dy)[0], dy @ w.T, atol=1e-5)
 
 
 def test_stacked_weights_slice_into_layers_and_stack_again():
@@ -132,14 +133,15 @@ def test_nbytes_are_what_the_buffers_hold(name, bits):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_full_float_copy_is_among_the_temporaries(name):
+    """At most an eighth of the weight is decoded at a time; its scales in float32, x, y and their gradients come on top."""
     shape = (2048, 4096)
     abstract = jax.eval_shape(lambda w: quantize(w, **FORMATS[name]), jax.ShapeDtypeStruct(shape, jnp.float32))
     x = jax.ShapeDtypeStruct((8, shape[0]), jnp.float32)
-    whole = 4 * shape[0] * shape[1]
+    bound = 4 * (shape[0] * shape[1] / 8 + abstract.absmax.size + 2 * 8 * sum(shape))
     forward_pass = jax.jit(matmul).lower(x, abstract).compile()
-    assert forward_pass.memory_analysis().temp_size_in_bytes < whole / 8
+    assert forward_pass.memory_analysis().temp_size_in_bytes < bound
     backward = jax.jit(jax.grad(lambda x, q: jnp.square(matmul(x, q)).sum())).lower(x, abstract).compile()
-    assert backward.memory_analysis().temp_size_in_bytes < whole / 8
+    assert backward.memory_analysis().temp_size_in_bytes < bound
 
 
 def test_int8_activations_are_a_value_of_the_weight():
