@@ -377,10 +377,10 @@ def _chunk_weights(q: QuantizedArray) -> int:
     """How many weights are decoded at a time, at most.
 
     On CPU an eighth of a matrix, in bounds between which decoded weights stay in a cache and chunks are large enough
-    to share among cores. Elsewhere the compiler may fuse decoding into the product; where not, this bounds what it
-    writes.
+    to share among cores; never more than a half. Elsewhere the compiler may fuse decoding into the product; where not,
+    this bounds what it writes.
     """
-    return min(max(q.size // 8, 2**18), 2**21) if jax.default_backend() == "cpu" else 2**24
+    return min(max(q.size // 8, 2**19), 2**21, q.size // 2) if jax.default_backend() == "cpu" else 2**24
 
 
 def _few(n: int, limit: int) -> int:
