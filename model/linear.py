@@ -14,7 +14,7 @@ from model import lora, quantize
 from model.config import LlamaConfig
 from model.lora import LoraArray
 from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
-from model.quantize import FEW, QuantizedArray
+from model.quantize import FEW, QuantizedArray, chunk_rows
 from model.sharding import named_sharding
 
 
@@ -55,25 +55,47 @@ def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
             return quantize.matmul(x, w).astype(out_dtype or x.dtype)
         case LoraArray():
             return lora.adapted(x, w, lambda x: product(x, w.base, out_dtype))
+        case TransposedArray() if len(x) <= FEW:
+            return _times_rows(x, w.rows, out_dtype or x.dtype)
         case TransposedArray():
-            rows = w.rows.astype(x.dtype)
-            if len(x) > FEW:
-                return lax.dot_general(x, rows, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
-            # Without the barrier XLA folds both transposes away, and on CPU packs the weight instead of x.
-            return lax.optimization_barrier(jnp.matmul(rows, x.T, preferred_element_type=out_dtype)).T
+            return lax.dot_general(x, w.rows.astype(x.dtype), _ROWS, preferred_element_type=out_dtype)
         case _:
             return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=out_dtype)
+
+
+_ROWS = (((1,), (1,)), ((), ()))  # contracts the inputs of both, x [M, in] and rows [out, in]
+
+
+def _times_rows(x: Array, rows: Array, out_dtype: DTypeLike) -> Array:
+    """A few x [M, in] times the rows of a weight [out, in], each of which is read once.
+
+    XLA on CPU would first write a float32 copy of a whole 16-bit weight, which takes ten times as long. It does not for
+    bfloat16 where the product gives float32 and has two rows or more; float16 is converted a chunk at a time.
+    """
+    rows = rows.astype(x.dtype)
+    if x.dtype == jnp.float32:
+        # Without the barrier XLA folds both transposes away, and on CPU packs the weight instead of x.
+        return lax.optimization_barrier(jnp.matmul(rows, x.T, preferred_element_type=out_dtype)).T
+    if jax.default_backend() != "cpu":
+        return lax.dot_general(x, rows, _ROWS, preferred_element_type=out_dtype)
+    if x.dtype == jnp.bfloat16:
+        two = jnp.pad(x, ((0, max(0, 2 - len(x))), (0, 0)))
+        return lax.dot_general(two, rows, _ROWS, preferred_element_type=jnp.float32)[: len(x)].astype(out_dtype)
+    chunks = rows.reshape(-1, chunk_rows(*rows.shape), rows.shape[1])
+    y = lax.map(lambda chunk: lax.dot_general(chunk.astype(jnp.float32), x.astype(jnp.float32), _ROWS), chunks)
+    return y.reshape(-1, len(x)).T.astype(out_dtype)
 
 
 def for_decoding(params: Params) -> Params:
     """Layers as a tuple, linear weights transposed: the form in which few tokens pass fastest. Unstacked layers stay.
 
-    The head is transposed too; weights of other kinds, and those under adapters, keep their form.
+    The head is transposed too, and a tied embedding, which lies so already, is one; weights of other kinds, and those
+    under adapters, keep their form.
     """
     if isinstance(params["layers"], tuple):
         return params
-    head = {"lm_head": _transposed(params["lm_head"])} if "lm_head" in params else {}
-    return {**unstack(params, _transposed_linears), **head}
+    head = _transposed(params["lm_head"]) if "lm_head" in params else TransposedArray(params["embed"])
+    return {**unstack(params, _transposed_linears), "lm_head": head}
 
 
 def _transposed_linears(layer: Params) -> Params:

@@ -268,6 +268,7 @@ def matmul(x: Array, q: QuantizedArray) -> Array:
 def _multiply(x: Array, q: QuantizedArray) -> Array:
     if q.activations == "int8":
         return _int8_product(x, q)
+    x = _as_multiplied(x)
     # With few x the rows of the weight come first: XLA on CPU packs the second operand of a product anew each time,
     # and the smaller one costs less.
     rows_first = len(x) <= FEW
@@ -298,7 +299,8 @@ def _multiply_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[
     q, like = saved
     chunks = _Chunks(q)
     dy = dy * (q.absmax * INT8_UNIT) if q.format == "int8" else dy
-    dy = jnp.pad(dy, ((0, 0), (0, q.codes.shape[0] * q.joined - q.out_features))).astype(like.dtype)
+    dy = _as_multiplied(dy.astype(like.dtype))
+    dy = jnp.pad(dy, ((0, 0), (0, q.codes.shape[0] * q.joined - q.out_features)))
     dy = dy.reshape(len(dy), chunks.shards, chunks.count, -1)
 
     def add(dx: Array, i: Array) -> tuple[Array, None]:
@@ -315,6 +317,12 @@ def _dot(x: Array, rows: Array, contract: int) -> Array:
     """x times the axis `contract` of decoded rows, in x's dtype, accumulated in float32."""
     dimensions = (((1,), (contract,)), ((), ()))
     return lax.dot_general(x, rows.astype(x.dtype), dimensions, preferred_element_type=jnp.float32)
+
+
+def _as_multiplied(x: Array) -> Array:
+    """x in the dtype that products are computed in: its own, but float32 on CPU, where XLA would widen it again, and
+    with it every chunk that was narrowed to match."""
+    return x.astype(jnp.float32) if jax.default_backend() == "cpu" else x
 
 
 def _rows(piece: QuantizedArray) -> Array:
@@ -355,7 +363,7 @@ class _Chunks:
         mesh = jax.typeof(q.codes).sharding.mesh
         n_rows = q.codes.shape[0]
         self.shards = 1 if mesh.empty else math.gcd(n_rows, mesh.size)
-        few = _few(n_rows // self.shards, _chunk_weights(q) // (q.in_features * q.joined))
+        few = chunk_rows(n_rows // self.shards, q.in_features * q.joined, q.size)
         self.count = n_rows // self.shards // few
         self.q = q if q.format == "int8" else replace(q, absmax=block_scales(q), nested_absmax=None, offset=None)
 
@@ -373,20 +381,18 @@ class _Chunks:
         return lax.map(function, jnp.arange(self.count))
 
 
-def _chunk_weights(q: QuantizedArray) -> int:
-    """How many weights are decoded at a time, at most.
+def chunk_rows(n: int, width: int, size: int | None = None) -> int:
+    """How many of a matrix's n rows of `width` weights are decoded at a time: a divisor of n.
 
-    On CPU an eighth of a matrix, in bounds between which decoded weights stay in a cache and chunks are large enough
-    to share among cores; never more than a half. Elsewhere the compiler may fuse decoding into the product; where not,
-    this bounds what it writes.
+    size: weights of the whole matrix, where these are the rows of one device. On CPU at most an eighth of a matrix, in
+    bounds between which decoded weights stay in a cache and chunks are large enough to share among cores; never more
+    than a half. Elsewhere the compiler may fuse decoding into the product; where not, this bounds what it writes.
     """
-    return min(max(q.size // 8, 2**19), 2**21, q.size // 2) if jax.default_backend() == "cpu" else 2**24
-
-
-def _few(n: int, limit: int) -> int:
-    """The largest divisor of n up to `limit`, of those that are multiples of 8 if there are any: vectors hold 8."""
-    divisors = [d for d in range(1, n + 1) if n % d == 0 and d <= max(limit, 1)]
-    return max(divisors, key=lambda d: (d % 8 == 0, d))
+    size = size or n * width
+    weights = min(max(size // 8, 2**19), 2**21, size // 2) if jax.default_backend() == "cpu" else 2**24
+    limit = max(weights // width, 1)
+    divisors = [d for d in range(1, n + 1) if n % d == 0 and d <= limit]
+    return max(divisors, key=lambda d: (d % 8 == 0, d))  # multiples of 8 if there are any: vectors hold 8
 
 
 # ------------------------------------------------------------------------------------------------------------ sharding

@@ -127,10 +127,24 @@ def test_a_transposed_weight_is_the_same_weight(rows):
     transposed = TransposedArray(w.T)
     assert transposed.shape == w.shape
     np.testing.assert_allclose(linear(x, transposed), linear(x, w), atol=1e-5)
-    narrow = x.astype(jnp.bfloat16)
-    np.testing.assert_allclose(
-        linear(narrow, transposed, out_dtype=jnp.float32), linear(narrow, w, out_dtype=jnp.float32), atol=1e-5
-    )
+    for dtype in (jnp.bfloat16, jnp.float16):
+        narrow = x.astype(dtype)
+        for weight in (w, w.astype(dtype)):
+            y = linear(narrow, TransposedArray(weight.T), out_dtype=jnp.float32)
+            np.testing.assert_allclose(y, linear(narrow, weight, out_dtype=jnp.float32), atol=1e-5)
+            assert linear(narrow, TransposedArray(weight.T)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_decoding_never_copies_a_weight_in_a_wider_type(dtype):
+    """By the compiler's account, a step of one token through weights as decoding holds them: the head is the largest,
+    and tied embeddings are a head without a copy."""
+    params, config = random_model(vocab_size=16384, hidden_size=256, tie_word_embeddings=True)
+    params = for_decoding(jax.tree.map(lambda x: x.astype(dtype), params))
+    assert params["lm_head"].rows is params["embed"]
+    step = jax.jit(lambda params, tokens: forward(params, tokens, config)[0]).lower(params, jnp.ones((1, 1), jnp.int32))
+    temporaries = step.compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 4 * params["embed"].size / 3
 
 
 def test_rows_of_unequal_length_and_slots(tokens):
