@@ -133,7 +133,7 @@ def test_nbytes_are_what_the_buffers_hold(name, bits):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_full_float_copy_is_among_the_temporaries(name):
-    """At most an eighth of the weight is decoded at a time; its scales in float32, x, y and their gradients come on top."""
+    """At most an eighth of the weight is decoded at a time; scales in float32, x, y and their gradients come on top."""
     shape = (2048, 4096)
     abstract = jax.eval_shape(lambda w: quantize(w, **FORMATS[name]), jax.ShapeDtypeStruct(shape, jnp.float32))
     x = jax.ShapeDtypeStruct((8, shape[0]), jnp.float32)

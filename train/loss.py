@@ -81,13 +81,16 @@ def _local(
         powers = jnp.exp(logits - top[:, None])
         denominator = jax.lax.psum(powers.sum(axis=-1), "tensor")
         log_z = top + jnp.log(denominator)
-        hit = jnp.arange(head.shape[1]) == (target - first)[:, None]
-        chosen = jax.lax.psum(jnp.sum(logits, axis=-1, where=hit), "tensor")
+        own = (target - first)[:, None]  # the column of each row's target, which one shard of the vocabulary has
+        chosen = jnp.take_along_axis(logits, own.clip(0, head.shape[1] - 1), axis=1, mode="promise_in_bounds")
+        is_here = (own >= 0) & (own < head.shape[1])
+        chosen = jax.lax.psum(jnp.where(is_here, chosen, 0.0)[:, 0], "tensor")
         trained = target != IGNORE
         total += jnp.sum(log_z - chosen + z_loss * jnp.square(log_z), where=trained)
         if not (want_x or want_head):
             return (total, None), None
         # d loss / d logits = softmax * (1 + 2 z_loss log Z) - onehot
+        hit = jnp.arange(head.shape[1]) == own
         slope = jnp.where(trained, (1 + 2 * z_loss * log_z) / denominator, 0.0)
         dlogits = (powers * slope[:, None] - (hit & trained[:, None])).astype(x.dtype)
         if dhead is not None:
