@@ -2,7 +2,7 @@
 
     python benchmarks/quantized.py                  the figures of the README, a minute or two on two cores
     python benchmarks/quantized.py --smoke          the same on tiny shapes, for a look at the table
-    python benchmarks/quantized.py --model llama-7b decoding with a 7B-shaped nf4 model, tokens a second
+    python benchmarks/quantized.py --model llama-7b decoding with a 7B-shaped nf4 model, or another --format
     python benchmarks/quantized.py --gguf FILE      beside llama.cpp (xllamacpp) on a GGUF file of that shape
 
 Forms are timed in turn, again and again, and the fastest of each is kept: what else the machine does hits all alike.
@@ -29,7 +29,7 @@ from benchmarks.gguf import serve
 from model import PRESETS, LlamaConfig, forward, init_cache
 from model.linear import TransposedArray, linear
 from model.params import LINEARS, Params, param_specs
-from model.quantize import Format, quantize
+from model.quantize import FORMATS, quantize
 
 RESULT = Path(__file__).parent / "results" / "quantized.json"
 QUANTIZERS: dict[str, Callable[[jax.Array], Any]] = {
@@ -154,11 +154,13 @@ def decode(config: LlamaConfig, batches: list[int], seconds: float) -> list[dict
     return rows
 
 
-def decode_large(preset: str, format: Format, seconds: float) -> list[dict[str, Any]]:
-    """A preset's shape with random weights, embeddings in bfloat16."""
+def decode_large(preset: str, format: str, seconds: float) -> list[dict[str, Any]]:
+    """A preset's shape with random weights, embeddings in bfloat16; or all of it in 16 bits."""
     config = PRESETS[preset]
-    make = partial(quantize, format=format, double=format == "nf4")
-    params = random_params(config, make, jnp.bfloat16)
+    if format in ("bfloat16", "float16"):
+        params = random_params(config, QUANTIZERS["float32"], jnp.dtype(format))
+    else:
+        params = random_params(config, partial(quantize, format=format, double=format == "nf4"), jnp.bfloat16)
     times = best_times({format: decoder(params, config, 1)}, seconds)
     weights = nbytes(params) / 2**30
     return [{"what": f"decode {preset}, batch 1", "format": format, "tokens/s": 1 / times[format], "GiB": weights}]
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each batch size")
     parser.add_argument("--model", help="a preset to decode with instead, as llama-7b")
-    parser.add_argument("--format", default="nf4", choices=["int8", "int4", "nf4"], help="of --model")
+    parser.add_argument("--format", default="nf4", choices=[*FORMATS, "bfloat16", "float16"], help="of --model")
     parser.add_argument("--gguf", type=Path, help="a GGUF file to decode with in llama.cpp")
     parser.add_argument("--json", type=Path, help="where to write the rows (a plain run: results/quantized.json)")
     options = parser.parse_args()
