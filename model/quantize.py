@@ -35,8 +35,8 @@ NF4 = (
 NESTED_BLOCK = 256  # absmax values that share one scale under double quantization
 INT8_UNIT = np.float32(1 / 127)
 _GRID = np.float32(32767.5)
-FEW = 64
-FEW_IN_HALVES = 8
+FEW = 64  # rows of x up to which the weight comes first in a product
+FEW_IN_HALVES = 8  # rows of x up to which int4 on CPU is two products
 
 
 @struct.dataclass
