@@ -77,7 +77,8 @@ class LayerCache(struct.PyTreeNode):
     def extend(self, k: Array, v: Array, positions: Array) -> tuple[Array, Array, "LayerCache"]:
         """Writes k and v [B, T, K, d] at `positions` [B, T]; those at or past the capacity are dropped.
 
-        Returns the keys and values to attend to, [B, K, window, d], and the cache after the write.
+        Returns the keys and values to attend to, [B, K, window, d] in the wider of their and the cache's dtypes, and
+        the cache after the write.
         """
         rows = jnp.arange(k.shape[0]) if self.slots is None else self.slots
         heads = jnp.arange(k.shape[2])
@@ -95,4 +96,5 @@ class LayerCache(struct.PyTreeNode):
             array = jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
         if self.slots is not None:
             array = array[self.slots]
-        return array[:, :, : self.window].astype(dtype)
+        wider = max(array.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
+        return array[:, :, : self.window].astype(wider)

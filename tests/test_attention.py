@@ -8,6 +8,7 @@ import torch
 
 import model.attention
 from model.attention import Mask, attend_cudnn
+from model.cache import LayerCache
 from model.errors import PunaError
 
 attend = jax.jit(model.attention.attend)
@@ -29,16 +30,42 @@ def test_causal_equals_torch():
     np.testing.assert_allclose(attend(q, k, v, Mask()), theirs.numpy().transpose(0, 2, 1, 3), atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [12, 301, 700])  # one block of queries, two, four
 @pytest.mark.parametrize("heads", [(8, 8), (8, 4), (8, 1)])
-def test_segments_equal_jax(heads):
-    q, k, v = qkv(H=heads[0], K=heads[1])
-    segments = jnp.asarray([[1] * 5 + [2] * 7, [3] * 4 + [1] * 8])
+def test_segments_equal_jax(heads, length):
+    q, k, v = qkv(T=length, S=length, H=heads[0], K=heads[1])
+    segments = jnp.asarray([[1] * 5 + [2] * (length - 5), [3] * (length // 2) + [1] * (length - length // 2)])
     same = segments[:, None, :, None] == segments[:, None, None, :]
     theirs = jax.nn.dot_product_attention(
         q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask=same, is_causal=True
     )
     ours = attend(q, k, v, Mask(q_segments=segments, k_segments=segments))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_blocks_of_queries_have_the_gradients_of_one():
+    q, k, v = qkv(B=1, T=520, S=520, H=4, K=2)
+    segments = jnp.asarray([[1] * 200 + [2] * 300 + [0] * 20])
+    positions = jnp.arange(520)[None]
+    indexed = Mask(q_segments=segments, k_segments=segments)
+    assert indexed.by_index(520, 520) and not indexed.by_index(1, 520)
+    one_block = indexed._replace(q_positions=positions, k_positions=positions)
+    seen = (segments != 0)[..., None, None]  # what padding gives is nobody's concern
+
+    def total(mask):
+        return jax.value_and_grad(lambda *x: jnp.sum(jnp.where(seen, jnp.sin(attend(*x, mask)), 0)), argnums=(0, 1, 2))
+
+    (ours, gradients), (theirs, expected) = total(indexed)(q, k, v), total(one_block)(q, k, v)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_scores_nobody_sees_are_not_computed():
+    q, k, v = qkv(B=1, T=1024, S=1024, H=2, K=2, d=64)
+    flops = attend.lower(q, k, v, Mask()).compile().cost_analysis()["flops"]
+    every = 2 * 2 * 2 * 1024 * 1024 * 64  # two products, two heads
+    assert flops < 0.75 * every
 
 
 def test_queries_in_the_middle_of_a_cache_see_what_came_before():
@@ -60,6 +87,18 @@ def test_padding_sees_nothing_and_is_seen_by_nobody():
     assert dense.tolist() == [[True, False, False, False], [True, True, False, False], [False] * 4, [False] * 4]
     q, k, v = qkv(B=1, T=4, S=4)
     assert jnp.isfinite(attend(q, k, v, Mask(q_segments=segments, k_segments=segments))).all()
+
+
+def test_a_float32_cache_holds_16_bit_keys_exactly():
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(T=4, S=4))
+    empty = jnp.zeros((2, 2, 8, 16))
+    cache = LayerCache(empty, empty, layer=None, slots=None, window=4)
+    keys, values, _ = cache.extend(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), jnp.tile(jnp.arange(4), (2, 1)))
+    assert keys.dtype == jnp.float32 and (keys.astype(k.dtype) == k).all() and (values.astype(v.dtype) == v).all()
+    out = attend(q, keys, values, Mask())
+    assert out.dtype == jnp.bfloat16
+    exactly = attend(*(x.astype(jnp.float32) for x in (q, k, v)), Mask())
+    assert (out == exactly.astype(jnp.bfloat16)).all()
 
 
 def test_cudnn_is_never_silently_replaced():

@@ -155,10 +155,12 @@ def test_one_program_serves_all_settings_and_chunks(ours, prompts):
     assert decode._cache_size() == compiled
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_cache_is_updated_in_place(ours, prompts, batch):
-    """The compiled step copies no layer's keys: XLA did, three times a token, where one row wrote one slice."""
-    params, config = for_decoding(ours[1]), ours[0]
+def test_the_cache_is_updated_in_place(ours, prompts, batch, dtype):
+    """The compiled step copies or converts no layer's keys: XLA did, three times a token, where one row wrote one
+    slice, and to float32 and back where a 16-bit model had a 16-bit cache."""
+    params, config = for_decoding(jax.tree.map(lambda x: x.astype(dtype), ours[1])), ours[0]
     state = infer.generate.start(params, config, prompts[:batch], 128, None)
     eos, number = jnp.zeros(0, jnp.int32), np.int32(4)
     step = decode.lower(params, state, rows([Sampling()] * batch), eos, number, number, config, 128)
@@ -166,6 +168,7 @@ def test_the_cache_is_updated_in_place(ours, prompts, batch):
     shape = ",".join(map(str, state.cache.k[0].shape))
     assert f"f32[{shape}]" in compiled
     assert not [line for line in compiled.splitlines() if f"f32[{shape}]" in line and " copy(" in line]
+    assert f"bf16[{shape}]" not in compiled
 
 
 def test_rows_that_pad_a_vocabulary_are_never_chosen(ours, prompts):
