@@ -52,12 +52,20 @@ def write_config(folder: Path) -> Path:
     return path
 
 
-def start(command: str, *arguments: object, devices: int = 2, cache: Path | None = None) -> subprocess.Popen:
-    """`python -m train COMMAND ARGUMENTS` on `devices` virtual CPU devices; compiled programs are shared in `cache`."""
+def start(
+    command: str, *arguments: object, devices: int = 2, cache: Path | None = None, optimize: bool = True
+) -> subprocess.Popen:
+    """`python -m train COMMAND ARGUMENTS` on `devices` virtual CPU devices; compiled programs are shared in `cache`.
+
+    Processes but the first find none of theirs there (JAX lets only the first write), and compiling is half of their
+    start: without `optimize` LLVM takes less care.
+    """
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_", "XLA_"))}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if cache:
         env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    if not optimize:
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     return subprocess.Popen(
         [sys.executable, "-m", "train", command, *map(str, arguments)],
         cwd=ROOT,
@@ -68,16 +76,19 @@ def start(command: str, *arguments: object, devices: int = 2, cache: Path | None
     )
 
 
-def launch(config: Path, run_dir: Path, *more: object, processes: int = 2, devices: int = 4) -> subprocess.Popen:
+def launch(
+    config: Path, run_dir: Path, *more: object, processes: int = 2, devices: int = 4, optimize: bool = False
+) -> subprocess.Popen:
     """`train launch` of `processes` with `devices` each, with patience: the tests bring many deaths in a row."""
     options = ("-n", processes, "--cpu-devices", devices, "--max-restarts", 10)
-    return start("launch", *options, config, f"run.output_dir={run_dir}", *more, cache=config.parent / "compiled")
+    settings, cache = (config, f"run.output_dir={run_dir}", *more), config.parent / "compiled"
+    return start("launch", *options, *settings, cache=cache, optimize=optimize)
 
 
-def run(config: Path, run_dir: Path, *more: object, devices: int = 1) -> subprocess.Popen:
+def run(config: Path, run_dir: Path, *more: object, devices: int = 1, optimize: bool = False) -> subprocess.Popen:
     """`train run`: one process, nobody watching."""
-    cache = config.parent / "compiled"
-    return start("run", config, f"run.output_dir={run_dir}", *more, devices=devices, cache=cache)
+    settings, cache = (config, f"run.output_dir={run_dir}", *more), config.parent / "compiled"
+    return start("run", *settings, devices=devices, cache=cache, optimize=optimize)
 
 
 def finish(process: subprocess.Popen, code: int = 0, timeout: float = 600) -> str:

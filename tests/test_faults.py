@@ -41,9 +41,9 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def calm_dir(config, tmp_path_factory) -> Path:
-    """The uninterrupted run of two processes with four devices each, every checkpoint kept."""
+    """The uninterrupted run of two processes with four devices each, compiled as users' are, every checkpoint kept."""
     run_dir = tmp_path_factory.mktemp("calm") / "run"
-    finish(launch(config, run_dir))
+    finish(launch(config, run_dir, optimize=True))
     return run_dir
 
 
@@ -56,8 +56,8 @@ def calm(calm_dir) -> dict:
 
 @pytest.fixture(scope="module")
 def calm_pair(config, tmp_path_factory) -> dict:
-    """The uninterrupted run of two processes with one device each, in 25 s instead of 44: what befalls processes asks
-    for two of them, not for eight devices."""
+    """The uninterrupted run of two processes with one device each, in less than half of the time: what befalls
+    processes asks for two of them, not for eight devices."""
     run_dir = tmp_path_factory.mktemp("pair") / "run"
     finish(launch(config, run_dir, devices=1))
     return outcome(run_dir)
@@ -152,7 +152,7 @@ def assert_close(losses, others, first=1e-6, rest=1e-5):
 
 def test_two_processes_train_as_one(config, calm, tmp_path):
     """2 x 4 devices and 1 x 8: the same batches, the same curve."""
-    finish(run(config, tmp_path / "run", devices=8))
+    finish(run(config, tmp_path / "run", devices=8, optimize=True))
     assert_close(calm["loss"], outcome(tmp_path / "run")["loss"])
 
 
@@ -189,7 +189,7 @@ def test_a_storm(config, calm, tmp_path, seed):
     """At least 20 faults at random moments: kills of either process, in saves too, freezes, and SIGTERMs."""
     chance, run_dir, done = random.Random(seed), tmp_path / "run", []
     while not (run_dir / "final").exists():
-        process = launch(config, run_dir)
+        process = launch(config, run_dir, optimize=True)
         done += storm(run_dir, process, 24 - len(done), 2, chance)
         _, said = process.communicate()
         assert process.returncode in (0, 85), said[-4000:]
