@@ -24,6 +24,11 @@ from train.step import abstract_batch, abstract_state, make_step, shardings_of
 GPUS_GIB = {"24 GB": 24.0, "40 GB": 40.0, "80 GB": 80.0, "141 GB": 140.0}
 _USABLE = 0.92  # of a GPU's memory: the rest is the driver's, the libraries' and fragmentation
 _GIB = 2**30
+# No program is run here, so LLVM need not take care; what is read off it was decided before, by XLA's own passes.
+_UNOPTIMIZED: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def make_plan(config: Config) -> Plan:
     state, batch = abstract_state(config, model, mesh), abstract_batch(config, mesh)
     step: Any = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardings_of(state))
     traced = step.trace(state, batch)
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile(_UNOPTIMIZED)
     memory = compiled.memory_analysis()
     if memory is None:
         raise PunaError("this backend does not say how much memory a compiled step takes")
