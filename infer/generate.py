@@ -168,7 +168,7 @@ def start(
 ) -> State:
     """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
     capacity = min(_round_up(longest, WINDOW), config.max_position_embeddings)
-    cache = init_cache(config, len(prompts), capacity, cache_dtype(params), mesh).unstack()
+    cache = init_cache(config, len(prompts), capacity, _cache_dtype(params), mesh).unstack()
     cache = jax.device_put(cache, jax.local_devices()[0]) if mesh is None else cache
     width = _round_up(max(len(prompt) for prompt in prompts), 16)
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -190,7 +190,7 @@ def start(
     return State(cache, *rest)
 
 
-def cache_dtype(params: Params) -> DTypeLike:
+def _cache_dtype(params: Params) -> DTypeLike:
     """What keys and values are kept in: the embedding's dtype, or float32 on CPU, where XLA would widen a 16-bit cache
     at every token, for its scatter and for attention."""
     return jnp.float32 if jax.default_backend() == "cpu" else params["embed"].dtype

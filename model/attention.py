@@ -13,7 +13,7 @@ from jax import Array
 from model.errors import PunaError
 
 MASKED = -1e30  # finite: a query that may see nothing (padding) averages instead of giving NaN
-SHORTEST_BLOCK, MOST_BLOCKS = 128, 4  # of queries: four save 3/8 of the work, eight would save 7/16 and compile twice
+SHORTEST_BLOCK, MOST_BLOCKS = 128, 4  # of queries: four save 3/8 of the work, eight would save 7/16
 
 
 class Mask(NamedTuple):
