@@ -8,7 +8,8 @@ float32, so that both have the very same weights. Prompts are tokenized by each 
 The engine is what runs llama.cpp: llama-cpp-python, or xllamacpp, which comes as a wheel and needs no compiler. Its
 cache is float32 and its flash attention off, which would round to float16. It still rounds activations to float16
 before it multiplies F16 weights, and to 8 bits for quantized ones; so the table also gives our margin between the two
-tokens where the texts part: beside F16 it is a near tie. Prints the table and writes benchmarks/results/gguf.json.
+tokens where the texts part (beside F16 it is a near tie), and what llama.cpp makes of the same numbers in an F32 file,
+where nothing is rounded. Prints the table and writes benchmarks/results/gguf.json.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -103,12 +105,14 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, default="llama_cpp_python")
     arguments = parser.parse_args()
     rows = []
+    model = open_model(arguments.model)
     with tempfile.TemporaryDirectory() as folder:
         for type in TYPES:
-            path = Path(folder) / f"{type}.gguf"
-            write_gguf(path, open_model(arguments.model), type)
+            path, widened = Path(folder) / f"{type}.gguf", Path(folder) / f"{type}_widened.gguf"
+            write_gguf(path, model, type)
+            write_gguf(widened, replace(open_model(path), folder=model.folder), "float32")
             with jax.default_matmul_precision("highest"):
-                found = compare(path, arguments.model, arguments.tokens, ENGINES[arguments.engine])
+                found = compare(path, widened, arguments.model, arguments.tokens, ENGINES[arguments.engine])
             rows += [{"type": type, **row} for row in found]
     show(rows)
     command = ["python benchmarks/gguf.py", arguments.model.name, *sys.argv[2:]]
@@ -125,15 +129,17 @@ def main() -> None:
     RESULT.write_text(json.dumps({"setting": setting, "continuations": rows}, indent=2, ensure_ascii=False) + "\n")
 
 
-def compare(path: Path, model: Path, count: int, engine: Engine) -> list[dict[str, Any]]:
-    """For every prompt: whether its tokens are the same, how many greedy tokens from the first are, and by how much our
-    logits prefer our token to theirs where the two part."""
+def compare(path: Path, widened: Path, model: Path, count: int, engine: Engine) -> list[dict[str, Any]]:
+    """For every prompt: whether its tokens are the same, how many greedy tokens from the first are (also from
+    the file's numbers widened to float32), and by how much our logits prefer our token to theirs where the two part."""
     tokenizer = load_tokenizer(model)
     prompts, theirs = engine(path, count)
+    _, exact = engine(widened, count)
     config, params = load_model(path, dtype=jnp.float32)
+    all_ours = greedy(params, config, prompts, count)
     rows = []
-    for text, prompt, ours, made in zip(PROMPTS, prompts, greedy(params, config, prompts, count), theirs, strict=True):
-        same = next((i for i, pair in enumerate(zip(ours, made, strict=False)) if pair[0] != pair[1]), len(made))
+    for text, prompt, ours, made, wide in zip(PROMPTS, prompts, all_ours, theirs, exact, strict=True):
+        same = common(ours, made)
         margin = None
         if same < len(made):
             scores = forward(params, jnp.asarray([prompt + ours[:same]]), config)[0][0, -1]
@@ -144,6 +150,7 @@ def compare(path: Path, model: Path, count: int, engine: Engine) -> list[dict[st
                 "same_prompt_tokens": prompt == tokenizer.encode(text, add_bos=True),
                 "tokens": len(made),
                 "same_tokens": same,
+                "same_tokens_widened": common(ours, wide),
                 "margin": margin,
                 "text": tokenizer.decode(ours),
             }
@@ -160,12 +167,26 @@ def greedy(params: Params, config: LlamaConfig, prompts: Ids, count: int) -> Ids
     return made
 
 
+def common(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens from the first are the same."""
+    return next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(theirs))
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("type", "prompt", "prompt tokens", "greedy tokens", "same from the first", "margin where they part")
+    heads = ("greedy tokens", "same from the first", "margin where they part", "same, numbers in F32")
+    table = Table("type", "prompt", "prompt tokens", *heads)
     for row in rows:
         prompt = "same" if row["same_prompt_tokens"] else "DIFFERENT"
         margin = "" if row["margin"] is None else f"{row['margin']:.1e}"
-        table.add_row(row["type"], row["prompt"], prompt, str(row["tokens"]), str(row["same_tokens"]), margin)
+        table.add_row(
+            row["type"],
+            row["prompt"],
+            prompt,
+            str(row["tokens"]),
+            str(row["same_tokens"]),
+            margin,
+            str(row["same_tokens_widened"]),
+        )
     Console(width=120).print(table)
 
 
