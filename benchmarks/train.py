@@ -6,7 +6,8 @@ its memory. Compilation and the first steps come before the clock. Every process
 ("default"), told to keep what it has ("tuned"), and told to ask for huge pages ("huge"; see MALLOC): by default both
 sides pay page faults at every step.
 Ours runs with `model.remat`, "dots" unless told otherwise: matrix products are kept for the backward pass, what lies
-between them is computed again.
+between them is computed again. A third side is XLA's products with weights, each timed alone: how fast a step of ours
+could be if everything between them cost nothing.
 
     python benchmarks/train.py [--rounds 3] [--shapes C15 C110] [--malloc default huge tuned] [--remat dots]
 
@@ -119,6 +120,36 @@ def run_torch(shape: str) -> list[float]:
         optimizer.zero_grad(set_to_none=True)
 
     return timed(once, STEPS[shape])
+
+
+def run_products(shape: str) -> list[float]:
+    """Tokens a second of a step that did nothing but its products with weights, each in a program of its own."""
+    import jax
+    import jax.numpy as jnp
+
+    hidden, mlp, layers, _ = SHAPES[shape]
+    square, wide, narrow = (hidden, hidden), (hidden, mlp), (mlp, hidden)
+    chunk, rows = 512, BATCH * LENGTH  # the loss takes its logits in chunks, and sums its gradient as [V, D]
+    wanted = {(rows, *square): 4 * layers, (rows, *wide): 2 * layers, (rows, *narrow): layers}
+    products: list[tuple[Any, int]] = []
+
+    def add(size: tuple[int, int], other: tuple[int, int], dims: tuple[int, int], count: int) -> None:
+        a, b = jnp.ones(size), jnp.ones(other)
+        dot = jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((dims[0],), (dims[1],)), ((), ()))))
+        products.append((lambda: dot(a, b).block_until_ready(), count))
+
+    for (T, K, N), count in (wanted | {(chunk, hidden, VOCAB): rows // chunk}).items():
+        add((T, K), (K, N), (1, 0), count)  # y = x w
+        add((T, N), (K, N), (1, 1), count)  # dx = dy w'
+        add(*((T, N), (T, K)) if N == VOCAB else ((T, K), (T, N)), (0, 0), count)  # dw = x' dy
+
+    def seconds(product: Any) -> float:
+        start = time.perf_counter()
+        product()
+        return time.perf_counter() - start
+
+    sums = [sum(count * seconds(product) for product, count in products) for _ in range(WARM + STEPS[shape])]
+    return [rows / each for each in sums[WARM:]]
 
 
 def run_between(shape: str) -> dict[str, float]:
@@ -243,7 +274,8 @@ def child(side: str, argument: str, remat: str) -> None:
         rate = (run_tokenize_puna if side == "tokenize-puna" else run_tokenize_datasets)(Path(argument))
         print(json.dumps({"tokens_per_second": rate}))
     else:
-        rates = run_puna(argument, remat) if side == "puna" else run_torch(argument)
+        sides = {"puna": lambda: run_puna(argument, remat), "torch": lambda: run_torch(argument)}
+        rates = (sides | {"products": lambda: run_products(argument)})[side]()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         print(json.dumps({"tokens_per_second": rates, "peak_mib": peak}))
 
@@ -289,7 +321,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"train": rows, "between_steps": between, "tokenize_and_pack_tokens_per_second": tokenize}
 
 
-SIDES = ("puna", "torch")
+SIDES = ("puna", "torch", "products")
 
 
 def main() -> None:
@@ -319,10 +351,12 @@ def main() -> None:
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({"setting": setting, **results}, indent=2) + "\n")
-    table = Table("malloc", "shape", "puna tok/s", "torch tok/s", "ratio", "puna MiB", "torch MiB", "ratio")
+    heads = ("puna tok/s", "torch tok/s", "ratio", "products alone tok/s", "puna MiB", "torch MiB", "ratio")
+    table = Table("malloc", "shape", *heads)
     for row in results["train"]:
         ours, theirs = row["puna"], row["torch"]
-        rates = ours["tokens_per_second"], theirs["tokens_per_second"], row["speed_ratio"]
+        bound = row["products"]["tokens_per_second"]
+        rates = ours["tokens_per_second"], theirs["tokens_per_second"], row["speed_ratio"], bound
         sizes = ours["peak_mib"], theirs["peak_mib"], row["memory_ratio"]
         table.add_row(row["malloc"], row["shape"], *map(str, (*rates, *sizes)))
     console = Console()

@@ -122,7 +122,9 @@ def verify(
     a: str = typer.Argument(metavar="A"),
     b: str = typer.Argument(metavar="B"),
     tokens: int = typer.Option(32, min=0, help="Length of the text whose logits are compared; 0 compares none."),
-    atol: float = typer.Option(0.0, min=0.0, help="The largest difference that counts as equal."),
+    atol: float = typer.Option(
+        0.0, min=0.0, help="The largest difference of a tensor that counts as equal; of logits, 1e-4 at least."
+    ),
 ) -> None:
     """Compare two models of any formats: every tensor, and the logits. Exit 1 where they differ."""
     if not compare(a, b, tokens, atol):

@@ -16,6 +16,7 @@ from convert.stored import Stored
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.quantize import QuantizedArray
+from model.tokenizer import Tokenizer, load_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WANTED = ["*.json", "*.model", "*.jinja"]
@@ -77,15 +78,25 @@ def locate(path: str | Path) -> Path:
         raise PunaError(f"{path} is a file: give the folder that holds the model")
     if not _HUB_ID.fullmatch(str(path)):
         raise PunaError(f"{path}: no such folder, and no Hub id of the form org/name[@revision]")
-    return _download(*(str(path).split("@", 1)))
+    return _download(str(path))
 
 
-def _download(name: str, revision: str | None = None) -> Path:
+def find_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file, a local folder, or a Hub id, of which only the small files are downloaded; that of a
+    GGUF file lies beside it. Raises PunaError where there is none."""
+    local = Path(path)
+    if not local.exists() and _HUB_ID.fullmatch(str(path)):
+        local = _download(str(path), weights=False)
+    return load_tokenizer(local.parent if local.suffix == ".gguf" else local)
+
+
+def _download(hub_id: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = [*_WANTED, *_hub_weights(name, revision)]
+    name, _, revision = hub_id.partition("@")
+    wanted = [*_WANTED, *(_hub_weights(name, revision or None) if weights else ())]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # the Hub's own, or whichever HTTP library's
         reason = " ".join(str(error).split())
         raise PunaError(f"{name} is no local folder, and the Hub did not give it: {reason}") from None

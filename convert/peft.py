@@ -20,6 +20,7 @@ from convert.checkpoint import read_json, write_json
 from convert.command import atomic_path
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
+from convert.save import SavesItself, gathered
 from convert.stored import Stored, contiguous, stored
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -238,9 +239,10 @@ def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: 
             None if factors is None or factors.magnitude is None else load_finite(factors.magnitude, name)
             for factors in found
         ]
-        started = np.asarray(w.magnitude)  # a layer without adapter keeps the base's norms, which change nothing
-        magnitude = [started[i] if row is None else row.astype(np.float32) for i, row in enumerate(own)]
-        w = replace(w, magnitude=jnp.asarray(np.stack(magnitude)))
+        rows = np.stack([np.zeros(n_out, np.float32) if row is None else row.astype(np.float32) for row in own])
+        has_own = np.array([row is not None for row in own])[:, None]
+        # A layer without adapter keeps the base's norms, which change nothing.
+        w = replace(w, magnitude=jnp.where(has_own, rows, jnp.asarray(w.magnitude)))
     if mesh is None:
         return w
     where = shardings(w, axes, mesh, f"layers/{name}", None)
@@ -282,9 +284,11 @@ def save_adapter(
     modules_to_save: Sequence[str] = (),
     rslora: bool = False,
     base_model: str | None = None,
+    tokenizer: SavesItself | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the adapters of stacked parameters (as `lora.split` gives the trained part joined) as a PEFT folder.
+    """Write the adapters of stacked parameters (as `lora.split` gives the trained part joined) as a PEFT folder, with
+    the tokenizer's files where given. With several processes all call this, and the first one writes.
 
     Ranks and scales that differ become patterns; with `rslora` alphas are such that peft divides by sqrt(rank).
     Raises PunaError for parameters without adapters, or with several over one weight.
@@ -298,7 +302,8 @@ def save_adapter(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, w in adapted.items():
-        a, b, scale = (np.asarray(jax.device_get(x)) for x in (w.a, w.b, w.scale))
+        a, b, scale = gathered(w.a), gathered(w.b), gathered(w.scale)
+        magnitude = None if w.magnitude is None else gathered(w.magnitude)
         for i, rank in enumerate(w.ranks):
             if not rank:
                 continue
@@ -306,12 +311,14 @@ def save_adapter(
             ranks[module], alphas[module] = rank, _alpha(scale[i], rank**0.5 if rslora else rank)
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[i, :, :rank].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[i, :rank].T
-            if w.magnitude is not None:
-                tensors[f"base_model.model.{module}.lora_magnitude_vector"] = np.asarray(w.magnitude[i])
+            if magnitude is not None:
+                tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitude[i]
     for module in modules_to_save:
-        table = np.asarray(jax.device_get(params[SAVED_MODULES[module]]))
+        table = gathered(params[SAVED_MODULES[module]])
         prefix = "model." if module == "embed_tokens" else ""
         tensors[f"base_model.model.{prefix}{module}.weight"] = table if module == "embed_tokens" else table.T
+    if jax.process_index() > 0:
+        return
     settings = _settings(adapted, ranks, alphas)
     settings |= {"modules_to_save": list(modules_to_save) or None, "use_rslora": rslora}
     settings |= {"base_model_name_or_path": base_model}
@@ -320,6 +327,8 @@ def save_adapter(
         write_json(folder / "adapter_config.json", settings)
         file = folder / "adapter_model.safetensors"
         write_safetensors(file, {key: stored(contiguous(x), key) for key, x in tensors.items()}, lambda count: None)
+        if tokenizer is not None:
+            tokenizer.save(folder)
 
 
 def _alpha(scale: np.float32, divisor: float) -> float:

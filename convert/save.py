@@ -124,11 +124,11 @@ def _quantized_leaf(params: Params, name: str) -> StoredQuantized | None:
     if not isinstance(leaf, QuantizedArray):
         return None
     like = jax.eval_shape(lambda w: jax.tree.map(lambda x: x[select], w), leaf)
-    return StoredQuantized(like, lambda: jax.tree.map(lambda x: jnp.asarray(_gathered(x[select])), leaf))
+    return StoredQuantized(like, lambda: jax.tree.map(lambda x: jnp.asarray(gathered(x[select])), leaf))
 
 
 def _dequantized(leaf: QuantizedArray, select: Any) -> np.ndarray:
-    return np.asarray(dequantize(jax.tree.map(lambda x: jnp.asarray(_gathered(x[select])), leaf)))
+    return np.asarray(dequantize(jax.tree.map(lambda x: jnp.asarray(gathered(x[select])), leaf)))
 
 
 def _leaf(params: Params, name: str, shape: tuple[int, ...]) -> Stored:
@@ -140,7 +140,7 @@ def _leaf(params: Params, name: str, shape: tuple[int, ...]) -> Stored:
         raise PunaError(f"{name} is a {type(leaf).__name__}: merge adapters before saving the model")
 
     def read(index: Index) -> np.ndarray:
-        return _gathered(leaf[select])[index]
+        return gathered(leaf[select])[index]
 
     tensor = Stored(shape, np.dtype(leaf.dtype), read, "the parameters")
     if leaf[select].shape != shape:
@@ -148,7 +148,8 @@ def _leaf(params: Params, name: str, shape: tuple[int, ...]) -> Stored:
     return tensor
 
 
-def _gathered(array: jax.Array) -> np.ndarray:
+def gathered(array: jax.Array) -> np.ndarray:
+    """The whole array in this process's memory; where several processes hold its parts, all must call."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental.multihost_utils import process_allgather

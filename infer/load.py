@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from convert import load_model
-from convert.checkpoint import Checkpoint, open_model, read_json
+from convert.checkpoint import Checkpoint, find_tokenizer, open_model, read_json
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -18,7 +18,7 @@ from model.linear import for_decoding
 from model.params import Params
 from model.quantize import Format
 from model.sharding import MESH_AXES, make_mesh
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import Tokenizer
 
 
 class Source(NamedTuple):
@@ -51,7 +51,7 @@ def find(model: str, tokenizer: Path | None = None) -> Source:
     """
     checkpoint = open_model(model)
     try:
-        found = load_tokenizer(tokenizer or checkpoint.folder)
+        found = find_tokenizer(tokenizer or checkpoint.folder)
     except PunaError as error:
         raise PunaError(f"{error}; name another place with --tokenizer") from None
     defaults = checkpoint.folder / "generation_config.json"

@@ -14,7 +14,8 @@ from model import lora, quantize
 from model.config import LlamaConfig
 from model.lora import LoraArray
 from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
-from model.quantize import FEW, QuantizedArray, chunk_rows
+from model.quantize import QuantizedArray
+from model.quantized_matmul import FEW, chunk_rows, quantized_matmul
 from model.sharding import named_sharding
 
 
@@ -52,7 +53,7 @@ def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
     """x [M, in] times one weight [in, out] of any kind."""
     match w:
         case QuantizedArray():
-            return quantize.matmul(x, w).astype(out_dtype or x.dtype)
+            return quantized_matmul(x, w).astype(out_dtype or x.dtype)
         case LoraArray():
             return lora.adapted(x, w, lambda x: product(x, w.base, out_dtype))
         case TransposedArray() if len(x) <= FEW:

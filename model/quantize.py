@@ -1,12 +1,11 @@
-"""Weights of few bits: int8 per output channel, int4 in groups, nf4 in blocks, and products with them.
+"""Weights of few bits: int8 per output channel, int4 in groups, nf4 in blocks.
 
 Codes are kept as bitsandbytes keeps them, over the flattened [out, in] of Hugging Face, so a conversion is a reshape.
-A product never builds the whole float weight: it decodes a chunk of output rows at a time, small enough for the cache.
 """
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from typing import Literal
@@ -35,8 +34,6 @@ NF4 = (
 NESTED_BLOCK = 256  # absmax values that share one scale under double quantization
 INT8_UNIT = np.float32(1 / 127)
 _GRID = np.float32(32767.5)
-FEW = 64  # rows of x up to which the weight comes first in a product
-FEW_IN_HALVES = 8  # rows of x up to which int4 on CPU is two products
 
 
 @struct.dataclass
@@ -120,7 +117,7 @@ def quantize(w: Array, format: Format, block: int = 64, double: bool = False) ->
 def _int8(rows: Array) -> QuantizedArray:
     rows = rows.astype(jnp.float16).astype(jnp.float32)
     absmax = jnp.abs(rows).max(axis=1)
-    codes = jnp.round(rows * (_inverse(absmax) * 127)[:, None]).astype(jnp.int8)
+    codes = jnp.round(rows * (inverse(absmax) * 127)[:, None]).astype(jnp.int8)
     return QuantizedArray(codes=codes, absmax=absmax, format="int8")
 
 
@@ -133,10 +130,10 @@ def _blocks(rows: Array, format: Format, block: int, double: bool) -> QuantizedA
     absmax = jnp.abs(values).max(axis=-1)
     if format == "int4":
         absmax = absmax.astype(jnp.bfloat16)
-        scaled = values * (_inverse(absmax.astype(jnp.float32)) * 7)[..., None]
+        scaled = values * (inverse(absmax.astype(jnp.float32)) * 7)[..., None]
         codes = (jnp.clip(jnp.round(scaled), -7, 7) + 8).astype(jnp.uint8)
     else:
-        codes = _nearest(jnp.clip(values * _inverse(absmax)[..., None], -1, 1), np.array(NF4, np.float32))
+        codes = _nearest(jnp.clip(values * inverse(absmax)[..., None], -1, 1), np.array(NF4, np.float32))
     codes = codes.reshape(n_rows, -1)
     packed = (codes[:, 0::2] << 4) | codes[:, 1::2]
     whole = QuantizedArray(codes=packed, absmax=absmax, format=format, block=block)
@@ -149,7 +146,7 @@ def _nest(q: QuantizedArray, n: int) -> QuantizedArray:
     offset = _rounded(_mean(flat))
     groups = jnp.pad(flat - offset, (0, -n % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     nested = jnp.abs(groups).max(axis=1)
-    steps = _rounded((_rounded(groups * _inverse(nested)[:, None]) + 1) * _GRID)
+    steps = _rounded((_rounded(groups * inverse(nested)[:, None]) + 1) * _GRID)
     codes = _lookup(_grid_codes(), jnp.floor(steps + 0.5)).reshape(-1)[:n]
     codes = jnp.pad(codes, (0, q.absmax.size - n)).reshape(q.absmax.shape)
     return replace(q, absmax=codes, nested_absmax=nested, offset=offset)
@@ -163,7 +160,7 @@ def _grid_codes() -> np.ndarray:
     return np.searchsorted((table[:-1] + table[1:]) / np.float32(2), points).astype(np.uint8)
 
 
-def _inverse(absmax: Array) -> Array:
+def inverse(absmax: Array) -> Array:
     return 1 / jnp.maximum(absmax, 1e-38)
 
 
@@ -211,7 +208,7 @@ def dynamic_map() -> np.ndarray:
     return np.sort(np.array(values, np.float32))
 
 
-# ------------------------------------------------------------------------------------------------- decode and multiply
+# ---------------------------------------------------------------------------------------------------------- dequantize
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -222,7 +219,7 @@ def dequantize(q: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
     if q.format == "int8":
         rows = q.codes.astype(jnp.float32) * q.absmax[:, None] * INT8_UNIT
     else:
-        rows = _decode(q.codes, block_scales(q), q)[: q.out_features]
+        rows = decode(q.codes, block_scales(q), q)[: q.out_features]
     return rows.astype(dtype or q.dtype).T
 
 
@@ -247,152 +244,16 @@ def _lookup(table: np.ndarray, index: Array) -> Array:
     return jnp.asarray(table).at[index.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
-def _decode(codes: Array, scales: Array, q: QuantizedArray) -> Array:
+def decode(codes: Array, scales: Array, q: QuantizedArray) -> Array:
     """Rows of packed codes as float32 [rows, in].
 
     A table over whole bytes gives both weights of a byte at once, in their order: taking nibbles apart by arithmetic
-    leaves halves that are two products (`_product_in_halves`), or an interleaving that costs more than all else here.
+    leaves halves that are two products (quantized_matmul.py), or an interleaving that costs more than all else here.
     """
     values = np.arange(-8, 8, dtype=np.float32) if q.format == "int4" else np.array(NF4, np.float32)
     pairs = _lookup(np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=-1), codes)
     blocks = pairs.reshape(*scales.shape, q.block)
     return (blocks * scales[..., None]).reshape(-1, q.in_features)
-
-
-def matmul(x: Array, q: QuantizedArray) -> Array:
-    """x [M, in] times the weight of one matrix q -> float32 [M, out]. Differentiable in x, never in q."""
-    return _multiply(x, q)
-
-
-@jax.custom_vjp
-def _multiply(x: Array, q: QuantizedArray) -> Array:
-    if q.activations == "int8":
-        return _int8_product(x, q)
-    x = _as_multiplied(x)
-    # With few x the rows of the weight come first: XLA on CPU packs the second operand of a product anew each time,
-    # and the smaller one costs less.
-    rows_first = len(x) <= FEW
-    chunks = _Chunks(q)
-    in_halves = q.format == "int4" and len(x) <= FEW_IN_HALVES and jax.default_backend() == "cpu"
-
-    def product(i: Array) -> Array:
-        piece = chunks.take(i)
-        if in_halves:
-            return _product_in_halves(x, piece).reshape(chunks.shards, -1, len(x))
-        rows = _rows(piece)
-        if rows_first:
-            return _dot(rows.astype(x.dtype), x, 1).reshape(chunks.shards, -1, len(x))
-        return _dot(x, rows, 1).reshape(len(x), chunks.shards, -1)
-
-    parts = chunks.map(product)
-    y = jnp.moveaxis(parts, 0, 1).reshape(-1, len(x)).T if rows_first else jnp.moveaxis(parts, 0, 2)
-    y = y.reshape(len(x), -1)[:, : q.out_features]
-    return y * (q.absmax * INT8_UNIT) if q.format == "int8" else y
-
-
-def _multiply_forward(x: Array, q: QuantizedArray) -> tuple[Array, tuple[QuantizedArray, Array]]:
-    return _multiply(x, q), (q, jnp.zeros(0, x.dtype))
-
-
-def _multiply_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[Array, None]:
-    """dx = dy Wᵀ, decoding again: nothing float of the weight outlives the forward pass."""
-    q, like = saved
-    chunks = _Chunks(q)
-    dy = dy * (q.absmax * INT8_UNIT) if q.format == "int8" else dy
-    dy = _as_multiplied(dy.astype(like.dtype))
-    dy = jnp.pad(dy, ((0, 0), (0, q.codes.shape[0] * q.joined - q.out_features)))
-    dy = dy.reshape(len(dy), chunks.shards, chunks.count, -1)
-
-    def add(dx: Array, i: Array) -> tuple[Array, None]:
-        return dx + _dot(dy[:, :, i].reshape(len(dy), -1), _rows(chunks.take(i)), 0), None
-
-    dx, _ = lax.scan(add, jnp.zeros((len(dy), q.in_features), jnp.float32), jnp.arange(chunks.count))
-    return dx.astype(like.dtype), None
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
-
-
-def _dot(x: Array, rows: Array, contract: int) -> Array:
-    """x times the axis `contract` of decoded rows, in x's dtype, accumulated in float32."""
-    dimensions = (((1,), (contract,)), ((), ()))
-    return lax.dot_general(x, rows.astype(x.dtype), dimensions, preferred_element_type=jnp.float32)
-
-
-def _as_multiplied(x: Array) -> Array:
-    """x in the dtype that products are computed in: its own, but float32 on CPU, where XLA would widen it again, and
-    with it every chunk that was narrowed to match."""
-    return x.astype(jnp.float32) if jax.default_backend() == "cpu" else x
-
-
-def _rows(piece: QuantizedArray) -> Array:
-    """The rows of a chunk [out rows, in], decoded; int8 ones without their scale."""
-    return piece.codes if piece.format == "int8" else _decode(piece.codes, piece.absmax, piece)
-
-
-def _product_in_halves(x: Array, piece: QuantizedArray) -> Array:
-    """Rows of int4 times x [M, in] -> [rows, M]: the high nibbles with inputs 0, 2, ..., the low ones with the others.
-
-    XLA on CPU vectorizes this arithmetic and not the table of `_decode`. With more rows of x, the second product costs
-    more than that saves.
-    """
-
-    def half(nibbles: Array, x: Array) -> Array:
-        values = nibbles.astype(jnp.int32).astype(jnp.float32) - 8
-        blocks = values.reshape(*piece.absmax.shape, -1) * piece.absmax[..., None]
-        return _dot(blocks.reshape(-1, x.shape[1]).astype(x.dtype), x, 1)
-
-    return half(piece.codes >> 4, x[:, 0::2]) + half(piece.codes & 15, x[:, 1::2])
-
-
-def _int8_product(x: Array, q: QuantizedArray) -> Array:
-    """int8 times int8: activations rounded to 127 steps of their row's largest. Four rows at least: XLA on CPU
-    strength-reduces a product of fewer to a loop over a widened copy of the weight."""
-    wide = jnp.pad(x.astype(jnp.float32), ((0, max(0, 4 - len(x))), (0, 0)))
-    scale = jnp.abs(wide).max(axis=1, keepdims=True)
-    codes = jnp.round(wide * (_inverse(scale) * 127)).astype(jnp.int8)
-    y = lax.dot_general(codes, q.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return (y.astype(jnp.float32) * (scale * INT8_UNIT) * (q.absmax * INT8_UNIT))[: len(x)]
-
-
-class _Chunks:
-    """The rows of a weight, a few at a time. Each shard of a mesh takes its own rows into every chunk, so that no
-    device needs another's: rows [shards, count, few], of which chunk i is [:, i]."""
-
-    def __init__(self, q: QuantizedArray):
-        mesh = jax.typeof(q.codes).sharding.mesh
-        n_rows = q.codes.shape[0]
-        self.shards = 1 if mesh.empty else math.gcd(n_rows, mesh.size)
-        few = chunk_rows(n_rows // self.shards, q.in_features * q.joined, q.size)
-        self.count = n_rows // self.shards // few
-        self.q = q if q.format == "int8" else replace(q, absmax=block_scales(q), nested_absmax=None, offset=None)
-
-    def take(self, i: Array) -> QuantizedArray:
-        """The weight of chunk i alone."""
-
-        def part(a: Array) -> Array:
-            split = a.reshape(self.shards, self.count, -1, *a.shape[1:])
-            return lax.dynamic_index_in_dim(split, i, axis=1, keepdims=False).reshape(-1, *a.shape[1:])
-
-        return jax.tree.map(part, self.q)
-
-    def map(self, function: Callable[[Array], Array]) -> Array:
-        """The results of all chunks, stacked."""
-        return lax.map(function, jnp.arange(self.count))
-
-
-def chunk_rows(n: int, width: int, size: int | None = None) -> int:
-    """How many of a matrix's n rows of `width` weights are decoded at a time: a divisor of n.
-
-    size: weights of the whole matrix, where these are the rows of one device. On CPU at most an eighth of a matrix, in
-    bounds between which decoded weights stay in a cache and chunks are large enough to share among cores; never more
-    than a half. Elsewhere the compiler may fuse decoding into the product; where not, this bounds what it writes.
-    """
-    size = size or n * width
-    weights = min(max(size // 8, 2**19), 2**21, size // 2) if jax.default_backend() == "cpu" else 2**24
-    limit = max(weights // width, 1)
-    divisors = [d for d in range(1, n + 1) if n % d == 0 and d <= limit]
-    return max(divisors, key=lambda d: (d % 8 == 0, d))  # multiples of 8 if there are any: vectors hold 8
 
 
 # ------------------------------------------------------------------------------------------------------------ sharding

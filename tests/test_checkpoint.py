@@ -259,8 +259,10 @@ def test_a_rollback_removes_what_lies_ahead_and_goes_on(harmed):
 def test_leftovers_of_killed_saves_are_removed(harmed):
     for name in ("30.orbax-checkpoint-tmp", "5.removed"):
         (harmed / name / "state").mkdir(parents=True)
+    (harmed / "10.bak").mkdir()
+    (harmed / ".DS_Store").touch()
     Checkpoints(harmed)
-    assert sorted(path.name for path in harmed.iterdir()) == ["10", "20"]
+    assert sorted(path.name for path in harmed.iterdir()) == [".DS_Store", "10", "10.bak", "20"]
 
 
 def test_keeps_the_last_and_every_kth(tmp_path):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -111,6 +112,32 @@ def test_waiting_ends_with_an_error_that_names_the_lock(tmp_path):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(PunaError, match=r"waited 0 s for .*entry, .*still writing .*entry.lock.*data.cache_dir"):
             written_once(tmp_path / "entry", lambda folder: None, 0.0)
+
+
+def test_a_writer_that_goes_on_is_waited_for(tmp_path):
+    """Longer than the patience for one that adds nothing."""
+    half = tmp_path / ".entry.tmp-1"
+    half.mkdir()
+    with (tmp_path / "entry.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=written_once, args=(tmp_path / "entry", lambda folder: None, 1.5))
+        waiting.start()
+        for size in range(1, 9):
+            (half / "tokens.bin").write_bytes(bytes(size))
+            time.sleep(0.5)
+            assert waiting.is_alive()
+        half.rename(tmp_path / "entry")
+        waiting.join()
+
+
+def test_a_digest_tells_data_apart(tokenizer, config, tmp_path):
+    alive = []
+    first = load_dataset(config(), tokenizer, alive=lambda: alive.append(1)).train[0]
+    assert alive
+    copy = write(tmp_path / "copy.jsonl", RECORDS)
+    again = load_dataset(config(path=copy), tokenizer).train[0]
+    other = load_dataset(config([*RECORDS[:-1], RECORDS[-1] | {"output": "lama"}]), tokenizer).train[0]
+    assert first.paths != again.paths and first.digest == again.digest != other.digest
 
 
 def test_a_writer_that_died_is_replaced_and_leaves_nothing(tmp_path):

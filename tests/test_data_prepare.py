@@ -109,6 +109,7 @@ def test_duplicates_go_by_id_and_by_first_exchange():
 def test_scripts_are_told_apart():
     assert in_script("latin")(talk("¿Qué es esto?", "una llama"))
     assert in_script("cjk")({"instruction": "x", "output": "高原上的羊驼走得很慢风吹过草地天很蓝"}) is not None
+    assert in_script("cjk")(talk("你好，请问今天天气怎么样？", "今天天气很好，适合出门散步。"))  # keys are no text
     with pytest.raises(Dropped, match="is not mostly latin"):
         in_script("latin")({"text": "高原上的羊驼走得很慢"})
 
@@ -204,6 +205,32 @@ def test_prepare_names_faults_by_line_and_writes_nothing(tmp_path):
     with pytest.raises(PunaError, match="nothing is left"):
         (tmp_path / "b.json").write_text(json.dumps([talk("hi", "ho")]))
         prepare([str(tmp_path / "b.json")], tmp_path / "out.jsonl", [clean])
+
+
+def test_records_of_wrong_types_are_faults_by_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ["b"], "id": [1]}\n')
+    for step in (without_phrases(), without_duplicates(), in_script("latin")):
+        with pytest.raises(PunaError, match=r"a.jsonl:2: key 'text': expected text, got null\n.*a.jsonl:3: key 'text'"):
+            prepare([str(tmp_path / "a.jsonl")], tmp_path / "out.jsonl", [step])
+    ids = '{"text": "a", "id": [1]}\n{"text": "b", "id": [1]}\n'
+    (tmp_path / "a.jsonl").write_text(ids)
+    assert prepare([str(tmp_path / "a.jsonl")], tmp_path / "out.jsonl", [without_duplicates()])["kept"] == 1
+
+
+@pytest.mark.parametrize("fraction", [10, 1.0, 0.0, -0.05, 0.999])
+def test_a_held_out_part_that_is_no_part_is_refused(tmp_path, fraction):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(PunaError, match="--test-fraction"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out.jsonl", [], test=tmp_path / "t", test_fraction=fraction)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_both_parts_are_written_or_neither(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(PunaError, match=r"out.jsonl exists"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out.jsonl", [], test=tmp_path / "test.jsonl")
+    assert not (tmp_path / "test.jsonl").exists() and (tmp_path / "out.jsonl").read_text() == "mine"
 
 
 def test_train_and_test_parts_are_disjoint_and_repeatable():

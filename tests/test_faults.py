@@ -173,6 +173,15 @@ def test_resumes_on_another_number_of_processes_and_devices(config, calm_dir, ca
     assert outcome(run_dir)["loss"][20:] == pytest.approx(calm["loss"][20:], rel=1e-6)
 
 
+def test_ctrl_c_saves_the_step(config, tmp_path):
+    run_dir = tmp_path / "run"
+    process = run(config, run_dir, "run.max_steps=100000", "run.save_steps=0")
+    wait_for_step(run_dir, 1, process)
+    process.send_signal(signal.SIGINT)
+    assert "SIGINT: the step is saved, then the run stops" in finish(process, code=85)
+    assert len(manifest.steps(run_dir / "checkpoints")) == 1
+
+
 def test_a_second_run_in_the_same_directory_is_refused(config, tmp_path):
     run_dir = tmp_path / "run"
     first = run(config, run_dir, "run.max_steps=100000", "run.save_steps=0")

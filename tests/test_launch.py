@@ -198,6 +198,7 @@ def test_a_second_run_in_a_directory_is_refused_by_name(tmp_path):
 
 
 LEAVE = """
+import sys
 import jax
 from jax.experimental import multihost_utils
 from train import distributed
@@ -205,16 +206,18 @@ distributed.initialize()
 with distributed.leaving():
     multihost_utils.sync_global_devices("start")
     if jax.process_index() == 1:
-        raise distributed.PunaError("rows 3 and 4")
+        raise (distributed.SaveFailed if len(sys.argv) > 1 else distributed.PunaError)("rows 3 and 4")
     multihost_utils.sync_global_devices("never")
 """
 
 
 @pytest.mark.slow
-def test_a_failing_process_leaves_at_once_and_its_peers_follow():
+@pytest.mark.parametrize(("how", "code"), [((), 2), (("a disk failed",), 1)])
+def test_a_failing_process_leaves_at_once_and_its_peers_follow(how, code):
+    """With 2 where asking again would not help, with 1 where a restart may."""
     started = time.monotonic()
-    (_, peer), (_, failed) = [(out, (code, err)) for code, out, err in together(LEAVE, 2)]
-    assert failed[0] == 2 and "error: rows 3 and 4" in failed[1]
+    (_, peer), (_, failed) = [(out, (code, err)) for code, out, err in together(LEAVE, 2, *how)]
+    assert failed[0] == code and "error: rows 3 and 4" in failed[1]
     assert peer[0] != 0
     assert time.monotonic() - started < 60
 

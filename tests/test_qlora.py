@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from faulty_runs import finish, launch, run
+from safetensors.numpy import load_file
 
 from convert import load_model, save_model
 from convert.merge import merge
@@ -25,6 +27,28 @@ pytestmark = pytest.mark.slow
 TEMPLATE = "### Instruct: Summarize the below conversation.\n\n{dialogue}\n\n### Output:\n{summary}\n\n### End"
 RESPONSE = "### Output:\n"
 STEPS, LENGTH = 12, 352
+SMALL = """
+[model]
+path = "{base}"
+[quantize]
+method = "nf4"
+double_quant = true
+[lora]
+dora = true
+dropout = 0.1
+modules_to_save = ["embed_tokens"]
+[data]
+path = "{folder}/data.jsonl"
+cache_dir = "{folder}/cache"
+template = "plain"
+max_length = 64
+[mesh]
+fsdp = 2
+[run]
+batch_size = 4
+max_steps = 3
+save_steps = 2
+"""
 
 
 def test_stories260k_learns_to_summarize_dialogues(data_dir, tmp_path, monkeypatch):
@@ -73,6 +97,25 @@ def test_stories260k_learns_to_summarize_dialogues(data_dir, tmp_path, monkeypat
     config, params = load_model(tmp_path / "merged")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")(torch.tensor(ids)).logits
     np.testing.assert_allclose(forward(params, jnp.array(ids), config)[0], theirs.detach().numpy(), atol=1e-4)
+
+
+def test_two_processes_write_the_adapter_of_one(data_dir, tmp_path):
+    """Quantized, DoRA and a saved table, each split over both. Sums of two terms do not depend on their order."""
+    lines = (json.dumps({"prompt": f"One day {name}", "completion": " went home."}) for name in "ABCDEFGHIJKLMNOP")
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    config = tmp_path / "run.toml"
+    config.write_text(SMALL.format(base=data_dir / "stories260k-derived" / "hf_sharded", folder=tmp_path))
+    finish(run(config, tmp_path / "one", devices=2))
+    finish(launch(config, tmp_path / "two", processes=2, devices=1))
+    one, two = tmp_path / "one" / "final", tmp_path / "two" / "final"
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    for path in one.iterdir():
+        if path.suffix != ".safetensors":
+            assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert ours.keys() == theirs.keys() and any("magnitude" in name for name in ours)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], name)
 
 
 def held_out_loss(folder: Path, lines: list[str]) -> float:

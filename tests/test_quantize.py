@@ -11,7 +11,8 @@ from model.config import PRESETS
 from model.errors import PunaError
 from model.linear import linear, place, shardings
 from model.params import LINEARS, abstract_params, param_specs, stack, unstack
-from model.quantize import NF4, dequantize, dynamic_map, matmul, quantize
+from model.quantize import NF4, dequantize, dynamic_map, quantize
+from model.quantized_matmul import quantized_matmul
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +88,7 @@ def test_the_product_and_its_gradient_are_those_of_the_dequantized_weight(name, 
         x = weight((rows, shape[0]), 1)
         dy = weight((rows, shape[1]), 2)
         with jax.default_matmul_precision("highest"):
-            y, back = jax.vjp(lambda x: matmul(x, q), x)
+            y, back = jax.vjp(lambda x: quantized_matmul(x, q), x)
             np.testing.assert_allclose(y, x @ w, atol=1e-5)
             np.testing.assert_allclose(back(dy)[0], dy @ w.T, atol=1e-5)
 
@@ -138,9 +139,9 @@ def test_no_full_float_copy_is_among_the_temporaries(name):
     abstract = jax.eval_shape(lambda w: quantize(w, **FORMATS[name]), jax.ShapeDtypeStruct(shape, jnp.float32))
     x = jax.ShapeDtypeStruct((8, shape[0]), jnp.float32)
     bound = 4 * (shape[0] * shape[1] / 8 + abstract.absmax.size + 2 * 8 * sum(shape))
-    forward_pass = jax.jit(matmul).lower(x, abstract).compile()
+    forward_pass = jax.jit(quantized_matmul).lower(x, abstract).compile()
     assert forward_pass.memory_analysis().temp_size_in_bytes < bound
-    backward = jax.jit(jax.grad(lambda x, q: jnp.square(matmul(x, q)).sum())).lower(x, abstract).compile()
+    backward = jax.jit(jax.grad(lambda x, q: jnp.square(quantized_matmul(x, q)).sum())).lower(x, abstract).compile()
     assert backward.memory_analysis().temp_size_in_bytes < bound
 
 

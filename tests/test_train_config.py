@@ -3,15 +3,21 @@
 import tomllib
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import pytest
 
+from model.config import PRESETS
 from model.errors import PunaError
+from model.tokenizer import load_tokenizer
 from train.config import Config, load_config, load_function, read_config, refuse_changes
+from train.data.toy import write_tokenizer
 from train.schema import dump
-from train.start import mesh_of, model_of
+from train.start import mesh_of, model_of, tokenizer_of
+from train.step import make_objective
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.toml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
 MINIMAL = {"model": {"preset": "llama2-7b"}, "data": {"path": "x.jsonl", "max_length": 64}}
 
 
@@ -42,6 +48,12 @@ def read(**sections) -> Config:
         ({"quantize": {}}, "quantize is given without lora"),
         ({"data": {}}, "data.path is missing"),
         ({"mesh": 3}, "mesh is 3; it must be a table"),
+        ({"run": {"seed": -1}}, "run.seed is -1; it must be between 0 and 4294967295"),
+        ({"run": {"keep_every": -1}}, "run.keep_every is -1; it must be 0 or above"),
+        ({"optim": {"adam_beta2": 1.0}}, "optim.adam_beta2 is 1.0; it must be at least 0 and below 1"),
+        ({"optim": {"adam_epsilon": 0.0}}, "optim.adam_epsilon is 0.0; it must be above 0"),
+        ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate is nan; it must be a finite number"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout is 1.0; it must be at least 0 and below 1"),
     ],
     ids=str,
 )
@@ -101,6 +113,42 @@ def test_the_model_comes_from_preset_or_dims():
     ):
         with pytest.raises(PunaError, match=said):
             model_of(read(**sections))
+
+
+def test_a_preset_takes_the_special_tokens_of_its_tokenizer_and_its_own_context(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    wanted = {"preset": "llama3.2-1b", "vocab_size": 512, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
+    model = model_of(read(model=wanted), tokenizer)
+    assert (model.bos_token_id, model.eos_token_id) == (tokenizer.bos_id, (tokenizer.eos_id,))
+    assert (model.vocab_size, model.pad_token_id) == (512, tokenizer.pad_id)
+    assert model.rope_scaling.original_max_position_embeddings == PRESETS["llama3.2-1b"].max_position_embeddings
+    assert model_of(read(model={"preset": "llama3.2-1b"})) == PRESETS["llama3.2-1b"]
+
+
+@pytest.mark.parametrize("name", ["alpaca-7b", "vicuna-7b", "wizardlm-7b", "llama3-70b"])
+def test_the_tokenizer_of_a_hub_id_comes_without_weights(name, tmp_path, monkeypatch):
+    config = load_config(ROOT / "configs" / f"{name}.toml")
+    write_tokenizer(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    assert tokenizer_of(config).vocab_size == load_tokenizer(tmp_path).vocab_size
+    ((hub_id,), keywords) = asked[0]
+    assert hub_id == (config.model.tokenizer or config.model.path)
+    assert keywords["allow_patterns"] == ["*.json", "*.model", "*.jinja"]
+
+
+def test_a_block_without_the_keyword_of_a_setting_is_refused(monkeypatch):
+    monkeypatch.setattr("train.step.load_function", lambda name, setting: lambda x, layer, config, context, cache: x)
+    config = read(model={"preset": "llama2-7b", "block": "a:b"}, mesh={"sequence_parallel": True})
+    with pytest.raises(PunaError, match=r"model.block a:b has no keyword residual \(mesh.sequence_parallel\)"):
+        make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
+
+
+def test_a_config_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"\xff\xfe[run]")
+    with pytest.raises(PunaError, match=r"c.toml: not TOML: 'utf-8' codec"):
+        load_config(tmp_path / "c.toml")
 
 
 def test_a_mesh_that_does_not_fit_is_refused():

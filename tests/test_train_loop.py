@@ -153,6 +153,18 @@ def test_an_incompatible_change_is_refused_by_name(settings, files):
     assert [step for step, *_ in losses(config.run.output_dir)] == [1, 2, 3]
 
 
+def test_other_data_is_refused_wherever_it_differs(settings, files, tmp_path):
+    """In a record of many, which is not among the first."""
+    lines = (files / "train.jsonl").read_text().splitlines()
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines) + "\n")
+    mine = {"data__path": str(tmp_path / "mine.jsonl"), "data__packing": False, "run__max_steps": 1}
+    loop.train(settings("run", **mine))
+    record = {name: text.swapcase() for name, text in json.loads(lines[-1]).items()}
+    (tmp_path / "mine.jsonl").write_text("\n".join([*lines[:-1], json.dumps(record)]) + "\n")
+    with pytest.raises(PunaError, match="holds a run on other data"):
+        loop.train(settings("run", **mine, run__num_train_epochs=2.0))
+
+
 def test_updates_that_stay_non_finite_end_the_run(settings):
     config = settings("run", optim__learning_rate=1e38, optim__warmup_steps=0, run__max_skipped_steps=3)
     with pytest.raises(NonFinite, match=r"3 updates in a row were not finite.* came from .*train.jsonl:\d+"):

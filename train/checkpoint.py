@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from convert import manifest
 from train import integrity
-from train.integrity import CheckpointError
+from train.integrity import CheckpointError, SaveFailed
 
 _SAVE_TIMEOUT_SECONDS = 4 * 3600
 _FREE_SPACE_FACTOR = 1.2
@@ -55,8 +55,9 @@ class Checkpoints:
         )
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob("*.*"):
-                shutil.rmtree(leftover)
+            for pattern in ("[0-9]*.orbax-checkpoint-tmp*", "[0-9]*.removed"):  # what is not ours stays
+                for leftover in self.directory.glob(pattern):
+                    shutil.rmtree(leftover)
         _meet("checkpoints cleaned")
 
     def due(self, step: int) -> bool:
@@ -180,10 +181,10 @@ class Checkpoints:
         assert self._writing
         step = self._writing[0]
         reason = " ".join(str(error).split())[:300]
-        self._failure = CheckpointError(f"{self._not_written(step)}: {reason}")
+        self._failure = SaveFailed(f"{self._not_written(step)}: {reason}")
         if jax.process_count() > 1:
             raise self._failure from error
-        for leftover in self.directory.glob(f"{step}.*"):
+        for leftover in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover)
         _say(str(self._failure))
 

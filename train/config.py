@@ -5,6 +5,7 @@ them are named at once. The presence of [lora] or [quantize] is the switch that 
 """
 
 import importlib
+import math
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -161,6 +162,8 @@ class Config:
 # What a run may change when it resumes: nothing that alters the numbers beyond rounding, and how long it goes on.
 MAY_CHANGE = (
     "mesh",
+    "data.cache_dir",
+    "model.attention",
     "model.remat",
     "model.loss_chunk",
     "optim.offload",
@@ -177,6 +180,7 @@ MAY_CHANGE = (
     "run.max_skipped_steps",
     "run.report_to",
     "run.deterministic",
+    "run.prepare",
 )
 
 
@@ -186,8 +190,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises PunaError naming every unknown key (with the nearest known one) and every value of the wrong type.
     """
     try:
-        table = tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(Path(path).read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PunaError(f"{path}: not TOML: {error}") from None
     for override in overrides:
         _override(table, override)
@@ -230,8 +234,12 @@ def _check(config: Config) -> None:
         "run.max_skipped_steps": run.max_skipped_steps,
         "run.keep_last": run.keep_last,
         "model.loss_chunk": model.loss_chunk,
+        "optim.adam_epsilon": optim.adam_epsilon,
         "lora.rank": config.lora.rank if config.lora else 1,
     }
+    for name, value in flat(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PunaError(f"{name} is {value}; it must be a finite number")
     for name, value in positive.items():
         if value <= 0:
             raise PunaError(f"{name} is {value}; it must be above 0")
@@ -239,10 +247,21 @@ def _check(config: Config) -> None:
         **{f"run.{name}": getattr(run, name) for name in ("max_steps", "save_steps", "save_minutes", "eval_steps")},
         **{f"optim.{name}": getattr(optim, name) for name in ("weight_decay", "warmup_steps", "max_grad_norm")},
         "optim.z_loss": optim.z_loss,
+        "run.keep_every": run.keep_every,
     }
     for name, value in not_negative.items():
         if value < 0:
             raise PunaError(f"{name} is {value}; it must be 0 or above")
+    below_one = {
+        "optim.adam_beta1": optim.adam_beta1,
+        "optim.adam_beta2": optim.adam_beta2,
+        "lora.dropout": config.lora.dropout if config.lora else 0.0,
+    }
+    for name, value in below_one.items():
+        if not 0 <= value < 1:
+            raise PunaError(f"{name} is {value}; it must be at least 0 and below 1")
+    if not 0 <= run.seed < 2**32:
+        raise PunaError(f"run.seed is {run.seed}; it must be between 0 and {2**32 - 1}")
     for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
         if not 0 <= getattr(optim, name) <= 1:
             raise PunaError(f"optim.{name} is {getattr(optim, name)}; it must be between 0 and 1")

@@ -25,10 +25,12 @@ from jax.sharding import Sharding
 
 from model.errors import PunaError
 from train import rollcall
+from train.integrity import SaveFailed
 
 EXIT_FAILED, EXIT_WRONG, EXIT_PREEMPTED, EXIT_PEER_LOST = 1, 2, 85, 86
 _HEARTBEAT_SECONDS, _CONNECT_SECONDS, _SHARED_SECONDS = 30, 300, 60
 _HOST_BYTES = 256
+SIGN_OF_LIFE = ".alive"
 
 
 class Preempted(SystemExit):
@@ -68,6 +70,14 @@ def initialize() -> None:
     )
     # `launch` starts its children with SIGTERM held back, so that one that comes early reaches the notifier.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGINT, _save_and_stop)
+
+
+def _save_and_stop(number: int, frame: object) -> None:
+    """The first Ctrl-C is a SIGTERM to this process; the second ends it where it stands."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("SIGINT: the step is saved, then the run stops; once more to stop at once", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -85,7 +95,7 @@ def leaving() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(f"error: {error}", file=sys.stderr)
-        _leave(EXIT_WRONG)
+        _leave(EXIT_FAILED if isinstance(error, SaveFailed) else EXIT_WRONG)
     except jax.errors.JaxRuntimeError:
         if jax.process_count() == 1:
             raise
@@ -96,6 +106,13 @@ def leaving() -> Iterator[None]:
             raise
         traceback.print_exc()
         _leave(EXIT_FAILED)
+
+
+def sign_of_life(run_dir: str | Path) -> None:
+    """Tell who watches this run that it is at work, though no step was made."""
+    file = Path(run_dir) / SIGN_OF_LIFE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
 
 
 def reached_preemption(step: int) -> bool:

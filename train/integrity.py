@@ -17,6 +17,10 @@ class CheckpointError(PunaError):
     """A checkpoint that cannot be written or trusted."""
 
 
+class SaveFailed(CheckpointError):
+    """A disk or a file system failed in the background; it may not another time."""
+
+
 def shapes(tree: Any) -> dict[str, dict[str, Any]]:
     """The shape and dtype of every array in `tree`, by dotted name."""
     return {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in _named(tree).items()}

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import subprocess
@@ -69,7 +70,7 @@ def train(config: Config) -> None:
     if config.run.prepare:
         load_function(config.run.prepare, "run.prepare")(config)
     tokenizer = tokenizer_of(config)
-    datasets = load_dataset(config.data, tokenizer)
+    datasets = load_dataset(config.data, tokenizer, alive=partial(distributed.sign_of_life, run_dir))
     sampler = Sampler(datasets, config.run.batch_size, config.run.seed)
     total = total_steps(config, sampler)
 
@@ -77,7 +78,7 @@ def train(config: Config) -> None:
     model, mesh = model_of(config, tokenizer), mesh_of(config)
     batch = abstract_batch(config, mesh)
     sharding, shape = batch["tokens"].sharding, batch["tokens"].shape
-    data = {"seed": config.run.seed, "key": _data_key(sampler)}
+    data = {"seed": config.run.seed, "key": _data_key(datasets, sampler)}
     devices = distributed.preflight(run_dir, sharding, shape, data["key"])
 
     with ExitStack() as stack:
@@ -195,11 +196,11 @@ def _size(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _data_key(sampler: Sampler) -> str:
-    """A name for the data and its order: the first batch and how much there is."""
-    rows = sampler.batch(0)
-    content = b"".join(rows[name].tobytes() for name in ("tokens", "labels"))
-    return hashlib.sha256(content + str(sampler.sizes).encode()).hexdigest()[:16]
+def _data_key(datasets: Datasets, sampler: Sampler) -> str:
+    """A name for the data: every token of it, and how much of each set is trained on."""
+    every = [*datasets.train, *([datasets.evaluation] if datasets.evaluation else [])]
+    content = [dataset.digest for dataset in every], list(sampler.sizes)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _metrics_writer(stack: ExitStack, config: Config, run_dir: Path, done: int) -> Callable[[Mapping[str, Any]], None]:
@@ -243,8 +244,7 @@ def _export(config: Config, model: LlamaConfig, state: TrainState, tokenizer: To
         return
     params = lora.join(state.params, state.frozen)
     saved, rslora = config.lora.modules_to_save, config.lora.rslora
-    save_adapter(folder, params, saved, rslora, base_model=config.model.path, overwrite=True)
-    tokenizer.save(folder)
+    save_adapter(folder, params, saved, rslora, config.model.path, tokenizer, overwrite=True)
 
 
 def _make_deterministic(run_dir: Path) -> None:

@@ -153,7 +153,9 @@ def plot(runs: Sequence[str | Path], destination: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    kind, kinds = os.path.splitext(destination)[1][1:] or "png", FigureCanvasAgg(figure).get_supported_filetypes()
+    if kind not in kinds:
+        raise PunaError(f"{destination}: .{kind} is no kind of picture; choose {', '.join(kinds)}")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for run in runs:
         lines = read_metrics(run)
@@ -167,7 +169,7 @@ def plot(runs: Sequence[str | Path], destination: str | Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_path(destination, overwrite=True) as temporary:
-        figure.savefig(temporary, format=os.path.splitext(destination)[1][1:] or "png", dpi=120)
+        figure.savefig(temporary, format=kind, dpi=120)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -8,12 +8,13 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from model.errors import PunaError
 from train.metrics import peak_memory_gib
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
-class NonFinite(RuntimeError):
+class NonFinite(PunaError):
     """Too many updates in a row were not finite."""
 
 
@@ -64,7 +65,9 @@ class Recorder:
             steps = range(step - skipped, step)
             raise NonFinite(
                 f"{skipped} updates in a row were not finite, up to step {step}, and were skipped. Their rows came "
-                f"from {self._name_rows(steps)}. Look at those rows, lower optim.learning_rate, or compute in float32"
+                f"from {self._name_rows(steps)}. Look at those rows, lower optim.learning_rate, or compute in float32: "
+                "in another run.output_dir, since a run keeps its settings. run.max_steps at its last checkpoint makes "
+                "this one write final/, which can be the other's model.path"
             )
 
     def _line(self, step: int, numbers: dict[str, Any], more: dict[str, Any]) -> None:

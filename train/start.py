@@ -6,13 +6,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from convert.checkpoint import open_model
+from convert.checkpoint import find_tokenizer, open_model
 from convert.load import load_params
 from model.config import PRESETS, LlamaConfig, RopeScaling
 from model.errors import PunaError
 from model.params import init_params
 from model.sharding import make_mesh
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import Tokenizer
 from train.adapt import adapted_model, add_adapters, quantize_linears, quantizer
 from train.config import Config, ModelConfig
 
@@ -26,11 +26,11 @@ def mesh_of(config: Config) -> Mesh:
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
-    """model.tokenizer, or that of model.path."""
+    """model.tokenizer, or that of model.path: a file, a folder or a Hub id."""
     path = config.model.tokenizer or config.model.path
     if path is None:
         raise PunaError("model.tokenizer is missing: give a tokenizer file or folder")
-    return load_tokenizer(path)
+    return find_tokenizer(path)
 
 
 def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
@@ -39,9 +39,9 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
     Raises PunaError where [model] says too little, contradicts its checkpoint, or cannot hold the data.
     """
     wanted = config.model
-    given = _given(wanted)
     if wanted.path is not None:
         model = open_model(wanted.path).config
+        given = _given(wanted, model.max_position_embeddings)
         for name in given.keys() - set(_OVERRIDABLE):
             if given[name] != getattr(model, name):
                 raise PunaError(f"model.{name} is {given[name]}, and {wanted.path} has {getattr(model, name)}: drop it")
@@ -49,11 +49,14 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
     elif wanted.preset is not None:
         if wanted.preset not in PRESETS:
             raise PunaError(f"model.preset {wanted.preset!r} is not known; choose {', '.join(PRESETS)}")
-        model = replace(PRESETS[wanted.preset], **given)
+        model = PRESETS[wanted.preset]
+        # A model that is born has the special tokens of its own tokenizer; its vocabulary may be padded beyond that.
+        special = {name: value for name, value in _special_tokens(tokenizer).items() if name != "vocab_size"}
+        model = replace(model, **(special | _given(wanted, model.max_position_embeddings)))
     elif wanted.hidden_size is None:
         raise PunaError("model is empty: give path, preset, or dims such as hidden_size and num_hidden_layers")
     else:
-        model = LlamaConfig(**(_special_tokens(tokenizer) | given))
+        model = LlamaConfig(**(_special_tokens(tokenizer) | _given(wanted, LlamaConfig.max_position_embeddings)))
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise PunaError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.vocab_size} rows: set "
@@ -79,12 +82,12 @@ def first_weights(config: Config, model: LlamaConfig, mesh: Mesh) -> tuple[Any, 
     return add_adapters(config, base.config, params, mesh)
 
 
-def _given(wanted: ModelConfig) -> dict[str, Any]:
-    """The fields of LlamaConfig that [model] sets."""
+def _given(wanted: ModelConfig, length: int) -> dict[str, Any]:
+    """The fields of LlamaConfig that [model] sets; `length` is the context of what it starts from."""
     names = {f.name for f in fields(LlamaConfig)} & {f.name for f in fields(ModelConfig)}
     given = {name: getattr(wanted, name) for name in names if getattr(wanted, name) is not None}
     if "rope_scaling" in given:
-        length = given.get("max_position_embeddings", LlamaConfig.max_position_embeddings)
+        length = given.get("max_position_embeddings", length)
         given["rope_scaling"] = RopeScaling.from_hf(given["rope_scaling"], length)
     return given
 

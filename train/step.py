@@ -5,6 +5,7 @@ A batch is a dict of int32 [B, T] arrays (tokens, labels, segments). It is cut i
 big batch the same thing, token for token.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -59,7 +60,7 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
     """`objective(params, batch)` -> float32 sum of the losses of the batch's trained tokens, with the pieces that
     [model] names in their places."""
     wanted = config.model
-    pieces: dict[str, Any] = {}
+    pieces: dict[str, Any] = {}  # keywords of the block
     if wanted.attention != "xla":
         pieces["attend"] = ATTENTIONS.get(wanted.attention) or load_function(wanted.attention, "model.attention")
     if wanted.norm:
@@ -67,6 +68,11 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
     if config.mesh.sequence_parallel:
         pieces["residual"] = SPLIT_SEQUENCE
     block = load_function(wanted.block, "model.block") if wanted.block else llama_block
+    takes = inspect.signature(block).parameters
+    if lacking := pieces.keys() - takes.keys():
+        settings = {"attend": "model.attention", "norm": "model.norm", "residual": "mesh.sequence_parallel"}
+        lacks = " and ".join(f"{piece} ({settings[piece]})" for piece in sorted(lacking))
+        raise PunaError(f"model.block {wanted.block} has no keyword {lacks}: give it one, or leave the setting out")
     if wanted.loss:
         loss = load_function(wanted.loss, "model.loss")
     else:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -109,20 +109,23 @@ def written_once(folder: Path, write: Callable[[Path], None], wait_seconds: floa
     The lock is the operating system's, so a writer that dies frees it and another takes over.
 
     Raises:
-        PunaError: another process has held the lock for `wait_seconds` and the folder is still not there.
+        PunaError: another process has held the lock for `wait_seconds` in which it has written nothing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_seconds
+    deadline, before = time.monotonic() + wait_seconds, 0
     lock = folder.parent / f"{folder.name}.lock"
     while not folder.exists():
         with lock.open("w") as held:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if (size := _begun(folder)) != before:
+                    deadline, before = time.monotonic() + wait_seconds, size
                 if time.monotonic() > deadline:
                     raise PunaError(
-                        f"waited {wait_seconds:.0f} s for {folder}, which another process is still writing (it holds "
-                        f"{lock}): let it finish and start again, or give another data.cache_dir"
+                        f"waited {wait_seconds:.0f} s for {folder}, which another process is still writing though it "
+                        f"does not grow (it holds {lock}): let it finish and start again, or give another "
+                        "data.cache_dir"
                     ) from None
                 time.sleep(POLL_SECONDS)
                 continue
@@ -134,11 +137,22 @@ def written_once(folder: Path, write: Callable[[Path], None], wait_seconds: floa
                     write(temporary)
 
 
-def tokenize_into(folder: Path, config: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
-    """Read, tokenize and pack `source` into `folder`.
+def _begun(folder: Path) -> int:
+    """Bytes in what is to become `folder`."""
+    with suppress(FileNotFoundError):  # it was renamed just now
+        return sum(
+            file.stat().st_size for part in folder.parent.glob(f".{folder.name}.tmp-*") for file in part.iterdir()
+        )
+    return 0
+
+
+def tokenize_into(
+    folder: Path, config: DataConfig, source: Source, tokenizer: Tokenizer, alive: Callable[[], None] = lambda: None
+) -> None:
+    """Read, tokenize and pack `source` into `folder`; `alive` is called again and again meanwhile.
 
     tokens.bin (uint16, or uint32 where the vocabulary needs it) and trained.bin (bool) hold the examples end to end;
-    index.npz where each begins and came from, and the rows; meta.json the rest.
+    index.npz where each begins and came from, and the rows; meta.json the rest, with a digest of these three.
 
     Raises:
         PunaError: naming the faults of the data as `path:line: reason`.
@@ -148,7 +162,7 @@ def tokenize_into(folder: Path, config: DataConfig, source: Source, tokenizer: T
     wrap = config.packing and config.packing_strategy == "wrapped"
     chunks = tokenize(rows, encode, None if wrap or encode.splits else config.max_length, faults)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    with _progress(source.path) as advance:
+    with _progress(source.path, alive) as advance:
         paths, origins, offsets, counts = _write_examples(folder, chunks, dtype, advance)
     faults.check()
     packed = pack(offsets, config)
@@ -170,6 +184,8 @@ def tokenize_into(folder: Path, config: DataConfig, source: Source, tokenizer: T
         length=packed.length,
     )
     meta = {"dtype": dtype.name, "paths": paths, "counts": asdict(counts)}
+    written = (folder / "tokens.bin", folder / "trained.bin", folder / "index.npz")
+    meta["digest"] = hashlib.sha256("".join(map(file_hash, written)).encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -223,12 +239,13 @@ def pack(offsets: NDArray[np.int64], config: DataConfig) -> Rows:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(name: str, alive: Callable[[], None]) -> Iterator[Callable[[int, int], None]]:
     shown = TextColumn("tokenizing {task.description}: {task.completed:,} records, {task.fields[tokens]:,} tokens")
     with Progress(SpinnerColumn(), shown, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=None, tokens=0)
 
         def advance(records: int, tokens: int) -> None:
             bar.update(task, completed=records, tokens=tokens)
+            alive()
 
         yield advance

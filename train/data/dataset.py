@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class PackedDataset:
     """Rows of `max_length` tokens over memory-mapped examples.
 
     `tokens` and `trained` hold the examples end to end, `offsets` [E + 1] where each begins, `origins` [E, 2] the
-    number of its path in `paths` and its line.
+    number of its path in `paths` and its line. `digest` is a SHA-256 over the numbers of all.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -37,6 +37,7 @@ class PackedDataset:
     max_length: int
     pad_id: int
     counts: Counts
+    digest: str
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,20 +98,31 @@ class Datasets:
     evaluation: PackedDataset | None = None
 
 
-def load_dataset(config: DataConfig, tokenizer: Tokenizer, wait_seconds: float = 3600.0) -> Datasets:
-    """Read, tokenize and pack what `config` names, or take it from the cache. Every process may call this at once.
+def load_dataset(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    wait_seconds: float = 3600.0,
+    alive: Callable[[], None] = lambda: None,
+) -> Datasets:
+    """Read, tokenize and pack what `config` names, or take it from the cache. Every process may call this at once;
+    the one that tokenizes calls `alive` again and again.
 
     Raises:
         PunaError: a setting is wrong, or the data is (`path:line: reason`, up to 20 and then a count), or another
-            process has been writing the same cache entry for `wait_seconds`.
+            process that writes the same cache entry has added nothing for `wait_seconds`.
     """
     check(config)
     listed = sources(config)
-    train = tuple(_open(config, source, tokenizer, wait_seconds) for source in listed)
+
+    def open(source: Source) -> PackedDataset:
+        folder = cache_folder(config) / cache_name(config, source, tokenizer)
+        written_once(folder, lambda temporary: tokenize_into(temporary, config, source, tokenizer, alive), wait_seconds)
+        return open_dataset(folder, 0 if tokenizer.pad_id is None else tokenizer.pad_id)
+
+    train = tuple(open(source) for source in listed)
     weights = tuple(source.weight for source in listed if source.weight is not None) or None
     if config.eval_path:
-        evaluation = _open(config, complete(config, Source(config.eval_path)), tokenizer, wait_seconds)
-        return Datasets(train, weights, evaluation)
+        return Datasets(train, weights, open(complete(config, Source(config.eval_path))))
     if config.validation_split:
         if len(listed) > 1:
             raise PunaError("data.validation_split splits one source: give data.eval_path with several")
@@ -137,12 +149,6 @@ def hold_out(dataset: PackedDataset, fraction: float, seed: int) -> tuple[Packed
     return part(order[held:]), part(order[:held])
 
 
-def _open(config: DataConfig, source: Source, tokenizer: Tokenizer, wait_seconds: float) -> PackedDataset:
-    folder = cache_folder(config) / cache_name(config, source, tokenizer)
-    written_once(folder, lambda temporary: tokenize_into(temporary, config, source, tokenizer), wait_seconds)
-    return open_dataset(folder, 0 if tokenizer.pad_id is None else tokenizer.pad_id)
-
-
 def cache_folder(config: DataConfig) -> Path:
     """Where tokenized data sets are kept."""
     if config.cache_dir:
@@ -159,9 +165,18 @@ def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
         tokens = np.asarray(np.memmap(folder / "tokens.bin", meta["dtype"], "r", shape=(int(offsets[-1]),)))
         trained = np.asarray(np.memmap(folder / "trained.bin", bool, "r", shape=(int(offsets[-1]),)))
         rows = Rows(index["row_offsets"], index["start"], index["length"])
-        counts = Counts(**meta["counts"])
+        counts, paths = Counts(**meta["counts"]), tuple(meta["paths"])
         return PackedDataset(
-            tokens, trained, offsets, index["origins"], tuple(meta["paths"]), rows, counts.max_length, pad_id, counts
+            tokens,
+            trained,
+            offsets,
+            index["origins"],
+            paths,
+            rows,
+            counts.max_length,
+            pad_id,
+            counts,
+            meta["digest"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PunaError(f"the tokenized data in {folder} is damaged ({error}): delete that folder") from error

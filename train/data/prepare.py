@@ -9,13 +9,15 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoint import find_tokenizer
 from convert.command import atomic_path
 from model.errors import PunaError
-from model.tokenizer import Tokenizer, load_tokenizer
-from train.data.formats import detect_format, messages_of
+from model.tokenizer import Tokenizer
+from train.data.formats import detect_format, messages_of, text_at
 from train.data.markdown import html_to_markdown
 from train.data.permute import key, permute
 from train.data.readers import Faults, Row, read_rows
@@ -75,18 +77,21 @@ def clean(record: Record) -> list[Record]:
     return [{**record, "conversations": kept}]
 
 
+def _texts(record: Record) -> list[tuple[str, str]]:
+    """The texts of a record of any format and whose they are: a role, or "text" where there are none."""
+    form = detect_format(record)
+    if form == "text":
+        return [("text", text_at(record, "text"))]
+    return [(turn["role"], turn["content"] + turn.get("input", "")) for turn in messages_of(record, form)]
+
+
 def without_phrases(phrases: Sequence[str] = REFUSALS) -> Step:
     """Drops a record of any format in which an answer holds one of `phrases`, whatever their case; others stay as
     they are."""
     folded = [phrase.casefold() for phrase in phrases]
 
     def step(record: Record) -> list[Record]:
-        form = detect_format(record)
-        answers = (
-            [record["text"]]
-            if form == "text"
-            else [turn["content"] for turn in messages_of(record, form) if turn["role"] == "assistant"]
-        )
+        answers = [text for role, text in _texts(record) if role in ("assistant", "text")]
         if any(phrase in answer.casefold() for answer in answers for phrase in folded):
             raise Dropped("contains a listed phrase")
         return [record]
@@ -99,30 +104,27 @@ def without_duplicates() -> Step:
     seen: set[Any] = set()
 
     def step(record: Record) -> list[Record]:
-        if record.get("id") is not None and record["id"] in seen:
+        named = json.dumps(record.get("id"))
+        if record.get("id") is not None and named in seen:
             raise Dropped("has the id of another")
-        form = detect_format(record)
-        if form == "text":
-            first: tuple[str, ...] = (record["text"],)
-        else:
-            first = tuple(turn["content"] + turn.get("input", "") for turn in messages_of(record, form)[:2])
+        first = tuple(text for _, text in _texts(record)[:2])
         if first in seen:
             raise Dropped("begins as another does")
-        seen.update({first, record.get("id")})
+        seen.update({first, named})
         return [record]
 
     return step
 
 
 def in_script(script: str, share: float = 0.5) -> Step:
-    """Drops a record in which less than `share` of the letters are of a Unicode script, such as "latin" or "cjk".
+    """Drops a record in whose texts less than `share` of the letters are of a Unicode script, as "latin" or "cjk".
 
     This tells languages apart by their writing only: FastChat's filter used a language detector.
     """
     name = script.upper()
 
     def step(record: Record) -> list[Record]:
-        letters = [letter for letter in json.dumps(record, ensure_ascii=False) if letter.isalpha()]
+        letters = [letter for _, text in _texts(record) for letter in text if letter.isalpha()]
         found = sum(unicodedata.name(letter, "").startswith(name) for letter in letters)
         if found < share * len(letters):
             raise Dropped(f"is not mostly {script}")
@@ -207,7 +209,7 @@ def chosen_steps(
     if deduplicated:
         steps.append(without_duplicates())
     if max_length is not None and tokenizer is not None:
-        steps += [split_long(load_tokenizer(tokenizer), max_length), alternating]
+        steps += [split_long(find_tokenizer(tokenizer), max_length), alternating]
     return steps
 
 
@@ -246,27 +248,33 @@ def prepare(
     Raises:
         PunaError: the sources have faults (named by line), or nothing is left.
     """
+    if not 0 < test_fraction < 1:
+        raise PunaError(f"--test-fraction {test_fraction} is no part of the whole: give a number between 0 and 1")
     faults, counts = Faults(), Counter[str]()
     rows = (row for source in sources for row in read_rows(source, faults))
     kept = [*apply(rows, steps, counts, faults), *added]
     faults.check()
     if not kept:
         raise PunaError(f"nothing is left of {', '.join(sources)}: {counts}")
+    files: dict[str | Path, Sequence[Record]] = {destination: kept}
     if test is not None:
         kept, held_out = split_train_test(kept, test_fraction)
+        if not kept:
+            raise PunaError(f"--test-fraction {test_fraction} leaves none of {len(held_out)} records to train on")
         counts["held out"] = len(held_out)
-        write_records(test, held_out, overwrite)
-    write_records(destination, kept, overwrite)
+        files = {destination: kept, test: held_out}
+    with ExitStack() as both:  # or neither: all are opened, and refused where they exist, before any is written
+        opened = {path: both.enter_context(atomic_path(path, overwrite)) for path in files}
+        for path, records in files.items():
+            opened[path].write_text(_as_text(records, listed=Path(path).suffix == ".json"), encoding="utf-8")
     return counts
 
 
-def write_records(destination: str | Path, records: Sequence[Record], overwrite: bool = False) -> None:
-    """Write a JSON list where `destination` ends in .json, else JSON lines."""
-    with atomic_path(destination, overwrite) as temporary:
-        if Path(destination).suffix == ".json":
-            temporary.write_text(json.dumps(records, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        else:
-            temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+def _as_text(records: Sequence[Record], listed: bool) -> str:
+    """A JSON list, or JSON lines."""
+    if listed:
+        return json.dumps(records, ensure_ascii=False, indent=2) + "\n"
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def split_train_test(records: Sequence[Record], fraction: float, seed: int = 0) -> tuple[list[Record], list[Record]]:

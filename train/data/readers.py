@@ -185,7 +185,7 @@ def read_json(file: Path, faults: Faults) -> Iterator[Row]:
                 faults.add(str(file), line, _reason(error))
     except json.JSONDecodeError as error:
         faults.add(str(file), error.lineno, _reason(error))
-    except RecursionError as error:
+    except (ValueError, RecursionError) as error:  # such as a number of too many digits
         faults.add(str(file), line, _reason(error))
 
 
