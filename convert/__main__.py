@@ -19,6 +19,7 @@ from convert.gguf import write_gguf
 from convert.save import write_model
 from convert.verify import compare
 from model.errors import PunaError
+from model.quantize import quantizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 GGUF_TYPES = {"int8": "q8_0", "int4": "q4_0"}
@@ -40,6 +41,7 @@ def model(
         None, help="hf: int8, int4 or nf4, for the linear weights of the layers. gguf: int8 (Q8_0) or int4 (Q4_0)."
     ),
     double_quant: bool = typer.Option(True, help="nf4: quantize the scales of its blocks too."),
+    block: int = typer.Option(64, help="int4: 32, 64 or 128 weights that share a scale."),
     max_shard_size: str = typer.Option("5GB", help="Bytes of one safetensors file, as in 500MB or 2GiB."),
     shards: int = typer.Option(1, min=1, help="Model-parallel shards of Meta's format."),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
@@ -61,7 +63,9 @@ def model(
     if quantize is not None:
         if to != "hf":
             raise PunaError(f"--quantize {quantize} writes --to hf or gguf only, not {to}")
-        checkpoint = quantized_checkpoint(checkpoint, as_format(quantize), double=double_quant and quantize == "nf4")
+        format, double = as_format(quantize), double_quant and quantize == "nf4"
+        quantizer(format, block, double)  # refuses what the format does not have
+        checkpoint = quantized_checkpoint(checkpoint, format, block, double)
     target = replace(checkpoint, format=to)
     write_model(destination, target, overwrite, shards=shards, max_shard_size=limit, bar=bar)
 

@@ -6,7 +6,7 @@ is `X.weight` beside `X.SCB`. bitsandbytes knows no grouped int4: `quant_method`
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -57,8 +57,9 @@ def quantize_rows(rows: jax.Array, format: Format, block: int, double: bool) -> 
     return quantize(rows.T, format, block, double)  # the transposes cancel: files hold what the codes run over
 
 
-def quantization_config(like: QuantizedArray) -> dict[str, Any]:
-    """The `quantization_config` of config.json for weights like this one."""
+def quantization_config(like: QuantizedArray, floats: Sequence[str] = ()) -> dict[str, Any]:
+    """The `quantization_config` of config.json for weights like this one. `floats` are the linear layers that are not
+    quantized, by their modules' names."""
     if like.format == "int4":
         return {"quant_method": "puna", "format": "int4", "block": like.block}
     is_nf4 = like.format == "nf4"
@@ -71,7 +72,7 @@ def quantization_config(like: QuantizedArray) -> dict[str, Any]:
         "bnb_4bit_compute_dtype": like.dtype,
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_threshold": 6.0,
-        "llm_int8_skip_modules": None,
+        "llm_int8_skip_modules": ["lm_head", *floats] if floats else None,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
     }
@@ -159,10 +160,7 @@ def read_quantized(
         if weight is not None:
             found[row.name] = weight
             left[row.hf] = _dequantized(weight, tensors[row.hf].where)
-    depth = config.num_hidden_layers
-    whole = {key for key in LINEARS if sum(f"layers.{i}.{key}" in found for i in range(depth)) == depth}
-    # Layers are stacked: a weight that some of them keep in float is loaded in float.
-    return left, {name: weight for name, weight in found.items() if name.split(".")[-1] in whole}
+    return left, found
 
 
 def _check_method(settings: Mapping[str, Any], folder: Path) -> None:

@@ -35,7 +35,8 @@ class StoredQuantized:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` are named as in convert/names.py: `embed`, `layers.0.wq`, ...; `folder` holds the companion files.
+    """`tensors` are named as in convert/names.py: `embed`, `layers.0.wq`, ...; `folder` holds the companion files, and
+    the model itself unless that is one `file`.
 
     Of the weights in `quantized`, which loads them as they are, `tensors` reads the dequantized numbers.
     """
@@ -45,10 +46,13 @@ class Checkpoint:
     folder: Path
     format: str
     quantized: Mapping[str, StoredQuantized] = field(default_factory=dict)
+    file: Path | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes of the weights, quantized ones as they are."""
+        floats = sum(tensor.nbytes for name, tensor in self.tensors.items() if name not in self.quantized)
+        return floats + sum(weight.like.nbytes for weight in self.quantized.values())
 
 
 def open_model(path: str | Path) -> Checkpoint:
@@ -79,6 +83,11 @@ def locate(path: str | Path) -> Path:
     if not _HUB_ID.fullmatch(str(path)):
         raise PunaError(f"{path}: no such folder, and no Hub id of the form org/name[@revision]")
     return _download(str(path))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in the folder."""
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def find_tokenizer(path: str | Path) -> Tokenizer:

@@ -62,6 +62,8 @@ def write_gguf(path: Path, checkpoint: Checkpoint, type: str, overwrite: bool = 
     """
     if type not in TYPES:
         raise PunaError(f"GGUF type {type!r} is not known; choose {', '.join(TYPES)}")
+    if path.is_dir():
+        raise PunaError(f"{path} is a folder: give the file to write, as {path / 'model.gguf'}")
     gguf = import_gguf(f"writing {path}")
     config = checkpoint.config
     names = _names(gguf, config)
@@ -211,7 +213,7 @@ def read_gguf(path: Path) -> Checkpoint:
     for row in rows(config):
         check_shape(names[row.name], tensors[names[row.name]], row.foreign_shape)
     ours = {row.name: _ours(row, tensors[names[row.name]], config) for row in rows(config)}
-    return Checkpoint(config, ours, path.parent, "gguf")
+    return Checkpoint(config, ours, path.parent, "gguf", file=path)
 
 
 def _file(path: Path) -> Path:

@@ -11,6 +11,7 @@ from convert.safetensor import read_safetensors, write_safetensors
 from convert.stored import Bar, Stored, same_bytes
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.params import LINEARS
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -88,7 +89,9 @@ def write_hf(folder: Path, checkpoint: Checkpoint, bar: Bar, max_shard_size: int
     config, quantized = checkpoint.config, checkpoint.quantized
     said = config.to_hf(main_dtype(checkpoint.tensors))
     if quantized:
-        said["quantization_config"] = quantization_config(next(iter(quantized.values())).like)
+        linears = [row for row in rows(config) if row.name.split(".")[-1] in LINEARS]
+        floats = [row.hf.removesuffix(".weight") for row in linears if row.name not in quantized]
+        said["quantization_config"] = quantization_config(next(iter(quantized.values())).like, floats)
     write_json(folder / "config.json", said)
     write_generation_config(folder, config)
     tensors: dict[str, Stored] = {}

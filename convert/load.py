@@ -5,6 +5,7 @@ local devices hold, and written into its place. So loading needs the parameters'
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial, reduce
 from pathlib import Path
 
@@ -36,14 +37,15 @@ def load_model(
 ) -> tuple[LlamaConfig, Params]:
     """The config and the stacked parameters of the model at `path`: a folder of any format we read, or a Hub id.
 
-    dtype: what to convert to; None keeps what is stored. mesh: the devices to load onto (sharded as
-    model.sharding.RULES say); None is the first device. quantize: int8, int4 or nf4, or a function from a weight to a
-    quantized one, for the layers' linear weights; each is quantized as it is read. adapters: PEFT folders, all active,
-    in order, unmerged; one that saved a larger vocabulary changes the config.
+    dtype: what to convert all weights to, quantized ones too; None keeps what is stored. mesh: the devices to load onto
+    (sharded as model.sharding.RULES say); None is the first device. quantize: int8, int4 or nf4, or a function from a
+    weight to a quantized one, for the layers' linear weights; each is quantized as it is read. adapters: PEFT folders,
+    all active, in order, unmerged; one that saved a larger vocabulary changes the config.
     Raises PunaError naming what is wrong with the files.
     """
     checkpoint = open_model(path)
-    params = load_params(checkpoint, dtype, mesh, quantize)
+    as_floats = checkpoint if dtype is None else replace(checkpoint, quantized={})
+    params = load_params(as_floats, dtype, mesh, quantize)
     return apply_adapters(params, checkpoint.config, adapters, mesh)
 
 
@@ -53,19 +55,21 @@ def load_params(
     mesh: Mesh | None = None,
     quantize: Format | Quantize | None = None,
 ) -> Params:
-    """The stacked parameters of an open checkpoint; see `load_model`."""
+    """The stacked parameters of an open checkpoint; see `load_model`. Here `dtype` is that of its floats: weights that
+    are stored quantized stay so, unless others are asked for with `quantize`."""
     specs = param_specs(checkpoint.config)
     layers = specs.pop("layers")
     depth = checkpoint.config.num_hidden_layers
     dtypes = {key: dtype or _common_dtype(checkpoint, key, depth) for key in layers}
-    is_requested = dtype is not None or quantize is not None  # other numbers than the stored quantized ones
+    # Layers are stacked: a weight that some of them keep in float is loaded in float.
+    whole = {key for key in LINEARS if all(f"layers.{i}.{key}" in checkpoint.quantized for i in range(depth))}
 
     def read(name: str, spec: ParamSpec, dtype: DTypeLike | None) -> jax.Array:
         tensor = checkpoint.tensors[name]
         return _placed(tensor.cast(np.dtype(dtype or tensor.dtype)), _sharding(name, spec, mesh))
 
     def weight(name: str, key: str, spec: ParamSpec) -> jax.Array | QuantizedArray:
-        if name in checkpoint.quantized and not is_requested:
+        if key in whole and quantize is None:
             return _placed_quantized(checkpoint.quantized[name](), key, spec, mesh)
         array = read(name, spec, dtypes[key])
         if quantize is None or key not in LINEARS:

@@ -1,12 +1,13 @@
 """Merging adapters into a model on disk: in order, one weight in memory at a time, vocabularies growing on the way.
 
-The sums are float32 and the result has the base's dtype, as peft's and Chinese-LLaMA-Alpaca's merges have it. Into a
-quantized base the update is added to the dequantized weight, which is then quantized again.
+The sums are float32 and each result has the base's dtype, as peft's and Chinese-LLaMA-Alpaca's merges have it, or the
+wider one that is asked for. Into a quantized base all updates are added to the dequantized weight, which is then
+quantized again, once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.bnb import quantize_rows
-from convert.checkpoint import Checkpoint, StoredQuantized, copy_files, open_model
+from convert.checkpoint import Checkpoint, StoredQuantized, copy_files, has_tokenizer, open_model
 from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter
 from convert.save import MAX_SHARD_SIZE, write_model
-from convert.stored import Bar, Index, Stored, silent
+from convert.stored import Bar, Stored, silent
+from convert.vocab import resized
 from model.errors import PunaError
 from model.lora import LoraArray, dense
 from model.quantize import QuantizedArray, dequantize
@@ -36,25 +38,41 @@ def merge(
     max_shard_size: int = MAX_SHARD_SIZE,
     bar: Bar = silent,
 ) -> dict[str, float]:
-    """Writes `base` with every adapter merged, in order, and the last tokenizer that came with any of them.
+    """Writes `base` with every adapter merged, in order, and the last tokenizer that came with any of them. A tokenizer
+    with more tokens than the model has rows gives it new ones, the mean of the old.
 
     Returns, for weights quantized again, the relative error that cost (Frobenius norm), by name.
-    Raises PunaError where an adapter does not fit what the ones before it made, or a tokenizer is smaller than its
-    model; nothing is written then.
+    Raises PunaError where an adapter does not fit what the ones before it made, or the tokenizer of a grown vocabulary
+    is smaller than the one before it; nothing is written then.
     """
+    if (destination / "adapter_config.json").is_file():
+        raise PunaError(f"{destination} holds an adapter: give the folder to write as the last of BASE ADAPTER... DST")
     checkpoint = open_model(base)
     if format != "hf" or dtype is not None:
         checkpoint = replace(checkpoint, quantized={})
-    errors: dict[str, float] = {}
-    tokens = checkpoint.folder
+    if dtype is not None:
+        checkpoint = _cast(checkpoint, lambda own: np.dtype(jnp.promote_types(own, dtype)))
+    tokens, size = checkpoint.folder, _tokenizer_size(checkpoint.folder) or checkpoint.config.vocab_size
+    touched: set[str] = set()
     for folder in adapters:
         adapter = read_adapter(folder)
-        tokens = _tokens(adapter, checkpoint) or tokens
-        checkpoint = with_adapter(checkpoint, adapter, errors)
+        checkpoint = with_adapter(checkpoint, adapter)
+        touched |= adapter.factors.keys()
+        own = _tokenizer_size(adapter.folder)
+        if own is not None and own < size and adapter.saved:
+            raise PunaError(f"{folder}: its tokenizer has {own} tokens, fewer than the {size} of the one before it")
+        if own is not None and own >= size:  # peft leaves the base's own beside an adapter that did not grow it
+            tokens, size = adapter.folder, own
+            checkpoint = resized(checkpoint, max(size, checkpoint.config.vocab_size))
     if dtype is not None:
-        kind = np.dtype(jnp.dtype(dtype))
-        checkpoint = replace(checkpoint, tensors={name: t.cast(kind) for name, t in checkpoint.tensors.items()})
-    target = replace(checkpoint, format=format)
+        checkpoint = _cast(checkpoint, lambda own: np.dtype(jnp.dtype(dtype)))
+    errors: dict[str, float] = {}
+    again = {
+        name: _requantized(name, checkpoint.tensors[name], weight.like, errors)
+        for name, weight in checkpoint.quantized.items()
+        if name in touched
+    }
+    target = replace(checkpoint, format=format, quantized={**checkpoint.quantized, **again})
     write_model(
         destination,
         target,
@@ -77,34 +95,33 @@ class _Files:
         copy_files(TOKENIZER_FILES, self.folder, folder)
 
 
-def _tokens(adapter: Adapter, checkpoint: Checkpoint) -> Path | None:
-    """The adapter's folder, where it brings a tokenizer. Raises PunaError for one smaller than the model so far."""
-    if not any((adapter.folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        return None
-    size, rows = load_tokenizer(adapter.folder).vocab_size, checkpoint.config.vocab_size
-    if size < rows and not adapter.saved:
-        return None  # peft leaves the base's own tokenizer beside an adapter; padded tables have more rows than it
-    if size < rows:
-        raise PunaError(f"{adapter.folder}: its tokenizer has {size} tokens, fewer than the model's {rows} rows")
-    return adapter.folder
+def _cast(checkpoint: Checkpoint, kind: Callable[[np.dtype], np.dtype]) -> Checkpoint:
+    return replace(checkpoint, tensors={name: t.cast(kind(t.dtype)) for name, t in checkpoint.tensors.items()})
 
 
-def with_adapter(checkpoint: Checkpoint, adapter: Adapter, errors: dict[str, float] | None = None) -> Checkpoint:
-    """The checkpoint whose tensors are merged with one adapter's when read.
+def _tokenizer_size(folder: Path) -> int | None:
+    """Tokens of the tokenizer in a folder; None where there is none."""
+    return load_tokenizer(folder).vocab_size if has_tokenizer(folder) else None
 
-    Weights quantized again note their relative error in `errors`. Raises PunaError where the adapter does not fit.
+
+def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The checkpoint whose `tensors` are merged with one adapter's when read; `quantized` stays as it is.
+
+    Raises PunaError where the adapter does not fit.
     """
     config = checkpoint.config
     check_fits(adapter, config)
     for name, factors in adapter.factors.items():
         for part in (factors.a, factors.b, *(() if factors.magnitude is None else (factors.magnitude,))):
             load_finite(part, f"the adapter of {name}")
-    errors = {} if errors is None else errors
-    tensors, quantized = dict(checkpoint.tensors), dict(checkpoint.quantized)
-    for name, factors in adapter.factors.items():
-        if name in quantized:
-            quantized[name] = _merged_quantized(name, quantized[name], factors, errors)
-        tensors[name] = _merged(tensors[name], factors)
+    before, tensors = checkpoint.tensors, dict(checkpoint.tensors)
+
+    @lru_cache(maxsize=1)  # a weight is computed whole, and then read in as many parts as Meta has shards
+    def merged(name: str) -> np.ndarray:
+        return np.asarray(_add(before[name].transposed().load(), *_arrays(adapter.factors[name])))
+
+    for name in adapter.factors:
+        tensors[name] = replace(before[name], read=lambda index, name=name: merged(name).T[index])
     untied = is_untied_by(adapter, config)
     if untied:
         tensors["lm_head"] = tensors["embed"].transposed()
@@ -118,35 +135,15 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter, errors: dict[str, flo
         vocab_size=tensors["embed"].shape[0],
         tie_word_embeddings=config.tie_word_embeddings and not untied,
     )
-    return replace(checkpoint, config=config, tensors=tensors, quantized=quantized)
+    return replace(checkpoint, config=config, tensors=tensors)
 
 
-def _merged(tensor: Stored, factors: Factors) -> Stored:
-    """The weight [in, out] plus its update, computed whole when any part is read."""
-
-    @cache
-    def whole() -> np.ndarray:
-        rows = tensor.transposed().load()
-        return np.asarray(_add(rows, *_arrays(factors)))
-
-    def read(index: Index) -> np.ndarray:
-        part = whole().T[index]
-        if part.shape == tensor.shape:
-            whole.cache_clear()
-        return part
-
-    return replace(tensor, read=read)
-
-
-def _merged_quantized(
-    name: str, weight: StoredQuantized, factors: Factors, errors: dict[str, float]
-) -> StoredQuantized:
-    like = weight.like
-    again = partial(quantize_rows, format=like.format, block=like.block, double=like.nested_absmax is not None)
+def _requantized(name: str, tensor: Stored, like: QuantizedArray, errors: dict[str, float]) -> StoredQuantized:
+    """A merged weight [in, out] quantized as `like` was, which notes its relative error in `errors`."""
 
     def load() -> QuantizedArray:
-        rows = _add(np.asarray(dequantize(weight())).T, *_arrays(factors))
-        result = again(rows)
+        rows = jnp.asarray(tensor.transposed().load())
+        result = quantize_rows(rows, like.format, like.block, like.nested_absmax is not None)
         errors[name] = float(_relative_error(result, rows))
         return result
 

@@ -1,6 +1,6 @@
 """Writing a model: in any format, streamed, complete or not at all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,10 +55,11 @@ def save_model(
         for tensor in tensors.values():  # the other half of each gathering read, in the writer's order
             tensor.load()
         return
-    with _new_folder(Path(path), tensors, overwrite) as folder:
+    checkpoint = Checkpoint(config, tensors, Path(path), format, quantized)
+    with _new_folder(Path(path), checkpoint.nbytes, overwrite) as folder:
         if tokenizer is not None:
             tokenizer.save(folder)
-        _write(folder, Checkpoint(config, tensors, folder, format, quantized), shards, MAX_SHARD_SIZE, silent)
+        _write(folder, checkpoint, shards, MAX_SHARD_SIZE, silent)
 
 
 def write_model(
@@ -76,7 +77,7 @@ def write_model(
 
     Raises PunaError where `path` exists, the disk is too small, or the format cannot hold the model.
     """
-    with _new_folder(path, checkpoint.tensors, overwrite) as folder:
+    with _new_folder(path, checkpoint.nbytes, overwrite) as folder:
         copy_files(["generation_config.json"], checkpoint.folder, folder)
         if tokenizer is None:
             copy_files(TOKENIZER_FILES, checkpoint.folder, folder)
@@ -86,9 +87,9 @@ def write_model(
 
 
 @contextmanager
-def _new_folder(path: Path, tensors: Mapping[str, Stored], overwrite: bool) -> Iterator[Path]:
+def _new_folder(path: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
     with atomic_path(path, overwrite) as folder:
-        check_free_space(path, sum(tensor.nbytes for tensor in tensors.values()))
+        check_free_space(path, nbytes)
         folder.mkdir()
         yield folder
 

@@ -8,7 +8,7 @@ import typer
 from convert.command import main
 from infer.generate import check_room, complete
 from infer.load import find, load, sampling, start_mesh
-from model.quantize import Format
+from model.quantize import Format, quantizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -35,6 +35,9 @@ def generate(
     tokenizer: Annotated[Path | None, typer.Option(help="Where the model's folder has no tokenizer.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; as stored when not given.")] = None,
     quantize: Annotated[Format | None, typer.Option(help="What to quantize the linear weights to.")] = None,
+    block: Annotated[int, typer.Option(help="int4: 32, 64 or 128 weights that share a scale.")] = 64,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4: quantize its scales too.")] = False,
+    int8_activations: Annotated[bool, typer.Option("--int8-activations", help="int8: round activations too.")] = False,
     adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter folder; several apply in order.")] = None,
     mesh: Annotated[str | None, typer.Option(help="Devices to split the model over, as tensor=2.")] = None,
 ) -> None:
@@ -44,7 +47,9 @@ def generate(
     one form feed between two. Settings not given come from the model's generation_config.json; without `do_sample` in
     it, and without --temperature, --top-k, --top-p or --min-p, the likeliest token is taken each time.
     """
-    source = find(model, tokenizer)
+    activations = "int8" if int8_activations else "float"
+    form = None if quantize is None else quantizer(quantize, block, double_quant, activations)
+    source = find(model, tokenizer, adapter or [])
     settings = sampling(
         source.generation,
         temperature=temperature,
@@ -58,7 +63,7 @@ def generate(
         ids = source.tokenizer.encode(text, add_bos=source.tokenizer.bos_id is not None)
         check_room(f"prompt {number}", ids, max_new_tokens, source.config)
     devices = start_mesh(mesh)
-    config, params = load(source, devices, dtype, quantize, adapter or [])
+    config, params = load(source, devices, dtype, form)
     pieces = complete(
         params,
         config,

@@ -9,14 +9,14 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from convert import load_model
-from convert.checkpoint import Checkpoint, find_tokenizer, open_model, read_json
+from convert.checkpoint import Checkpoint, find_tokenizer, has_tokenizer, open_model, read_json
+from convert.load import Quantize, load_params
+from convert.peft import Adapter, apply_adapters, check_fits, read_adapter
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.linear import for_decoding
 from model.params import Params
-from model.quantize import Format
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer
 
@@ -25,12 +25,10 @@ class Source(NamedTuple):
     """A model found and understood, its weights unread: requests can be refused before they are."""
 
     checkpoint: Checkpoint
+    config: LlamaConfig  # with the vocabulary that the adapters give it
     tokenizer: Tokenizer
     generation: dict[str, Any]  # generation_config.json; empty where there is none
-
-    @property
-    def config(self) -> LlamaConfig:
-        return self.checkpoint.config
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -43,31 +41,41 @@ class Source(NamedTuple):
         return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
 
 
-def find(model: str, tokenizer: Path | None = None) -> Source:
-    """The model that a folder or Hub id names; its tokenizer is `tokenizer` (file or folder), or lies with it.
+def find(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> Source:
+    """The model that a folder, a GGUF file or a Hub id names, with `adapters` for it. Its tokenizer is `tokenizer`
+    (file, folder or Hub id), or the last one that came with an adapter which grew the vocabulary, or lies with it.
 
     Raises:
-        PunaError: no model or no tokenizer there, or a model that is not a LLaMA as we know it.
+        PunaError: no model or no tokenizer there, a model that is not a LLaMA as we know it, or an adapter that does
+            not fit it.
     """
     checkpoint = open_model(model)
+    config, found = checkpoint.config, tuple(read_adapter(folder) for folder in adapters)
+    place = checkpoint.folder
+    for adapter in found:
+        check_fits(adapter, config)
+        rows = max((tensor.shape[0] for tensor in adapter.saved.values()), default=config.vocab_size)
+        if rows > config.vocab_size and has_tokenizer(adapter.folder):
+            place = adapter.folder
+        config = replace(config, vocab_size=rows)
     try:
-        found = find_tokenizer(tokenizer or checkpoint.folder)
+        own = find_tokenizer(tokenizer or place)
     except PunaError as error:
         raise PunaError(f"{error}; name another place with --tokenizer") from None
     defaults = checkpoint.folder / "generation_config.json"
-    return Source(checkpoint, found, read_json(defaults) if defaults.exists() else {})
+    return Source(checkpoint, config, own, read_json(defaults) if defaults.exists() else {}, found)
 
 
 def load(
     source: Source,
     mesh: Mesh | None = None,
     dtype: str | None = None,
-    quantize: Format | None = None,
-    adapters: Sequence[str | Path] = (),
+    quantize: Quantize | None = None,
 ) -> tuple[LlamaConfig, Params]:
     """The weights as decoding wants them, and the config as adapters leave it. See `load_model`."""
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
-        config, params = load_model(source.checkpoint.folder, dtype, mesh, quantize, adapters)
+        params = load_params(source.checkpoint, dtype, mesh, quantize)
+        config, params = apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
         return config, for_decoding(params)
 
 

@@ -5,7 +5,7 @@ Codes are kept as bitsandbytes keeps them, over the flattened [out, in] of Huggi
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from typing import Literal
@@ -87,6 +87,23 @@ def joined_rows(in_features: int, block: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- quantize
+
+
+def quantizer(
+    format: Format, block: int = 64, double: bool = False, activations: str = "float"
+) -> Callable[[Array], QuantizedArray]:
+    """The function from a weight to its quantized form. block: 32, 64 or 128 weights that share a scale, for int4;
+    double: double quantization, for nf4; activations: "int8" or "float", for int8.
+
+    Raises PunaError for a setting that the format does not have.
+    """
+    if block not in ((32, 64, 128) if format == "int4" else (64,)):
+        raise PunaError(f"quantize {format} has no blocks of {block}: give int4, and 32, 64 or 128")
+    if double and format != "nf4":
+        raise PunaError(f"quantize {format} has no double quantization: give nf4, or leave it out")
+    if activations != "float" and format != "int8":
+        raise PunaError(f"quantize {format} has no {activations} activations: give int8, or leave them out")
+    return lambda w: replace(quantize(w, format, block, double), activations=activations)
 
 
 @partial(jax.jit, static_argnames=("format", "block", "double"))

@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 from convert import load_model, save_model
 from convert.__main__ import app
+from convert.checkpoint import open_model
+from convert.load import load_params
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
 from model.params import LINEARS
-from model.quantize import QuantizedArray, dequantize, dynamic_map, quantize
+from model.quantize import QuantizedArray, dequantize, dynamic_map, quantize, quantizer
 
 # peft, transformers and bitsandbytes deprecate each other's names; what they warn of is not ours.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -157,6 +159,53 @@ def test_a_checkpoint_that_bitsandbytes_saves_loads_and_ours_loads_in_it(plain, 
             np.testing.assert_array_equal(mine[key].reshape(-1), tensor.reshape(-1), err_msg=key)
     again = load_torch(tmp_path / "ours", device_map="cpu")
     np.testing.assert_array_equal(torch_logits(again), torch_logits(theirs))
+
+
+def test_weights_that_some_layers_keep_in_float(plain, tmp_path):
+    """As in checkpoints that quantize layer by layer what bears it: what is quantized stays so on disk."""
+    kept = ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    settings = transformers.BitsAndBytesConfig(**THEIR_SETTINGS["nf4"], llm_int8_skip_modules=kept)
+    theirs = load_torch(plain, quantization_config=settings, device_map="cpu")
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, params = load_model(tmp_path / "theirs")
+    floats = {name for name in LINEARS if not isinstance(params["layers"][name], QuantizedArray)}
+    assert floats == {"wq", "w_down"}
+    np.testing.assert_allclose(our_logits(config, params), torch_logits(theirs), atol=1e-4)
+    arguments = ["model", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--to", "hf"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    said = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
+    assert sorted(said["llm_int8_skip_modules"]) == sorted(kept)
+    again = load_torch(tmp_path / "ours", device_map="cpu")
+    np.testing.assert_array_equal(torch_logits(again), torch_logits(theirs))
+
+
+def test_a_dtype_is_that_of_the_floats_beside_quantized_weights(plain, tmp_path):
+    assert CliRunner().invoke(app, command(plain, tmp_path / "q", "nf4 double")).exit_code == 0
+    params = load_params(open_model(tmp_path / "q"), jnp.bfloat16)
+    assert all(isinstance(params["layers"][name], QuantizedArray) for name in LINEARS)
+    assert params["embed"].dtype == params["layers"]["attn_norm"].dtype == jnp.bfloat16
+
+
+def test_sizes_are_those_of_quantized_weights(plain, tmp_path):
+    assert CliRunner().invoke(app, command(plain, tmp_path / "q", "nf4 double")).exit_code == 0
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(load_model(tmp_path / "q")[1]))
+    assert open_model(tmp_path / "q").nbytes == nbytes
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "q")])
+    assert f"bytes                   {nbytes:,}\n" in result.output
+    assert "nf4 in blocks of 64, double (14 tensors), float32 (7 tensors)" in result.output
+
+
+@pytest.mark.parametrize("block", [32, 128])
+def test_int4_in_groups_is_written_and_read(plain, block, tmp_path):
+    arguments = [*command(plain, tmp_path / "q", "int4"), "--block", str(block)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    params = load_model(tmp_path / "q")[1]
+    loaded = load_model(plain, quantize=quantizer("int4", block))[1]
+    for name in LINEARS:
+        assert params["layers"][name].block == block
+        np.testing.assert_array_equal(dequantize(params["layers"][name]), dequantize(loaded["layers"][name]))
+    wrong = CliRunner().invoke(app, [*command(plain, tmp_path / "w", "nf4"), "--block", "32"]).exception
+    assert isinstance(wrong, PunaError) and "quantize nf4 has no blocks of 32" in str(wrong)
 
 
 def command(source, destination, name):

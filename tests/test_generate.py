@@ -1,6 +1,7 @@
 """Generated tokens equal transformers' one by one, in any company, and text ends where it should."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,10 +16,15 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 from typer.testing import CliRunner
 
 import infer.generate
-from convert import load_model, save_model
+from convert import load_model, save_model, vocab
+from convert.checkpoint import open_model
+from convert.gguf import write_gguf
+from convert.merge import merge
+from convert.peft import save_adapter
 from infer.__main__ import app
 from infer.generate import Text, check_room, decode, generate
 from infer.load import sampling, start_mesh
@@ -26,6 +32,7 @@ from infer.sample import Sampling, rows
 from model import forward, make_mesh
 from model.errors import PunaError
 from model.linear import for_decoding
+from model.lora import add
 from model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -315,6 +322,53 @@ def test_an_adapter_speaks_as_in_peft(data_dir, command):
     expected = source.decode(prompt + run_theirs(adapted, prompt)) + "\n"
     flags = ["--prompt", "Once upon a time", "--max-new-tokens", NEW]
     assert command(derived / "hf_sharded", "--adapter", derived / "peft_qv_r8a16", *flags) == expected
+
+
+@pytest.mark.slow
+def test_an_adapter_with_tokens_of_its_own_speaks_as_merged(data_dir, command, tmp_path):
+    base = data_dir / "stories260k-derived" / "hf_sharded"
+    with (tmp_path / "chinese.model").open("wb") as stream:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["羊驼在高原上走"] * 5),
+            model_writer=stream,
+            model_type="bpe",
+            vocab_size=12,
+            minloglevel=2,
+        )
+    vocab.merge(base / "tokenizer.model", tmp_path / "chinese.model", tmp_path / "grown.model")
+    vocab.resize(base, tmp_path / "wide", tmp_path / "grown.model")
+    config, params = load_model(tmp_path / "wide")
+    modules = ("embed_tokens", "lm_head")
+    config, params = add(params, config, jax.random.key(0), modules_to_save=modules)
+    save_adapter(tmp_path / "a", params, modules, tokenizer=load_tokenizer(tmp_path / "wide"))
+    merge(base, [tmp_path / "a"], tmp_path / "merged")
+    assert max(load_tokenizer(tmp_path / "merged").encode("羊驼")) >= 512
+    flags = ["--prompt", "Once upon a time 羊驼", "--max-new-tokens", NEW]
+    assert command(base, "--adapter", tmp_path / "a", *flags) == command(tmp_path / "merged", *flags)
+
+
+@pytest.mark.slow
+def test_the_gguf_file_that_is_named_is_the_one_that_speaks(data_dir, command, story, tmp_path):
+    """With other models beside it."""
+    source = data_dir / "stories260k-derived" / "hf_sharded"
+    config, params = load_model(source)
+    mute = tmp_path / "mute"
+    save_model(mute, config, jax.tree.map(jnp.zeros_like, params), tokenizer=load_tokenizer(source))
+    write_gguf(mute / "a.gguf", open_model(source), "float32")
+    shutil.copy(mute / "a.gguf", mute / "b.gguf")
+    flags = ["--prompt", "Once upon a time", "--temperature", "0", "--max-new-tokens", "196"]
+    assert command(mute / "a.gguf", *flags) == story
+
+
+@pytest.mark.parametrize(
+    "flags", [("int4", "--block", "32"), ("nf4", "--double-quant"), ("int8", "--int8-activations")], ids=str
+)
+def test_quantized_weights_have_their_settings(data_dir, command, flags):
+    folder = data_dir / "stories260k-derived" / "hf_sharded"
+    text = command(folder, "--prompt", "Once upon a time", "--max-new-tokens", "4", "--quantize", *flags)
+    assert text.startswith("Once upon a time")
+    with pytest.raises(PunaError, match="quantize nf4 has no int8 activations"):
+        command(folder, "--prompt", "a", "--quantize", "nf4", "--int8-activations")
 
 
 def test_float_types_are_named_as_the_flag_has_them(data_dir, command):

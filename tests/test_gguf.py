@@ -274,6 +274,11 @@ def test_the_commands(data_dir, tmp_path, command):  # noqa: F811
     for arguments, kind in ((("--dtype", "float16"), "F16"), (("--quantize", "int8"), "Q8_0")):
         assert command("model", source, file, "--to", "gguf", "--overwrite", *arguments)[0] == 0
         assert gguf.GGUFReader(file).get_tensor(0).tensor_type == gguf.GGMLQuantizationType[kind]
+    (tmp_path / "another.gguf").write_bytes(b"not of this model")
+    code, out, _ = command("inspect", file)
+    assert code == 0 and out[-1].startswith("stories.gguf ") and not any("another.gguf" in line for line in out)
+    code, _, err = command("model", source, tmp_path / "back", "--to", "gguf", "--overwrite")
+    assert code == 2 and "is a folder: give the file to write" in err[-1] and (tmp_path / "back/config.json").exists()
     code, _, err = command("model", source, tmp_path / "dst.gguf", "--to", "gguf", "--quantize", "nf4")
     assert code == 2 and "'nf4' is not known" in err[-1] and not list(tmp_path.glob("*dst*"))
 

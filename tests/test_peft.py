@@ -18,11 +18,15 @@ from typer.testing import CliRunner
 
 from convert import load_model, save_model
 from convert.__main__ import app
+from convert.merge import merge as merge_folders
 from convert.peft import apply_adapters, read_adapter, save_adapter
+from convert.verify import compare
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
-from model.lora import add, merge
+from model.lora import LoraArray, add, merge
 from model.quantize import dequantize
+from model.tokenizer import load_tokenizer
+from train.data.toy import write_tokenizer
 
 # peft and transformers deprecate each other's names; what they warn of is not ours.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
@@ -37,6 +41,7 @@ CONFIG = LlamaConfig(
     max_position_embeddings=64,
 )
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TO_NF4 = ["--to", "hf", "--quantize", "nf4"]
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 SETTINGS = {
     "plain": {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]},
@@ -222,6 +227,86 @@ def test_merging_into_a_quantized_base_quantizes_again_and_says_the_error(base, 
     for name in ("wq", "wv", "wo"):
         here, there = in_memory["layers"][name], again["layers"][name]
         np.testing.assert_allclose(dequantize(here), dequantize(there), atol=1e-6)
+
+
+def adapter_of(folder, config, seed, tokenizer=None, **settings):
+    """Writes an adapter whose every number shows; returns its folder."""
+    _, params = add(init_params(config, jax.random.key(seed)), config, jax.random.key(seed), rank=2, **settings)
+    layers = {
+        name: replace(w, b=jax.random.normal(jax.random.key(seed), w.b.shape) * 0.3) if isinstance(w, LoraArray) else w
+        for name, w in params["layers"].items()
+    }
+    save_adapter(folder, {**params, "layers": layers}, settings.get("modules_to_save", ()), tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def float_base(tmp_path):
+    """CONFIG's folder, its numbers large enough to show."""
+    params = init_params(CONFIG, jax.random.key(0))
+    save_model(tmp_path / "base", CONFIG, jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params))
+    return tmp_path / "base"
+
+
+def test_several_adapters_into_a_quantized_base_quantize_it_once(float_base, tmp_path):
+    assert CliRunner().invoke(app, ["model", str(float_base), str(tmp_path / "q"), *TO_NF4]).exit_code == 0
+    adapters = [adapter_of(tmp_path / f"a{seed}", CONFIG, seed, targets=["q_proj"]) for seed in (1, 2)]
+    said = merge_folders(tmp_path / "q", adapters, tmp_path / "m")
+    in_memory, errors = merge(load_model(tmp_path / "q", adapters=adapters)[1])
+    np.testing.assert_allclose(
+        dequantize(load_model(tmp_path / "m")[1]["layers"]["wq"]), dequantize(in_memory["layers"]["wq"]), atol=1e-6
+    )
+    assert max(said.values()) == pytest.approx(errors["layers/wq"], rel=1e-5)
+
+
+def test_a_merge_to_a_wider_dtype_rounds_nothing(float_base, tmp_path):
+    """Of an update that bfloat16 would round away."""
+    config, params = load_model(float_base, dtype=jnp.bfloat16)
+    save_model(tmp_path / "half", config, params)
+    adapter = adapter_of(tmp_path / "a", CONFIG, 1, targets=["v_proj"], alpha=0.01)
+    merge_folders(tmp_path / "half", [adapter], tmp_path / "m", dtype="float32")
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    expected, _ = merge(apply_adapters(wide, config, [adapter])[1])
+    found = load_model(tmp_path / "m")[1]
+    np.testing.assert_array_equal(found["layers"]["wv"], expected["layers"]["wv"])
+    assert (np.asarray(found["layers"]["wv"]) != np.asarray(wide["layers"]["wv"])).mean() > 0.9
+
+
+def test_a_merge_to_metas_shards_is_the_merge(float_base, tmp_path):
+    adapter = adapter_of(tmp_path / "a", CONFIG, 1)
+    merge_folders(float_base, [adapter], tmp_path / "hf")
+    merge_folders(float_base, [adapter], tmp_path / "meta", format="meta", shards=2)
+    assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == 2
+    assert compare(tmp_path / "hf", tmp_path / "meta")
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_gives_the_model_new_ones(float_base, tmp_path):
+    write_tokenizer(tmp_path)
+    adapter = adapter_of(tmp_path / "a", CONFIG, 1, load_tokenizer(tmp_path))
+    merge_folders(float_base, [adapter], tmp_path / "m")
+    config, params = load_model(tmp_path / "m")
+    assert config.vocab_size == load_tokenizer(tmp_path / "m").vocab_size == 260 == len(params["embed"])
+    np.testing.assert_allclose(params["embed"][96:], params["embed"][:96].mean(axis=0)[None].repeat(164, 0), atol=1e-6)
+
+
+def test_tables_padded_beyond_the_tokenizer_merge(tmp_path):
+    """What `vocab resize --multiple` and training with saved modules leave."""
+    write_tokenizer(tmp_path)
+    config, tokenizer = replace(CONFIG, vocab_size=320), load_tokenizer(tmp_path)
+    save_model(tmp_path / "base", config, init_params(config, jax.random.key(0)), tokenizer=tokenizer)
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"], "targets": ["q_proj"]}
+    adapter = adapter_of(tmp_path / "a", config, 1, tokenizer, **saved)
+    merge_folders(tmp_path / "base", [adapter], tmp_path / "m")
+    config, params = load_model(tmp_path / "m")
+    assert config.vocab_size == 320
+    np.testing.assert_array_equal(params["embed"], read_adapter(adapter).saved["embed"].load())
+
+
+def test_a_forgotten_destination_replaces_no_adapter(float_base, tmp_path):
+    adapters = [str(adapter_of(tmp_path / f"a{seed}", CONFIG, seed)) for seed in (1, 2)]
+    result = CliRunner().invoke(app, ["merge", str(float_base), *adapters, "--overwrite"])
+    assert isinstance(result.exception, PunaError) and "a2 holds an adapter" in str(result.exception)
+    assert read_adapter(adapters[1]).factors
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -15,10 +15,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from convert import save_model
+from model import LlamaConfig, init_params
 from model.errors import PunaError
 from train import cost
-from train.config import Config, read_config
+from train.adapt import abstract_parts, quantize_linears
+from train.config import Config, QuantizeConfig, read_config
 from train.plan import alternatives, differences, make_plan, report, suggest, use_virtual_devices
+from train.start import first_weights, mesh_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,6 +135,23 @@ def mesh_sizes(config: Config) -> dict[str, int]:
     return {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_that_is_stored_quantized_is_billed_so(tmp_path, dtype):
+    """And its other weights as [model] param_dtype has them, not as stored."""
+    model = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    params = quantize_linears(init_params(model, jax.random.key(0), dtype), QuantizeConfig(double_quant=True))
+    save_model(tmp_path / "q", model, params)
+    config = read_config({"model": {"path": str(tmp_path / "q")}, "lora": {}, "data": {"path": "x", "max_length": 64}})
+    planned = abstract_parts(config, model, mesh_of(config))
+    found = first_weights(config, model, mesh_of(config))
+    for x, y in zip(jax.tree.leaves(planned), jax.tree.leaves(found), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    assert found[1]["embed"].dtype == jnp.float32
+
+
 def test_the_number_of_devices_is_asked_for():
     with pytest.raises(PunaError, match="give --devices"):
         use_virtual_devices(small({"fsdp": -1}), None)
@@ -163,8 +184,7 @@ before = status("VmRSS")
 rows = {name: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding) for name, x in batch.items()}
 state = init_state(config, abstract, init_params(model, jax.random.key(0), jnp.float32, mesh))
 open("/proc/self/clear_refs", "w").write("5")
-for _ in range(2):
-    state, metrics = jax.block_until_ready(compiled(state, rows))
+jax.block_until_ready(compiled(state, rows))
 print(json.dumps({"predicted": predicted, "measured": status("VmHWM") - before}))
 """
 
@@ -189,7 +209,8 @@ def test_predicted_memory_is_within_five_per_cent_of_the_peak(devices, mesh, rem
         "run": {"batch_size": rows},
     }
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}  # it compiles the same step twice
+    # Buffers are the same without LLVM's optimizations.
+    env |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(settings)], capture_output=True, text=True, env=env, check=False
     )

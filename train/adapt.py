@@ -4,18 +4,18 @@ Without [lora] everything trains and nothing is frozen.
 """
 
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import jax
 from jax import Array
 from jax.sharding import Mesh
 
+from convert.checkpoint import open_model
 from model import lora
 from model.config import LlamaConfig
 from model.linear import shardings
 from model.params import LINEARS, Params, ParamSpec, abstract_params, param_specs
-from model.quantize import quantize
+from model.quantize import quantizer
 from train.config import Config, QuantizeConfig
 
 
@@ -34,16 +34,16 @@ def add_adapters(config: Config, model: LlamaConfig, params: Params, mesh: Mesh 
     return lora.split(params, config.lora.modules_to_save)
 
 
-def quantizer(wanted: QuantizeConfig | None) -> Any:
+def wanted_quantizer(wanted: QuantizeConfig | None) -> Any:
     """The function from a weight to its quantized form that [quantize] asks for; None without it."""
-    return wanted and partial(quantize, format=wanted.method, double=wanted.double_quant)
+    return wanted and quantizer(wanted.method, wanted.block, wanted.double_quant)
 
 
 def quantize_linears(params: Params, wanted: QuantizeConfig | None) -> Params:
     """Parameters whose layers' linear weights are quantized as [quantize] says."""
     if wanted is None:
         return params
-    layers = {name: quantizer(wanted)(w) if name in LINEARS else w for name, w in params["layers"].items()}
+    layers = {name: wanted_quantizer(wanted)(w) if name in LINEARS else w for name, w in params["layers"].items()}
     return {**params, "layers": layers}
 
 
@@ -54,13 +54,23 @@ def abstract_parts(config: Config, model: LlamaConfig, mesh: Mesh) -> tuple[Any,
         return params, None
 
     def build(params: Params) -> Params:
-        trained, frozen = add_adapters(config, model, quantize_linears(params, config.quantize), None)
+        wanted = config.quantize or _stored(config.model.path)
+        trained, frozen = add_adapters(config, model, quantize_linears(params, wanted), None)
         return lora.join(trained, frozen)
 
     shapes = jax.eval_shape(build, params)
     where = _shardings(shapes, param_specs(model), mesh)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
     return lora.split(placed, config.lora.modules_to_save)
+
+
+def _stored(path: str | None) -> QuantizeConfig | None:
+    """How the checkpoint at `path` is quantized; it stays so under adapters."""
+    quantized = open_model(path).quantized if path else {}
+    if not quantized:
+        return None
+    like = next(iter(quantized.values())).like
+    return QuantizeConfig(like.format, like.nested_absmax is not None, like.block)
 
 
 def join(trained: Any, frozen: Any, key: Array) -> Params:

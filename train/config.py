@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.errors import PunaError
+from model.quantize import quantizer
 from train.data.config import DataConfig
 from train.data.config import check as check_data
 from train.schema import flat, read
@@ -100,10 +101,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """[quantize]: how the frozen base is kept under [lora] (QLoRA, arXiv:2305.14314)."""
+    """[quantize]: how the frozen base is kept under [lora] (QLoRA, arXiv:2305.14314). block is of int4: 32, 64 or
+    128 weights that share a scale."""
 
     method: Literal["int8", "int4", "nf4"] = "nf4"
     double_quant: bool = False
+    block: int = 64
 
 
 @dataclass(frozen=True)
@@ -274,6 +277,8 @@ def _check(config: Config) -> None:
         raise PunaError("model.path and model.preset are both given; keep path to continue, preset to start afresh")
     if config.quantize is not None and config.lora is None:
         raise PunaError("quantize is given without lora: quantized weights do not train; add a [lora] section")
+    if (wanted := config.quantize) is not None:
+        quantizer(wanted.method, wanted.block, wanted.double_quant)
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -13,7 +13,7 @@ from model.errors import PunaError
 from model.params import init_params
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer
-from train.adapt import adapted_model, add_adapters, quantize_linears, quantizer
+from train.adapt import adapted_model, add_adapters, quantize_linears, wanted_quantizer
 from train.config import Config, ModelConfig
 
 # What may differ from a checkpoint that is trained further: how positions are read, not the shape of any weight.
@@ -77,8 +77,9 @@ def first_weights(config: Config, model: LlamaConfig, mesh: Mesh) -> tuple[Any, 
         params = quantize_linears(init_params(model, jax.random.key(config.run.seed), dtype, mesh), config.quantize)
         return add_adapters(config, model, params, mesh)
     base = open_model(config.model.path)
-    stays_quantized = base.quantized and config.lora is not None and config.quantize is None
-    params = load_params(base, None if stays_quantized else dtype, mesh, quantizer(config.quantize))
+    if config.lora is None:
+        base = replace(base, quantized={})  # what trains is float
+    params = load_params(base, dtype, mesh, wanted_quantizer(config.quantize))
     return add_adapters(config, base.config, params, mesh)
 
 
