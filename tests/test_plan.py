@@ -166,7 +166,6 @@ jax.config.update("jax_num_cpu_devices", settings.pop("devices"))
 from train.config import read_config
 from train.optim import make_schedule
 from train.plan import make_plan
-from model.params import init_params
 from train.start import mesh_of, model_of
 from train.step import abstract_batch, abstract_state, init_state, make_step, shardings_of
 
@@ -182,7 +181,8 @@ step = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardin
 compiled = step.lower(abstract, batch).compile()
 before = status("VmRSS")
 rows = {name: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding) for name, x in batch.items()}
-state = init_state(config, abstract, init_params(model, jax.random.key(0), jnp.float32, mesh))
+zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.params)
+state = init_state(config, abstract, jax.jit(zeros, out_shardings=shardings_of(abstract.params))())
 open("/proc/self/clear_refs", "w").write("5")
 jax.block_until_ready(compiled(state, rows))
 print(json.dumps({"predicted": predicted, "measured": status("VmHWM") - before}))
