@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from train.metrics import TensorBoard
+from model.errors import PunaError
+from train.metrics import MetricsLog, TensorBoard, plot
 
 ROOT = Path(__file__).parent.parent
 LINES = [{"step": 1, "loss": 2.5, "mfu": None}, {"step": 2, "loss": 1.25, "mfu": 0.5}]
@@ -33,6 +34,13 @@ def test_tensorboard_gets_every_number_that_is_there(tmp_path):
     (path,) = (tmp_path / "tensorboard").iterdir()
     values = [(event.step, v.tag, v.simple_value) for event in events(path) for v in event.summary.value]
     assert values == [(1, "loss", 2.5), (2, "loss", 1.25), (2, "mfu", 0.5)]
+
+
+def test_a_picture_of_no_kind_is_refused_by_name(tmp_path):
+    MetricsLog(tmp_path / "run", 0, []).close()
+    with pytest.raises(PunaError, match=r"loss.v2: .v2 is no kind of picture; choose .*png"):
+        plot([tmp_path / "run"], tmp_path / "loss.v2")
+    assert not (tmp_path / "loss.v2").exists()
 
 
 def leveldb_records(path: Path) -> list[bytes]:

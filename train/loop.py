@@ -107,6 +107,9 @@ def train(config: Config) -> None:
         display = stack.enter_context(Display(total, done, shown=first))
         for dataset in datasets.train:
             display.say(f"data: {dataset.counts}")
+        if (held_out := datasets.evaluation) is not None:
+            is_part = config.data.eval_path is None  # of the training data, whose counts it shares
+            display.say(f"held out: {f'{len(held_out):,} of these rows' if is_part else held_out.counts}")
         display.say(
             f"{devices}; mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}"
         )
