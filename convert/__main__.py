@@ -41,7 +41,7 @@ def model(
         None, help="hf: int8, int4 or nf4, for the linear weights of the layers. gguf: int8 (Q8_0) or int4 (Q4_0)."
     ),
     double_quant: bool = typer.Option(True, help="nf4: quantize the scales of its blocks too."),
-    block: int = typer.Option(64, help="int4: 32, 64 or 128 weights that share a scale."),
+    block: int | None = typer.Option(None, help="hf and int4: 32, 64 (if not given) or 128 weights to a scale."),
     max_shard_size: str = typer.Option("5GB", help="Bytes of one safetensors file, as in 500MB or 2GiB."),
     shards: int = typer.Option(1, min=1, help="Model-parallel shards of Meta's format."),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
@@ -49,6 +49,8 @@ def model(
     """Convert a model. Memory stays at a few layers, whatever the size."""
     limit = parse_size(max_shard_size)
     check_dtype(dtype)
+    if block is not None and (quantize is None or to != "hf"):
+        raise PunaError(f"--block {block} is of --to hf --quantize int4: give both, or leave it out")
     checkpoint = open_model(source)
     if dtype is not None:
         kind = np.dtype(as_dtype(dtype))
@@ -64,8 +66,8 @@ def model(
         if to != "hf":
             raise PunaError(f"--quantize {quantize} writes --to hf or gguf only, not {to}")
         format, double = as_format(quantize), double_quant and quantize == "nf4"
-        quantizer(format, block, double)  # refuses what the format does not have
-        checkpoint = quantized_checkpoint(checkpoint, format, block, double)
+        quantizer(format, block or 64, double)  # refuses what the format does not have
+        checkpoint = quantized_checkpoint(checkpoint, format, block or 64, double)
     target = replace(checkpoint, format=to)
     write_model(destination, target, overwrite, shards=shards, max_shard_size=limit, bar=bar)
 

@@ -24,7 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from model.errors import PunaError
+from model.errors import JobFailed, PunaError
 
 
 class Interrupted(BaseException):
@@ -34,7 +34,8 @@ class Interrupted(BaseException):
 def main(app: typer.Typer) -> None:
     """Run `app` on the command line's arguments and exit with the code the house gives each outcome.
 
-    Exit codes: 0 done, 1 a check found a difference (the command raises `typer.Exit(1)`), 2 the request was wrong.
+    Exit codes: 0 done, 1 a check found a difference (the command raises `typer.Exit(1)`) or the work failed
+    (`JobFailed`), 2 the request was wrong.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
@@ -46,7 +47,7 @@ def main(app: typer.Typer) -> None:
         if debug:
             raise
         print(_line(error), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, JobFailed) else 2)
 
 
 def _run(app: typer.Typer, arguments: list[str]) -> None:

@@ -5,9 +5,8 @@ wider one that is asked for. Into a quantized base all updates are added to the 
 quantized again, once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ from convert.bnb import quantize_rows
 from convert.checkpoint import Checkpoint, StoredQuantized, copy_files, has_tokenizer, open_model
 from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter
 from convert.save import MAX_SHARD_SIZE, write_model
-from convert.stored import Bar, Stored, silent
+from convert.stored import Bar, Index, Stored, silent
 from convert.vocab import resized
 from model.errors import PunaError
 from model.lora import LoraArray, dense
@@ -52,18 +51,19 @@ def merge(
         checkpoint = replace(checkpoint, quantized={})
     if dtype is not None:
         checkpoint = _cast(checkpoint, lambda own: np.dtype(jnp.promote_types(own, dtype)))
-    tokens, size = checkpoint.folder, _tokenizer_size(checkpoint.folder) or checkpoint.config.vocab_size
+    tokens, seen = checkpoint.folder, []
     touched: set[str] = set()
     for folder in adapters:
-        adapter = read_adapter(folder)
+        adapter, rows = read_adapter(folder), checkpoint.config.vocab_size
         checkpoint = with_adapter(checkpoint, adapter)
         touched |= adapter.factors.keys()
-        own = _tokenizer_size(adapter.folder)
-        if own is not None and own < size and adapter.saved:
-            raise PunaError(f"{folder}: its tokenizer has {own} tokens, fewer than the {size} of the one before it")
-        if own is not None and own >= size:  # peft leaves the base's own beside an adapter that did not grow it
-            tokens, size = adapter.folder, own
-            checkpoint = resized(checkpoint, max(size, checkpoint.config.vocab_size))
+        seen.append(adapter.folder)
+        before, tokens = tokens, tokenizer_folder(checkpoint.folder, seen)
+        if checkpoint.config.vocab_size > rows and has_tokenizer(adapter.folder) and tokens != adapter.folder:
+            raise PunaError(f"{folder} grew the vocabulary, and its tokenizer has fewer tokens than that of {before}")
+    if tokens != checkpoint.folder:
+        size = load_tokenizer(tokens).vocab_size
+        checkpoint = resized(checkpoint, max(size, checkpoint.config.vocab_size))
     if dtype is not None:
         checkpoint = _cast(checkpoint, lambda own: np.dtype(jnp.dtype(dtype)))
     errors: dict[str, float] = {}
@@ -99,9 +99,18 @@ def _cast(checkpoint: Checkpoint, kind: Callable[[np.dtype], np.dtype]) -> Check
     return replace(checkpoint, tensors={name: t.cast(kind(t.dtype)) for name, t in checkpoint.tensors.items()})
 
 
-def _tokenizer_size(folder: Path) -> int | None:
-    """Tokens of the tokenizer in a folder; None where there is none."""
-    return load_tokenizer(folder).vocab_size if has_tokenizer(folder) else None
+def tokenizer_folder(base: Path, adapters: Iterable[Path]) -> Path:
+    """Where the tokenizer of a base with adapters lies: with the last of them that has at least as many tokens as
+    those before it, for peft leaves the base's own beside an adapter that did not grow it."""
+    place, size = base, None
+    for folder in adapters:
+        if not has_tokenizer(folder):
+            continue
+        if size is None:
+            size = load_tokenizer(base).vocab_size if has_tokenizer(base) else 0
+        if (own := load_tokenizer(folder).vocab_size) >= size:
+            place, size = folder, own
+    return place
 
 
 def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
@@ -114,14 +123,9 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     for name, factors in adapter.factors.items():
         for part in (factors.a, factors.b, *(() if factors.magnitude is None else (factors.magnitude,))):
             load_finite(part, f"the adapter of {name}")
-    before, tensors = checkpoint.tensors, dict(checkpoint.tensors)
-
-    @lru_cache(maxsize=1)  # a weight is computed whole, and then read in as many parts as Meta has shards
-    def merged(name: str) -> np.ndarray:
-        return np.asarray(_add(before[name].transposed().load(), *_arrays(adapter.factors[name])))
-
-    for name in adapter.factors:
-        tensors[name] = replace(before[name], read=lambda index, name=name: merged(name).T[index])
+    tensors = dict(checkpoint.tensors)
+    for name, factors in adapter.factors.items():
+        tensors[name] = _merged(tensors[name], factors)
     untied = is_untied_by(adapter, config)
     if untied:
         tensors["lm_head"] = tensors["embed"].transposed()
@@ -136,6 +140,16 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
         tie_word_embeddings=config.tie_word_embeddings and not untied,
     )
     return replace(checkpoint, config=config, tensors=tensors)
+
+
+def _merged(tensor: Stored, factors: Factors) -> Stored:
+    """The weight [in, out] plus its update, computed whole for every part that is read: once for each of Meta's
+    shards, and nothing is kept."""
+
+    def read(index: Index) -> np.ndarray:
+        return np.asarray(_add(tensor.transposed().load(), *_arrays(factors))).T[index]
+
+    return replace(tensor, read=read)
 
 
 def _requantized(name: str, tensor: Stored, like: QuantizedArray, errors: dict[str, float]) -> StoredQuantized:

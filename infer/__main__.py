@@ -8,6 +8,7 @@ import typer
 from convert.command import main
 from infer.generate import check_room, complete
 from infer.load import find, load, sampling, start_mesh
+from model.errors import PunaError
 from model.quantize import Format, quantizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -35,7 +36,7 @@ def generate(
     tokenizer: Annotated[Path | None, typer.Option(help="Where the model's folder has no tokenizer.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; as stored when not given.")] = None,
     quantize: Annotated[Format | None, typer.Option(help="What to quantize the linear weights to.")] = None,
-    block: Annotated[int, typer.Option(help="int4: 32, 64 or 128 weights that share a scale.")] = 64,
+    block: Annotated[int | None, typer.Option(help="int4: 32, 64 (if not given) or 128 weights to a scale.")] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4: quantize its scales too.")] = False,
     int8_activations: Annotated[bool, typer.Option("--int8-activations", help="int8: round activations too.")] = False,
     adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter folder; several apply in order.")] = None,
@@ -47,8 +48,10 @@ def generate(
     one form feed between two. Settings not given come from the model's generation_config.json; without `do_sample` in
     it, and without --temperature, --top-k, --top-p or --min-p, the likeliest token is taken each time.
     """
+    if quantize is None and (block is not None or double_quant or int8_activations):
+        raise PunaError("--block, --double-quant and --int8-activations are of --quantize: give it too")
     activations = "int8" if int8_activations else "float"
-    form = None if quantize is None else quantizer(quantize, block, double_quant, activations)
+    form = None if quantize is None else quantizer(quantize, block or 64, double_quant, activations)
     source = find(model, tokenizer, adapter or [])
     settings = sampling(
         source.generation,

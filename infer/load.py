@@ -9,8 +9,9 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from convert.checkpoint import Checkpoint, find_tokenizer, has_tokenizer, open_model, read_json
+from convert.checkpoint import Checkpoint, find_tokenizer, open_model, read_json
 from convert.load import Quantize, load_params
+from convert.merge import tokenizer_folder
 from convert.peft import Adapter, apply_adapters, check_fits, read_adapter
 from infer.sample import Sampling
 from model.config import LlamaConfig
@@ -43,7 +44,7 @@ class Source(NamedTuple):
 
 def find(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> Source:
     """The model that a folder, a GGUF file or a Hub id names, with `adapters` for it. Its tokenizer is `tokenizer`
-    (file, folder or Hub id), or the last one that came with an adapter which grew the vocabulary, or lies with it.
+    (file, folder or Hub id), or the one that merging the adapters would give it, or lies with it.
 
     Raises:
         PunaError: no model or no tokenizer there, a model that is not a LLaMA as we know it, or an adapter that does
@@ -51,13 +52,11 @@ def find(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str
     """
     checkpoint = open_model(model)
     config, found = checkpoint.config, tuple(read_adapter(folder) for folder in adapters)
-    place = checkpoint.folder
     for adapter in found:
         check_fits(adapter, config)
         rows = max((tensor.shape[0] for tensor in adapter.saved.values()), default=config.vocab_size)
-        if rows > config.vocab_size and has_tokenizer(adapter.folder):
-            place = adapter.folder
         config = replace(config, vocab_size=rows)
+    place = tokenizer_folder(checkpoint.folder, [adapter.folder for adapter in found])
     try:
         own = find_tokenizer(tokenizer or place)
     except PunaError as error:

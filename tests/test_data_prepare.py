@@ -231,6 +231,8 @@ def test_both_parts_are_written_or_neither(tmp_path):
     with pytest.raises(PunaError, match=r"out.jsonl exists"):
         prepare([str(tmp_path / "a.jsonl")], tmp_path / "out.jsonl", [], test=tmp_path / "test.jsonl")
     assert not (tmp_path / "test.jsonl").exists() and (tmp_path / "out.jsonl").read_text() == "mine"
+    with pytest.raises(PunaError, match=r"is the destination too"):
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "b.jsonl", [], test=str(tmp_path / "b.jsonl"))
 
 
 def test_train_and_test_parts_are_disjoint_and_repeatable():

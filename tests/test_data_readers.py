@@ -84,12 +84,6 @@ def test_empty_and_utf16_files_are_named(tmp_path, name):
     assert faults_of(path) == f"{path}:1: is UTF-16: save the file as UTF-8"
 
 
-DIGITS = (
-    ":1: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; "
-    "use sys.set_int_max_str_digits() to increase the limit"
-)
-
-
 @pytest.mark.parametrize(
     "content, reason",
     [
@@ -101,7 +95,7 @@ DIGITS = (
         ('[{"a": 1},\n 7]', ":2: expected an object, got the number 7"),
         ('[\n{"a": 1, "a": 2}]', ":2: key 'a' appears twice in one object"),
         ("[]", ": holds no records"),
-        ('[{"a": 1},\n{"a": ' + "1" * 5000 + "}]", DIGITS),
+        ('[{"a": 1},\n{"a": ' + "1" * 5000 + "}]", ":2: holds an integer of more than 4300 digits"),
     ],
 )
 def test_a_bad_json_list_is_placed_by_line(tmp_path, content, reason):

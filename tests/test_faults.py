@@ -178,7 +178,7 @@ def test_ctrl_c_saves_the_step(config, tmp_path):
     process = run(config, run_dir, "run.max_steps=100000", "run.save_steps=0")
     wait_for_step(run_dir, 1, process)
     process.send_signal(signal.SIGINT)
-    assert "SIGINT: the step is saved, then the run stops" in finish(process, code=85)
+    assert "SIGINT: a step is saved, then the run stops" in finish(process, code=85)
     assert len(manifest.steps(run_dir / "checkpoints")) == 1
 
 

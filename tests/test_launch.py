@@ -206,7 +206,7 @@ distributed.initialize()
 with distributed.leaving():
     multihost_utils.sync_global_devices("start")
     if jax.process_index() == 1:
-        raise (distributed.SaveFailed if len(sys.argv) > 1 else distributed.PunaError)("rows 3 and 4")
+        raise (distributed.JobFailed if len(sys.argv) > 1 else distributed.PunaError)("rows 3 and 4")
     multihost_utils.sync_global_devices("never")
 """
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from converting import command  # noqa: F401
 from safetensors.numpy import load_file, save_file
+from small_tokenizer import small_tokenizer
 from typer.testing import CliRunner
 
 from convert import load_model, save_model
@@ -287,6 +288,32 @@ def test_a_tokenizer_with_more_tokens_than_rows_gives_the_model_new_ones(float_b
     config, params = load_model(tmp_path / "m")
     assert config.vocab_size == load_tokenizer(tmp_path / "m").vocab_size == 260 == len(params["embed"])
     np.testing.assert_allclose(params["embed"][96:], params["embed"][:96].mean(axis=0)[None].repeat(164, 0), atol=1e-6)
+
+
+def test_a_tokenizer_beside_a_plain_adapter_does_not_refuse_the_tables_of_the_next(float_base, tmp_path):
+    """Its tokens get rows at the end, when all tables have come."""
+    write_tokenizer(tmp_path)
+    first = adapter_of(tmp_path / "a1", CONFIG, 1, load_tokenizer(tmp_path), targets=["q_proj"])
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"], "targets": ["q_proj"]}
+    second = adapter_of(tmp_path / "a2", CONFIG, 2, **saved)
+    merge_folders(float_base, [first, second], tmp_path / "m")
+    config, params = load_model(tmp_path / "m")
+    assert config.vocab_size == 260
+    np.testing.assert_array_equal(params["embed"][:96], read_adapter(second).saved["embed"].load())
+
+
+def test_a_grown_vocabulary_with_a_smaller_tokenizer_is_refused(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "more").mkdir()
+    more = load_tokenizer(small_tokenizer(tmp_path / "more"))
+    save_model(tmp_path / "base", CONFIG, init_params(CONFIG, jax.random.key(0)), tokenizer=more)
+    grown = replace(CONFIG, vocab_size=101)
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"], "targets": ["q_proj"]}
+    adapter = adapter_of(tmp_path / "a", grown, 1, load_tokenizer(tmp_path), **saved)
+    with pytest.raises(
+        PunaError, match=r"a grew the vocabulary, and its tokenizer has fewer tokens than that of .*base"
+    ):
+        merge_folders(tmp_path / "base", [adapter], tmp_path / "m")
 
 
 def test_tables_padded_beyond_the_tokenizer_merge(tmp_path):

@@ -2,6 +2,8 @@
 
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -124,6 +126,11 @@ def test_a_preset_takes_the_special_tokens_of_its_tokenizer_and_its_own_context(
     assert (model.vocab_size, model.pad_token_id) == (512, tokenizer.pad_id)
     assert model.rope_scaling.original_max_position_embeddings == PRESETS["llama3.2-1b"].max_position_embeddings
     assert model_of(read(model={"preset": "llama3.2-1b"})) == PRESETS["llama3.2-1b"]
+    stops = PRESETS["llama3.2-1b"].eos_token_id
+    one_of_three: Any = SimpleNamespace(bos_id=None, eos_id=stops[0], pad_id=None, vocab_size=512)
+    model = model_of(read(model={"preset": "llama3.2-1b"}), one_of_three)
+    assert model.eos_token_id == stops
+    assert model.bos_token_id == PRESETS["llama3.2-1b"].bos_token_id
 
 
 @pytest.mark.parametrize("name", ["alpaca-7b", "vicuna-7b", "wizardlm-7b", "llama3-70b"])
@@ -139,8 +146,10 @@ def test_the_tokenizer_of_a_hub_id_comes_without_weights(name, tmp_path, monkeyp
 
 
 def test_a_block_without_the_keyword_of_a_setting_is_refused(monkeypatch):
-    monkeypatch.setattr("train.step.load_function", lambda name, setting: lambda x, layer, config, context, cache: x)
     config = read(model={"preset": "llama2-7b", "block": "a:b"}, mesh={"sequence_parallel": True})
+    monkeypatch.setattr("train.step.load_function", lambda name, setting: lambda *arguments, **any_of_them: None)
+    assert make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
+    monkeypatch.setattr("train.step.load_function", lambda name, setting: lambda x, layer, config, context, cache: x)
     with pytest.raises(PunaError, match=r"model.block a:b has no keyword residual \(mesh.sequence_parallel\)"):
         make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
 

@@ -1,6 +1,5 @@
 """python -m train: run, launch, plan, preview, plot, prepare."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,13 +18,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 def run(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train, or resume what run.output_dir holds."""
     from train.loop import run as train
-    from train.record import NonFinite
 
-    try:
-        train(load_config(config, overrides or ()))
-    except NonFinite as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    train(load_config(config, overrides or ()))
 
 
 @app.command()

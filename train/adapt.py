@@ -65,9 +65,13 @@ def abstract_parts(config: Config, model: LlamaConfig, mesh: Mesh) -> tuple[Any,
 
 
 def _stored(path: str | None) -> QuantizeConfig | None:
-    """How the checkpoint at `path` is quantized; it stays so under adapters."""
-    quantized = open_model(path).quantized if path else {}
-    if not quantized:
+    """How the checkpoint at `path` is quantized; it stays so under adapters. None where some of it is float, which
+    is billed as if all were."""
+    if path is None:
+        return None
+    checkpoint = open_model(path)
+    quantized = checkpoint.quantized
+    if len(quantized) < len(LINEARS) * checkpoint.config.num_hidden_layers:
         return None
     like = next(iter(quantized.values())).like
     return QuantizeConfig(like.format, like.nested_absmax is not None, like.block)

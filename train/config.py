@@ -24,10 +24,10 @@ class ModelConfig:
     """[model]: one of `path` (a checkpoint to continue from), `preset` (a published shape, from scratch) or explicit
     dims (`hidden_size` and so on, under Hugging Face's names; also those that a preset should differ in).
 
-    tokenizer: a file or folder; the checkpoint's own by default. dtype: what is computed in. param_dtype: how weights
-    are kept (float32 masters by default); gradients and optimizer state follow it. remat: what the backward pass
-    recomputes. loss_chunk: rows of logits alive at a time. attention is "xla", "cudnn" or "module:function"; block,
-    norm and loss are "module:function" replacements.
+    tokenizer: a file, folder or Hub id; the checkpoint's by default. dtype: what is computed in. param_dtype: how
+    weights are kept (float32 masters by default); gradients and optimizer state follow it. remat: what the backward
+    pass recomputes. loss_chunk: rows of logits alive at a time. attention is "xla", "cudnn" or "module:function";
+    block, norm and loss are "module:function" replacements.
     """
 
     path: str | None = None
@@ -166,7 +166,6 @@ class Config:
 MAY_CHANGE = (
     "mesh",
     "data.cache_dir",
-    "model.attention",
     "model.remat",
     "model.loss_chunk",
     "optim.offload",

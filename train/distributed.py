@@ -23,9 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from model.errors import PunaError
+from model.errors import JobFailed, PunaError
 from train import rollcall
-from train.integrity import SaveFailed
 
 EXIT_FAILED, EXIT_WRONG, EXIT_PREEMPTED, EXIT_PEER_LOST = 1, 2, 85, 86
 _HEARTBEAT_SECONDS, _CONNECT_SECONDS, _SHARED_SECONDS = 30, 300, 60
@@ -70,14 +69,6 @@ def initialize() -> None:
     )
     # `launch` starts its children with SIGTERM held back, so that one that comes early reaches the notifier.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGINT, _save_and_stop)
-
-
-def _save_and_stop(number: int, frame: object) -> None:
-    """The first Ctrl-C is a SIGTERM to this process; the second ends it where it stands."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    print("SIGINT: the step is saved, then the run stops; once more to stop at once", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -85,8 +76,16 @@ def leaving() -> Iterator[None]:
     """Wrap the whole work of a process: several processes leave at once, without waiting for one another.
 
     A process that fails among several must not run Python's exit handlers: they wait for peers which, in turn, wait
-    inside a collective. Alone, errors pass through unchanged; `Preempted` leaves in either case.
+    inside a collective. Alone, errors pass through unchanged; `Preempted` leaves in either case. The first Ctrl-C is
+    a SIGTERM to this process; the second does what it did before.
     """
+
+    def save_and_stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        print("SIGINT: a step is saved, then the run stops; once more to stop at once", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGINT, save_and_stop)
     try:
         yield
     except Preempted:
@@ -95,7 +94,7 @@ def leaving() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         print(f"error: {error}", file=sys.stderr)
-        _leave(EXIT_FAILED if isinstance(error, SaveFailed) else EXIT_WRONG)
+        _leave(EXIT_FAILED if isinstance(error, JobFailed) else EXIT_WRONG)
     except jax.errors.JaxRuntimeError:
         if jax.process_count() == 1:
             raise
@@ -106,6 +105,8 @@ def leaving() -> Iterator[None]:
             raise
         traceback.print_exc()
         _leave(EXIT_FAILED)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def sign_of_life(run_dir: str | Path) -> None:

@@ -10,14 +10,14 @@ import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
 
 from convert import manifest
-from model.errors import PunaError
+from model.errors import JobFailed, PunaError
 
 
 class CheckpointError(PunaError):
     """A checkpoint that cannot be written or trusted."""
 
 
-class SaveFailed(CheckpointError):
+class SaveFailed(CheckpointError, JobFailed):
     """A disk or a file system failed in the background; it may not another time."""
 
 

@@ -153,7 +153,10 @@ def plot(runs: Sequence[str | Path], destination: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    kind, kinds = os.path.splitext(destination)[1][1:] or "png", FigureCanvasAgg(figure).get_supported_filetypes()
+    kind, kinds = (
+        os.path.splitext(destination)[1][1:].lower() or "png",
+        FigureCanvasAgg(figure).get_supported_filetypes(),
+    )
     if kind not in kinds:
         raise PunaError(f"{destination}: .{kind} is no kind of picture; choose {', '.join(kinds)}")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")

@@ -8,13 +8,13 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from model.errors import PunaError
+from model.errors import JobFailed
 from train.metrics import peak_memory_gib
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 
-class NonFinite(PunaError):
+class NonFinite(JobFailed):
     """Too many updates in a row were not finite."""
 
 

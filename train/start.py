@@ -50,8 +50,11 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
         if wanted.preset not in PRESETS:
             raise PunaError(f"model.preset {wanted.preset!r} is not known; choose {', '.join(PRESETS)}")
         model = PRESETS[wanted.preset]
-        # A model that is born has the special tokens of its own tokenizer; its vocabulary may be padded beyond that.
-        special = {name: value for name, value in _special_tokens(tokenizer).items() if name != "vocab_size"}
+        own = _special_tokens(tokenizer)
+        own.pop("vocab_size", None)  # tables may be padded beyond the tokenizer's tokens
+        if set(own.get("eos_token_id", ())) <= set(model.eos_token_id):
+            own.pop("eos_token_id", None)  # the tokenizer tells one of several stops
+        special = {name: value for name, value in own.items() if value is not None}
         model = replace(model, **(special | _given(wanted, model.max_position_embeddings)))
     elif wanted.hidden_size is None:
         raise PunaError("model is empty: give path, preset, or dims such as hidden_size and num_hidden_layers")

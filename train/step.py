@@ -69,7 +69,8 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
         pieces["residual"] = SPLIT_SEQUENCE
     block = load_function(wanted.block, "model.block") if wanted.block else llama_block
     takes = inspect.signature(block).parameters
-    if lacking := pieces.keys() - takes.keys():
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if (lacking := pieces.keys() - takes.keys()) and not takes_any:
         settings = {"attend": "model.attention", "norm": "model.norm", "residual": "mesh.sequence_parallel"}
         lacks = " and ".join(f"{piece} ({settings[piece]})" for piece in sorted(lacking))
         raise PunaError(f"model.block {wanted.block} has no keyword {lacks}: give it one, or leave the setting out")

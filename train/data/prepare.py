@@ -248,6 +248,8 @@ def prepare(
     Raises:
         PunaError: the sources have faults (named by line), or nothing is left.
     """
+    if test is not None and Path(test).absolute() == Path(destination).absolute():
+        raise PunaError(f"--test {test} is the destination too: give the held-out part a file of its own")
     if not 0 < test_fraction < 1:
         raise PunaError(f"--test-fraction {test_fraction} is no part of the whole: give a number between 0 and 1")
     faults, counts = Faults(), Counter[str]()

@@ -127,7 +127,7 @@ def _refuse_constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
-_SCANNER = json.JSONDecoder()  # only tells where a value ends
+_SCANNER = json.JSONDecoder(parse_int=str)  # only tells where a value ends
 
 
 def _reason(error: ValueError | RecursionError) -> str:
@@ -135,6 +135,8 @@ def _reason(error: ValueError | RecursionError) -> str:
         return "is nested too deeply"
     if isinstance(error, json.JSONDecodeError):
         return f"is not valid JSON: {error.msg} at column {error.colno}"
+    if "integer string conversion" in str(error):
+        return f"holds an integer of more than {sys.get_int_max_str_digits()} digits"
     return str(error)
 
 
@@ -185,7 +187,7 @@ def read_json(file: Path, faults: Faults) -> Iterator[Row]:
                 faults.add(str(file), line, _reason(error))
     except json.JSONDecodeError as error:
         faults.add(str(file), error.lineno, _reason(error))
-    except (ValueError, RecursionError) as error:  # such as a number of too many digits
+    except RecursionError as error:
         faults.add(str(file), line, _reason(error))
 
 
