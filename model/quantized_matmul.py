@@ -1,21 +1,23 @@
 """Products with weights of few bits, never whole in float: a chunk of rows is decoded at a time, small enough for the
 cache.
 
-What is fast differs: with few rows of x decoding is all the work, and on CPU XLA packs the second operand anew.
+What is fast differs: with few rows of x decoding is all the work, XLA on CPU packs the second operand of a product
+anew, and how well it decodes depends on the processor.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache, reduce
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from model.quantize import INT8_UNIT, QuantizedArray, block_scales, decode, inverse
+from model.quantize import INT8_UNIT, NF4, QuantizedArray, block_scales, decode, inverse
 
 FEW = 64  # rows of x up to which the weight comes first in a product
-FEW_IN_HALVES = 8  # rows of x up to which int4 on CPU is two products
 
 
 @jax.custom_vjp
@@ -28,16 +30,13 @@ def quantized_matmul(x: Array, q: QuantizedArray) -> Array:
     # and the smaller one costs less.
     rows_first = len(x) <= FEW
     chunks = _Chunks(q)
-    in_halves = q.format == "int4" and len(x) <= FEW_IN_HALVES and jax.default_backend() == "cpu"
+    columns = _columns(x, q)
 
     def product(i: Array) -> Array:
-        piece = chunks.take(i)
-        if in_halves:
-            return _product_in_halves(x, piece).reshape(chunks.shards, -1, len(x))
-        rows = _rows(piece)
+        pairs = zip(columns, _decoded(chunks.take(i)), strict=True)
         if rows_first:
-            return _dot(rows.astype(x.dtype), x, 1).reshape(chunks.shards, -1, len(x))
-        return _dot(x, rows, 1).reshape(len(x), chunks.shards, -1)
+            return _sum(_dot(rows.astype(x.dtype), x, 1) for x, rows in pairs).reshape(chunks.shards, -1, len(x))
+        return _sum(_dot(x, rows, 1) for x, rows in pairs).reshape(len(x), chunks.shards, -1)
 
     parts = chunks.map(product)
     y = jnp.moveaxis(parts, 0, 1).reshape(-1, len(x)).T if rows_first else jnp.moveaxis(parts, 0, 2)
@@ -58,11 +57,13 @@ def _multiply_backward(saved: tuple[QuantizedArray, Array], dy: Array) -> tuple[
     dy = jnp.pad(dy, ((0, 0), (0, q.codes.shape[0] * q.joined - q.out_features)))
     dy = dy.reshape(len(dy), chunks.shards, chunks.count, -1)
 
-    def add(dx: Array, i: Array) -> tuple[Array, None]:
-        return dx + _dot(dy[:, :, i].reshape(len(dy), -1), _rows(chunks.take(i)), 0), None
+    def add(dx: list[Array], i: Array) -> tuple[list[Array], None]:
+        piece = dy[:, :, i].reshape(len(dy), -1)
+        return [dx + _dot(piece, rows, 0) for dx, rows in zip(dx, _decoded(chunks.take(i)), strict=True)], None
 
-    dx, _ = lax.scan(add, jnp.zeros((len(dy), q.in_features), jnp.float32), jnp.arange(chunks.count))
-    return dx.astype(like.dtype), None
+    zeros = _columns(jnp.zeros((len(dy), q.in_features), jnp.float32), q)
+    dx, _ = lax.scan(add, zeros, jnp.arange(chunks.count))
+    return jnp.stack(dx, axis=-1).reshape(len(dy), -1).astype(like.dtype), None
 
 
 quantized_matmul.defvjp(_multiply_forward, _multiply_backward)
@@ -80,24 +81,62 @@ def _as_multiplied(x: Array) -> Array:
     return x.astype(jnp.float32) if jax.default_backend() == "cpu" else x
 
 
-def _rows(piece: QuantizedArray) -> Array:
-    """The rows of a chunk [out rows, in], decoded; int8 ones without their scale."""
-    return piece.codes if piece.format == "int8" else decode(piece.codes, piece.absmax, piece)
+def _sum(products: Iterable[Array]) -> Array:
+    return reduce(jnp.add, products)
 
 
-def _product_in_halves(x: Array, piece: QuantizedArray) -> Array:
-    """Rows of int4 times x [M, in] -> [rows, M]: the high nibbles with inputs 0, 2, ..., the low ones with the others.
+# A decoded chunk is one matrix [rows, in], or two of half the inputs each: of the high nibbles, and of the low ones.
 
-    XLA on CPU vectorizes this arithmetic and not the table of `decode`. With more rows of x, the second product costs
-    more than that saves.
+
+def _in_halves(q: QuantizedArray) -> bool:
+    """Whether nibbles are decoded by arithmetic, which leaves halves, and not by the table of `decode`.
+
+    XLA on CPU vectorizes arithmetic, and not the table. For int4 that pays everywhere; for nf4, whose 15 selects are
+    long, with the masks of AVX-512, where the table takes four times as long as it does in AVX2's code.
     """
+    if jax.default_backend() != "cpu" or q.format == "int8":
+        return False
+    return q.format == "int4" or _has_avx512()
 
-    def half(nibbles: Array, x: Array) -> Array:
-        values = nibbles.astype(jnp.int32).astype(jnp.float32) - 8
+
+@cache
+def _has_avx512() -> bool:
+    try:
+        return " avx512vl " in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+
+
+def _columns(x: Array, q: QuantizedArray) -> list[Array]:
+    """The columns of x [M, in] that each matrix of `_decoded` is multiplied with: inputs 0, 2, ... and the others."""
+    if not _in_halves(q):
+        return [x]
+    pairs = x.reshape(len(x), -1, 2)  # a strided slice would cross the shards of a mesh
+    return [pairs[:, :, 0], pairs[:, :, 1]]
+
+
+def _decoded(piece: QuantizedArray) -> list[Array]:
+    """The rows of a chunk, decoded; int8 ones without their scale."""
+    if piece.format == "int8":
+        return [piece.codes]
+    if not _in_halves(piece):
+        return [decode(piece.codes, piece.absmax, piece)]
+
+    def half(nibbles: Array) -> Array:
+        values = _nf4_values(nibbles) if piece.format == "nf4" else nibbles.astype(jnp.int32).astype(jnp.float32) - 8
         blocks = values.reshape(*piece.absmax.shape, -1) * piece.absmax[..., None]
-        return _dot(blocks.reshape(-1, x.shape[1]).astype(x.dtype), x, 1)
+        return blocks.reshape(-1, piece.in_features // 2)
 
-    return half(piece.codes >> 4, x[:, 0::2]) + half(piece.codes & 15, x[:, 1::2])
+    return [half(piece.codes >> 4), half(piece.codes & 15)]
+
+
+def _nf4_values(nibbles: Array) -> Array:
+    """NF4 by a tree of selects, a level for each bit."""
+    values = [jnp.float32(value) for value in NF4]
+    for bit in range(4):
+        is_set = (nibbles >> bit) & 1 != 0
+        values = [jnp.where(is_set, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def _int8_product(x: Array, q: QuantizedArray) -> Array:
@@ -144,7 +183,7 @@ def chunk_rows(n: int, width: int, size: int | None = None) -> int:
     than a half. Elsewhere the compiler may fuse decoding into the product; where not, this bounds what it writes.
     """
     size = size or n * width
-    weights = min(max(size // 8, 2**19), 2**21, size // 2) if jax.default_backend() == "cpu" else 2**24
+    weights = min(max(size // 8, 2**20), 2**21, size // 2) if jax.default_backend() == "cpu" else 2**24
     limit = max(weights // width, 1)
     divisors = [d for d in range(1, n + 1) if n % d == 0 and d <= limit]
     return max(divisors, key=lambda d: (d % 8 == 0, d))  # multiples of 8 if there are any: vectors hold 8

@@ -7,11 +7,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from model import LlamaConfig, forward, init_params, make_mesh
+from model import quantized_matmul as products
 from model.config import PRESETS
 from model.errors import PunaError
 from model.linear import linear, place, shardings
 from model.params import LINEARS, abstract_params, param_specs, stack, unstack
-from model.quantize import NF4, dequantize, dynamic_map, quantize
+from model.quantize import NF4, block_scales, dequantize, dynamic_map, quantize
 from model.quantized_matmul import quantized_matmul
 
 pytestmark = pytest.mark.slow
@@ -91,6 +92,19 @@ def test_the_product_and_its_gradient_are_those_of_the_dequantized_weight(name, 
             y, back = jax.vjp(lambda x: quantized_matmul(x, q), x)
             np.testing.assert_allclose(y, x @ w, atol=1e-5)
             np.testing.assert_allclose(back(dy)[0], dy @ w.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nf4_by_table_and_by_selects_are_the_same_numbers(shape, monkeypatch):
+    """Which of them a product takes depends on the processor."""
+    q = quantize(weight(shape), "nf4", double=True)
+    q = q.replace(absmax=block_scales(q), nested_absmax=None, offset=None)  # as products decode it
+    monkeypatch.setattr(products, "_has_avx512", lambda: True)
+    even, odd = products._decoded(q)
+    monkeypatch.setattr(products, "_has_avx512", lambda: False)
+    (rows,) = products._decoded(q)
+    np.testing.assert_array_equal(jnp.stack([even, odd], axis=-1).reshape(rows.shape), rows)
+    np.testing.assert_array_equal(rows[: shape[1]].T, dequantize(q))
 
 
 def test_stacked_weights_slice_into_layers_and_stack_again():
