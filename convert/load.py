@@ -84,7 +84,9 @@ def load_params(
     first = layer(0)
     stacked = _put(_empty(first, depth), first, 0)
     for number in range(1, depth):
-        stacked = _put(stacked, layer(number), number)
+        one = layer(number)
+        jax.block_until_ready(stacked)  # where quantizing is slower than reading, layers would pile up
+        stacked = _put(stacked, one, number)
     return params | {"layers": stacked}
 
 

@@ -355,6 +355,16 @@ def test_no_orphan_is_left_when_the_supervisor_is_killed(tmp_path):
     supervisor.communicate()
 
 
+def test_what_the_user_set_in_the_environment_stays(tmp_path, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    given = launch._environment(tmp_path, "a:1", 2, 1)
+    assert given["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1" and given["PROCESS_ID"] == "1"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    monkeypatch.setenv("HEARTBEAT_SECONDS", "77")
+    given = launch._environment(tmp_path, "a:1", 2, 1)
+    assert (given["GLIBC_TUNABLES"], given["HEARTBEAT_SECONDS"]) == ("glibc.malloc.arena_max=1", "77")
+
+
 def test_gpus_are_shared_out(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")

@@ -165,9 +165,13 @@ def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[b
 
 
 def _environment(run_dir: Path, address: str, processes: int, index: int) -> dict[str, str]:
-    """What a child reads to find its peers; compiled programs are kept, so that a restart is quick."""
+    """What a child reads to find its peers; what is set already stays.
+
+    Compiled programs are kept, so that a restart is quick. glibc maps XLA's temporaries on CPU anew at every step,
+    which in huge pages costs little.
+    """
     defaults = {"HEARTBEAT_SECONDS": str(_HEARTBEAT_SECONDS), "CONNECT_SECONDS": str(_CONNECT_SECONDS)}
-    defaults["JAX_COMPILATION_CACHE_DIR"] = str(run_dir / ".compiled")
+    defaults |= {"JAX_COMPILATION_CACHE_DIR": str(run_dir / ".compiled"), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     run = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(processes), "PROCESS_ID": str(index)}
     return {**defaults, **os.environ, **run}
 
