@@ -52,14 +52,16 @@ def model(
     if block is not None and (quantize is None or to != "hf"):
         raise PunaError(f"--block {block} is of --to hf --quantize int4: give both, or leave it out")
     checkpoint = open_model(source)
-    if dtype is not None:
+    if checkpoint.quantized and quantize is not None:
+        print(f"{source} is quantized already: what its numbers stand for is quantized again", file=sys.stderr)
+    if dtype is not None and to != "gguf":
         kind = np.dtype(as_dtype(dtype))
         checkpoint = replace(checkpoint, tensors={name: t.cast(kind) for name, t in checkpoint.tensors.items()})
     if dtype is not None or to != "hf":
         checkpoint = replace(checkpoint, quantized={})  # of quantized weights, the dequantized numbers are written
     bar = partial(progress, f"writing {destination.name}")
     if to == "gguf":
-        stored_as = quantize or main_dtype(checkpoint.tensors)
+        stored_as = quantize or dtype or main_dtype(checkpoint.tensors)  # of matrices: vectors stay exact
         write_gguf(destination, checkpoint, GGUF_TYPES.get(stored_as, stored_as), overwrite, bar)
         return
     if quantize is not None:

@@ -6,6 +6,7 @@ is `X.weight` beside `X.SCB`. bitsandbytes knows no grouped int4: `quant_method`
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -25,6 +26,10 @@ from model.params import LINEARS
 from model.quantize import FORMATS, NESTED_BLOCK, NF4, Format, QuantizedArray, dequantize, dynamic_map, quantize
 
 _STATE = "quant_state.bitsandbytes__nf4"
+_SETTING = re.compile(
+    r"quant_method|format|block|_?load_in_[48]bit|bnb_4bit_(quant_type|use_double_quant|compute_dtype|quant_storage)|"
+    r"llm_int8_(threshold|skip_modules|enable_fp32_cpu_offload|has_fp16_weight)"
+)
 _STATE_BYTES = 256  # padded with spaces, so that a header can be written before the numbers are known
 _PAD_CODES = 0x77  # two zeros of NF4
 
@@ -46,9 +51,15 @@ def quantized_checkpoint(checkpoint: Checkpoint, format: Format, block: int = 64
     for name, tensor in checkpoint.tensors.items():
         if name.split(".")[-1] in LINEARS:
             like = _like((tensor.shape[1], tensor.shape[0]), format, tensor.dtype.name, block, double)
-            make = partial(quantize_rows, format=format, block=block, double=double)
-            lazy[name] = StoredQuantized(like, lambda tensor=tensor, make=make: make(tensor.transposed().load()))
+            make = partial(_quantized, tensor, format, block, double)
+            lazy[name] = StoredQuantized(like, make)
     return replace(checkpoint, quantized=lazy)
+
+
+def _quantized(tensor: Stored, format: Format, block: int, double: bool) -> QuantizedArray:
+    rows = tensor.transposed().load()
+    _check_finite(rows, tensor.where)
+    return quantize_rows(rows, format, block, double)
 
 
 @partial(jax.jit, static_argnames=("format", "block", "double"))
@@ -165,6 +176,9 @@ def read_quantized(
 
 def _check_method(settings: Mapping[str, Any], folder: Path) -> None:
     method = settings.get("quant_method", "bitsandbytes")
+    active = {key for key, value in settings.items() if value not in (None, False)}
+    if unknown := sorted(key for key in active if not _SETTING.fullmatch(key)):
+        raise PunaError(f"{folder}: quantization_config has {', '.join(unknown)}, which Puna does not know")
     if method == "puna" and settings.get("format") == "int4":
         return
     if method != "bitsandbytes":
@@ -183,7 +197,9 @@ def _read_weight(
     """Takes the tensors of one weight out of `left`; None where it is not quantized."""
     scb = left.pop(name.removesuffix("weight") + "SCB", None)
     if scb is not None:
-        left.pop(name.removesuffix("weight") + "weight_format", None)
+        layout = left.pop(name.removesuffix("weight") + "weight_format", None)
+        if layout is not None and layout.load().any():
+            raise PunaError(f"{scb.where}: {name} lies in a layout of GPUs (weight_format); save it in rows")
         return _read_int8(left.pop(name), scb, shape, dtype)
     own = {key: left.pop(key) for key in list(left) if key.startswith(f"{name}.")}
     if not own:
@@ -198,20 +214,24 @@ def _read_weight(
 def _read_int8(codes: Stored, scb: Stored, shape: tuple[int, int], dtype: str) -> StoredQuantized:
     like = _like(shape, "int8", dtype)
     _check_parts(codes, {"codes": like.codes, "SCB": like.absmax}, {"codes": codes, "SCB": scb})
-    return _stored(like, lambda: [codes.load(), scb.load()])
+    return _stored(like, lambda: [codes.load(), scb.load()], codes.where)
 
 
 def _read_int4(codes: Stored, absmax: Stored, shape: tuple[int, int], block: int, dtype: str) -> StoredQuantized:
     like = _like(shape, "int4", dtype, block)
     _check_parts(codes, {"codes": like.codes, "absmax": like.absmax}, {"codes": codes, "absmax": absmax})
-    return _stored(like, lambda: [codes.load(), absmax.load()])
+    return _stored(like, lambda: [codes.load(), absmax.load()], codes.where)
 
 
 def _read_nf4(name: str, codes: Stored, own: Mapping[str, Stored], shape: tuple[int, int]) -> StoredQuantized:
     where = codes.where
     if _STATE not in own:
         raise PunaError(f"{where}: {name} lacks its {_STATE}; found {', '.join(sorted(own))}")
+    if unknown := own.keys() - {"absmax", "nested_absmax", "quant_map", "nested_quant_map", _STATE}:
+        raise PunaError(f"{where}: {name} has {', '.join(sorted(unknown))}, which no nf4 weight has")
     state = json.loads(own[_STATE].load().tobytes())
+    if (kind := state["quant_type"]) != "nf4":
+        raise PunaError(f"{where}: {name} is of type {kind!r}; Puna reads nf4")
     double = "nested_offset" in state
     said = (tuple(state["shape"]), state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK))
     known = (shape, 64, NESTED_BLOCK)
@@ -238,7 +258,7 @@ def _read_nf4(name: str, codes: Stored, own: Mapping[str, Stored], shape: tuple[
             parts += [own["nested_absmax"].load(), np.array(state["nested_offset"], np.float32)]
         return parts
 
-    return _stored(like, load)
+    return _stored(like, load, where)
 
 
 def _like(shape: tuple[int, int], format: Format, dtype: str, block: int = 64, double: bool = False) -> QuantizedArray:
@@ -259,9 +279,21 @@ def _padded(flat: np.ndarray, shape: tuple[int, ...], fill: int) -> np.ndarray:
     return np.pad(flat, (0, math.prod(shape) - flat.size), constant_values=fill).reshape(shape)
 
 
-def _stored(like: QuantizedArray, load: Any) -> StoredQuantized:
+def _stored(like: QuantizedArray, load: Any, where: str) -> StoredQuantized:
     structure = jax.tree.structure(like)
-    return StoredQuantized(like, lambda: jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in load()]))
+
+    def read() -> QuantizedArray:
+        leaves = load()
+        for leaf in leaves:
+            _check_finite(leaf, where)
+        return jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in leaves])
+
+    return StoredQuantized(like, read)
+
+
+def _check_finite(array: np.ndarray, where: str) -> None:
+    if array.dtype.kind not in "iu" and not np.isfinite(array).all():
+        raise PunaError(f"{where} holds numbers that are NaN or infinite: the file is damaged")
 
 
 def _dequantized(weight: StoredQuantized, where: str) -> Stored:

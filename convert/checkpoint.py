@@ -7,7 +7,8 @@ import fnmatch
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,23 @@ def open_model(path: str | Path) -> Checkpoint:
             from convert.gguf import read_gguf as read
         case _:
             from convert.orbax import read_orbax as read
-    return read(folder)
+    with malformed(folder):
+        return read(folder)
+
+
+@contextmanager
+def malformed(path: Path) -> Iterator[None]:
+    """Reading what lies at `path`: whatever its content breaks on the way is a fault of the content. `--debug` shows
+    where."""
+    try:
+        yield
+    except PunaError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PunaError(
+            f"{path} is damaged, or says something no such model says ({reason}): fetch it again"
+        ) from error
 
 
 def locate(path: str | Path) -> Path:

@@ -125,6 +125,14 @@ def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Pa
         _remove(temporary)
 
 
+def check_apart(destination: str | Path, *inputs: str | Path) -> None:
+    """Raise PunaError where `destination` is or holds one of the inputs: replacing it would delete what is read."""
+    place = Path(destination).resolve()
+    for given in inputs:
+        if os.path.lexists(given) and Path(given).resolve().is_relative_to(place):
+            raise PunaError(f"{destination} is or holds {given}, which is read: give another destination")
+
+
 def _replace(temporary: Path, destination: Path) -> None:
     """Move `temporary` to `destination`; what stood there is moved aside first, so that it is never half gone."""
     if not os.path.lexists(destination):

@@ -28,13 +28,13 @@ from convert.checkpoint import (
     write_generation_config,
     write_json,
 )
-from convert.command import atomic_path, check_free_space
+from convert.command import atomic_path, check_apart, check_free_space
 from convert.hf import write_weights
 from convert.names import Row, account, rows
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import MAX_SHARD_SIZE
 from convert.stored import Bar, Index, Stored, contiguous, silent, stored
-from convert.sums import SUMS, check_sums, write_sums
+from convert.sums import SUMS, check_sums, read_sums, write_sums
 from convert.vocab import INITS, resized
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -72,6 +72,7 @@ def make(
     WizardLM's float32. init: of the rows by which the target's vocabulary is larger, zero (Vicuna v0) or mean (Alpaca,
     WizardLM); None goes by the dtype. Raises PunaError where the two are not of one shape, or hold NaN or infinity.
     """
+    check_apart(dst, base, target)
     new = _opened(target)
     kind = dtype or main_dtype(new.tensors)
     init = _init(init, kind)
@@ -105,15 +106,21 @@ def apply(
 
     The sum is in the delta's dtype. init: as for `make`, where the delta does not say. total: what all numbers of the
     result add up to, within TOLERANCE (Alpaca's check; see `_check_total`). sums: a list as sha256sum writes it, which
-    the files written must match. A SHA256SUMS in the folder of the base or of the delta is checked first.
+    the files written must match and which names all weights. A SHA256SUMS in the folder of the base or of the delta is
+    checked first.
 
     Raises PunaError where the base is not the one that the delta was made from, as far as the delta tells: by names,
     shapes and dtypes, and by SHA-256 where it has a Record; also for NaN, and where a check fails.
     """
+    if total is not None and not math.isfinite(total):
+        raise PunaError(f"sum {total}: give the finite number that all numbers of the result add up to")
+    check_apart(dst, base, delta)
+    expected = None if sums is None else read_sums(Path(sums))
     difference, old = _opened(delta), _opened(base)
     for checkpoint in (old, difference):
         if (checkpoint.folder / SUMS).is_file():
-            check_sums(checkpoint.folder, checkpoint.folder / SUMS, checkpoint.folder)
+            listed = checkpoint.folder / SUMS
+            check_sums(checkpoint.folder, read_sums(listed), listed, checkpoint.folder)
     record = _read_record(difference)
     if record.base and init not in (None, record.init):
         raise PunaError(f"init {init}: {difference.folder} was made with init {record.init}; leave init out")
@@ -129,8 +136,10 @@ def apply(
         if total is not None:
             _check_total(math.fsum(totals), total, difference.config)
         write_sums(folder)
-        if sums is not None:
-            check_sums(folder, Path(sums), "the result")
+        if sums is not None and expected is not None:
+            check_sums(folder, expected, sums, "the result")
+            if unlisted := sorted({file.name for file in folder.glob("*.safetensors")} - expected.keys()):
+                raise PunaError(f"{sums} does not list {', '.join(unlisted)} of the result: give a list of all weights")
 
 
 def _opened(path: str | Path) -> Checkpoint:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from convert.command import atomic_path, check_free_space
+from convert.command import atomic_path, check_apart, check_free_space
 from convert.gguf_tokenizer import add_tokenizer
 from convert.meta import pairs_to_halves
 from convert.names import Row, account, check_shape, rows
@@ -58,12 +58,13 @@ def write_gguf(path: Path, checkpoint: Checkpoint, type: str, overwrite: bool = 
     """Write the checkpoint and the tokenizer in its folder as one file, renamed when complete.
 
     type: a key of TYPES. Raises PunaError for a config or a tokenizer that llama.cpp could not run as they are, for
-    numbers beyond the type's range, and where `path` exists.
+    numbers beyond the type's range, and where `path` exists or is what is read.
     """
     if type not in TYPES:
         raise PunaError(f"GGUF type {type!r} is not known; choose {', '.join(TYPES)}")
     if path.is_dir():
         raise PunaError(f"{path} is a folder: give the file to write, as {path / 'model.gguf'}")
+    check_apart(path, checkpoint.file or checkpoint.folder)
     gguf = import_gguf(f"writing {path}")
     config = checkpoint.config
     names = _names(gguf, config)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert.checkpoint import read_json
 from model.errors import PunaError
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.vocabulary import LLAMA3_SPLIT, byte_level_alphabet, is_ranks, parse_sentencepiece
@@ -56,10 +57,16 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     for role, id in roles.items():
         if id is not None and id < vocab_size:
             getattr(writer, f"add_{role}_token_id")(id)
-    writer.add_add_bos_token(tokenizer.bos_id is not None)
+    writer.add_add_bos_token(tokenizer.bos_id is not None and _says_bos(folder))
     writer.add_add_eos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _says_bos(folder: Path) -> bool:
+    """Whether texts begin with BOS: so they do unless tokenizer_config.json says that they do not."""
+    path = folder / "tokenizer_config.json"
+    return not path.is_file() or read_json(path).get("add_bos_token") is not False
 
 
 def _read(main: list[Path], tokenizer: Tokenizer) -> Tokens:

@@ -15,6 +15,7 @@ import numpy as np
 
 from convert.bnb import quantize_rows
 from convert.checkpoint import Checkpoint, StoredQuantized, copy_files, has_tokenizer, open_model
+from convert.command import check_apart
 from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter
 from convert.save import MAX_SHARD_SIZE, write_model
 from convert.stored import Bar, Index, Stored, silent
@@ -46,6 +47,7 @@ def merge(
     """
     if (destination / "adapter_config.json").is_file():
         raise PunaError(f"{destination} holds an adapter: give the folder to write as the last of BASE ADAPTER... DST")
+    check_apart(destination, *adapters)
     checkpoint = open_model(base)
     if format != "hf" or dtype is not None:
         checkpoint = replace(checkpoint, quantized={})

@@ -4,6 +4,8 @@ Tensors say which modules are adapted and at what rank; the settings say how the
 active setting is honoured or refused by name.
 """
 
+import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.checkpoint import read_json, write_json
+from convert.checkpoint import malformed, read_json, write_json
 from convert.command import atomic_path
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
@@ -72,9 +74,14 @@ def read_adapter(folder: str | Path) -> Adapter:
     """The adapter in `folder`, its tensors unread.
 
     Raises PunaError for a setting that is active and not supported, and for tensors that are unknown, left without
-    their other half, of rank 0 or of another rank than the settings say.
+    their other half, of rank 0 or of another rank than the settings say, or on modules that the settings leave out.
     """
     folder = Path(folder)
+    with malformed(folder):
+        return _read_adapter(folder)
+
+
+def _read_adapter(folder: Path) -> Adapter:
     if not (folder / "adapter_config.json").is_file():
         raise PunaError(f"{folder} has no adapter_config.json: give the folder of a PEFT adapter")
     settings = read_json(folder / "adapter_config.json")
@@ -95,6 +102,16 @@ def read_adapter(folder: str | Path) -> Adapter:
             unknown.append(name)
     if unknown:
         raise PunaError(f"{folder}: {', '.join(sorted(unknown)[:8])} belong to no part of a LLaMA that can be adapted")
+    for name in parts:
+        if not _is_targeted(_module(name), settings):
+            raise PunaError(
+                f"{folder} holds an adapter of {_module(name)}, which target_modules, exclude_modules and "
+                "layers_to_transform leave out, so that peft would not use it: correct adapter_config.json"
+            )
+    if lost := [
+        m for m in settings.get("modules_to_save") or () if m in SAVED_MODULES and SAVED_MODULES[m] not in saved
+    ]:
+        raise PunaError(f"{folder} lacks the {' and '.join(lost)} that modules_to_save says it has: fetch it again")
     factors = {name: _factors(name, part, settings, folder) for name, part in parts.items()}
     if not factors and not saved:
         raise PunaError(f"{folder} holds no adapter tensors")
@@ -122,6 +139,25 @@ def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
         raise PunaError(f"{where}: {said} is active and not supported")
 
 
+def _is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
+    """Whether peft puts an adapter on this module, by the settings' names and layers (peft's own rules)."""
+    targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
+    if _is_named(module, settings.get("exclude_modules") or ()):
+        return False
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str) or layers is None:
+        return _is_named(module, targets)
+    number = int(module.split(".")[2])
+    return _is_named(module, targets) and number in (layers if isinstance(layers, list) else [layers])
+
+
+def _is_named(module: str, names: str | Sequence[str]) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
 def _read_tensors(folder: Path) -> dict[str, Stored]:
     if (file := folder / "adapter_model.safetensors").is_file():
         return read_safetensors(file)
@@ -134,12 +170,14 @@ def _factors(name: str, part: Mapping[str, Stored], settings: Mapping[str, Any],
     if missing := {"lora_A", "lora_B"} - part.keys():
         raise PunaError(f"{folder}: {_module(name)} lacks its {' and '.join(sorted(missing))}")
     a, b, magnitude = part["lora_A"], part["lora_B"], part.get("lora_magnitude_vector")
-    if magnitude is not None and len(magnitude.shape) > 1:
+    if magnitude is not None and max(magnitude.shape, default=0) == math.prod(magnitude.shape):
         magnitude = replace(magnitude, shape=(max(magnitude.shape),), read=_flat(magnitude))
     if (magnitude is not None) != bool(settings.get("use_dora")):
         raise PunaError(f"{folder}: {_module(name)}: use_dora and lora_magnitude_vector must come together")
     rank = module_value(settings.get("rank_pattern") or {}, _module(name), settings.get("r", 8))
     alpha = module_value(settings.get("alpha_pattern") or {}, _module(name), settings.get("lora_alpha", 8))
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise PunaError(f"{folder}: lora_alpha of {_module(name)} is {alpha!r}: an adapter's alpha is a finite number")
     if a.shape[0] != b.shape[1] or a.shape[0] != rank or rank < 1:
         raise PunaError(
             f"{folder}: {_module(name)} has factors of rank {a.shape[0]} and {b.shape[1]}; the settings say {rank}. "
@@ -192,6 +230,16 @@ def check_fits(adapter: Adapter, config: LlamaConfig) -> None:
                 f"{adapter.folder}: {_module(name)} adapts {found[0]} inputs and {found[1]} outputs; this base has "
                 f"{n_in} and {n_out} in {config.num_hidden_layers} layers. The adapter belongs to another base"
             )
+        if factors.magnitude is not None and factors.magnitude.shape != (n_out,):
+            raise PunaError(
+                f"{adapter.folder}: {_module(name)} has {factors.magnitude.shape} magnitudes for {n_out} outputs"
+            )
+    modules = [f"layers.{i}.{name}" for name in MODULES for i in range(config.num_hidden_layers)]
+    names_modules = adapter.settings.get("target_modules") is not None
+    if names_modules and (left := [name for name in modules if _is_left_out(name, adapter)]):
+        said = "%s holds no adapter of %s%s, which its target_modules names: the base is used there as it is"
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        logging.getLogger(__name__).warning(said, adapter.folder, _module(left[0]), more)
     vocab, width = config.vocab_size, config.hidden_size
     for name, tensor in adapter.saved.items():
         if len(tensor.shape) != 2 or tensor.shape[1] != width or tensor.shape[0] < vocab:
@@ -203,6 +251,10 @@ def check_fits(adapter: Adapter, config: LlamaConfig) -> None:
     grown = any(tensor.shape[0] > vocab for tensor in adapter.saved.values())
     if grown and len(adapter.saved) < 2 and (not config.tie_word_embeddings or "embed" not in adapter.saved):
         raise PunaError(f"{adapter.folder}: the vocabulary grows, and only one of embed_tokens and lm_head was saved")
+
+
+def _is_left_out(name: str, adapter: Adapter) -> bool:
+    return name not in adapter.factors and _is_targeted(_module(name), adapter.settings)
 
 
 def is_untied_by(adapter: Adapter, config: LlamaConfig) -> bool:
@@ -320,7 +372,7 @@ def save_adapter(
     if jax.process_index() > 0:
         return
     settings = _settings(adapted, ranks, alphas)
-    settings |= {"modules_to_save": list(modules_to_save) or None, "use_rslora": rslora}
+    settings |= {"modules_to_save": list(dict.fromkeys(modules_to_save)) or None, "use_rslora": rslora}
     settings |= {"base_model_name_or_path": base_model}
     with atomic_path(path, overwrite) as folder:
         folder.mkdir()

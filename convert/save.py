@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import Checkpoint, StoredQuantized, copy_files
-from convert.command import atomic_path, check_free_space
+from convert.command import atomic_path, check_apart, check_free_space
 from convert.hf import write_hf
 from convert.meta import write_meta
 from convert.names import rows
@@ -75,8 +75,10 @@ def write_model(
     """Write the checkpoint in its `format`, with the files beside it (of another `tokenizer` where given), under a
     temporary name, renamed when complete.
 
-    Raises PunaError where `path` exists, the disk is too small, or the format cannot hold the model.
+    Raises PunaError where `path` exists or holds what is read, the disk is too small, or the format cannot hold the
+    model.
     """
+    check_apart(path, checkpoint.file or checkpoint.folder)
     with _new_folder(path, checkpoint.nbytes, overwrite) as folder:
         copy_files(["generation_config.json"], checkpoint.folder, folder)
         if tokenizer is None:

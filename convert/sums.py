@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from model.errors import PunaError
@@ -23,18 +24,31 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(f"{digest(folder / name)}  {name}\n" for name in names), encoding="utf-8")
 
 
-def check_sums(folder: Path, sums: Path, name: str | Path) -> None:
-    """Raises PunaError naming the first file of `folder` that lacks or differs from what the list `sums` says of it.
-
-    `name` is what the message calls the folder.
-    """
-    for number, line in enumerate(sums.read_text(encoding="utf-8").splitlines(), 1):
+def read_sums(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file that the list names. Raises PunaError where it is no such list, or an empty one."""
+    sums = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise PunaError(f"{path} is no list of SHA-256 and file names, as sha256sum writes them") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if (entry := _LINE.fullmatch(line.strip())) is None:
-            raise PunaError(f"{sums}: line {number} is no SHA-256 and file name, as sha256sum writes them")
-        expected, file = entry[1].lower(), folder / entry[2]
-        if not file.is_file():
-            raise PunaError(f"{name} has no {entry[2]}, which {sums} lists")
-        if (found := digest(file)) != expected:
-            raise PunaError(f"{name}: {entry[2]} has SHA-256 {found}; {sums} says {expected}")
+            raise PunaError(f"{path}: line {number} is no SHA-256 and file name, as sha256sum writes them")
+        sums[entry[2]] = entry[1].lower()
+    if not sums:
+        raise PunaError(f"{path} lists no file: give a list as sha256sum writes it")
+    return sums
+
+
+def check_sums(folder: Path, sums: Mapping[str, str], listed: str | Path, name: str | Path) -> None:
+    """Raises PunaError naming the first file of `folder` that is missing or has another SHA-256 than `sums` says.
+
+    `listed` and `name` are what the message calls the list and the folder.
+    """
+    for file, expected in sums.items():
+        if not (folder / file).is_file():
+            raise PunaError(f"{name} has no {file}, which {listed} lists")
+        if (found := digest(folder / file)) != expected:
+            raise PunaError(f"{name}: {file} has SHA-256 {found}; {listed} says {expected}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.checkpoint import Checkpoint, open_model
-from convert.command import atomic_path
+from convert.command import atomic_path, check_apart
 from convert.save import write_model
 from convert.stored import Bar, Stored, joined, silent, stored
 from model.errors import PunaError
@@ -43,6 +43,7 @@ def merge(
     (scripts/merge_tokenizer): ids of `base` stay, and merging the same files gives the same bytes.
     Raises PunaError where an input is no SentencePiece model, or `dst` exists and `overwrite` is false.
     """
+    check_apart(dst, base, extra)
     proto, other = _read(base), _read(extra)
     before = len(proto.pieces)
     known = {piece.piece for piece in proto.pieces}
@@ -69,6 +70,7 @@ def resize(
 
     Returns what was written. Raises PunaError as `resized` does, and as reading and writing models do.
     """
+    check_apart(dst, tokenizer)
     tok = load_tokenizer(tokenizer)
     checkpoint = resized(open_model(model), tok.vocab_size, init, multiple)
     if checkpoint.config.pad_token_id is None:

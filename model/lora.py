@@ -4,6 +4,7 @@ Over a quantized weight this is QLoRA; over another LoRA, several adapters at on
 `jax.grad` with respect to the trained part is all it takes, and the base has neither gradient nor optimizer state.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,8 @@ def add(
     targets: names as `q_proj`, or "all-linear". scale: alpha / rank, or alpha / sqrt(rank) with rslora. The patterns
     give modules whose name `model.layers.0.self_attn.q_proj` ends in a key (a regular expression) another rank or
     alpha. modules_to_save: `embed_tokens`, `lm_head`, trained whole; this unties them. The config returned says so.
-    Raises PunaError for a rank below 1, an unknown target or module, or a pattern that matches nothing.
+    Raises PunaError for a rank below 1 or above the weight's sides, an alpha that is not finite, an unknown target or
+    module, or a pattern that matches nothing.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     weights = target_weights(targets)
@@ -132,6 +134,12 @@ def add(
         alphas = [module_value(alpha_pattern, module, alpha) for module in names]
         if min(ranks) < 1:
             raise PunaError(f"lora rank {min(ranks)} of {MODULES[name]}: an adapter's rank is at least 1")
+        if max(ranks) > (size := max(specs["layers"][name].shape[1:])):
+            raise PunaError(
+                f"lora rank {max(ranks)} of {MODULES[name]}: more than the {size} that the weight itself has"
+            )
+        if not all(map(math.isfinite, alphas)):
+            raise PunaError(f"lora alpha {alphas} of {MODULES[name]}: give finite numbers")
         scale = [alpha / (rank**0.5 if rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)]
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         layers[name] = _fresh(own, layers[name], ranks, scale, dropout, dora, specs["layers"][name], mesh, name)
@@ -146,11 +154,20 @@ def target_weights(targets: Sequence[str] | str) -> list[str]:
     names = {module.split(".")[1]: ours for ours, module in MODULES.items()}
     if not targets or not names.keys() >= set(targets):
         raise PunaError(f"lora targets {targets}: choose from {', '.join(names)}, or all-linear")
-    return [names[target] for target in targets]
+    return [names[target] for target in dict.fromkeys(targets)]
+
+
+def check_saved_modules(modules: Sequence[str]) -> None:
+    """Raises PunaError for a module that cannot be trained whole beside adapters."""
+    if unknown := [module for module in modules if module not in SAVED_MODULES]:
+        raise PunaError(f"lora modules_to_save: {', '.join(unknown)}; choose from {', '.join(SAVED_MODULES)}")
 
 
 def _matches(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error as error:
+        raise PunaError(f"pattern {pattern!r} is no regular expression: {error}") from None
 
 
 def module_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -189,8 +206,7 @@ def with_magnitude(w: LoraArray, magnitude: Array | None) -> LoraArray:
 
 def _untie(params: Params, config: LlamaConfig, modules: Sequence[str]) -> tuple[LlamaConfig, Params]:
     """Parameters whose saved modules are arrays of their own: trained apart, a tied head stays behind."""
-    if unknown := [module for module in modules if module not in SAVED_MODULES]:
-        raise PunaError(f"lora modules_to_save: {', '.join(unknown)}; choose from {', '.join(SAVED_MODULES)}")
+    check_saved_modules(modules)
     if not modules or not config.tie_word_embeddings:
         return config, params
     return replace(config, tie_word_embeddings=False), {**params, "lm_head": jnp.array(params["embed"].T)}

@@ -232,7 +232,9 @@ def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str 
         return files["chat_template.jinja"].read_text()
     template = config.get("chat_template")
     if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise PunaError(f"{files['tokenizer_config.json']}: chat_template is no text, and no list of named ones")
     return template
 
 

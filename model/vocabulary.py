@@ -101,9 +101,12 @@ def read_json(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise PunaError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise PunaError(f"{path} holds no JSON object")
+    return value
 
 
 # SentencePiece: LLaMA 1 and 2, and the vocabularies merged from them.

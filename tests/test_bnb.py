@@ -1,6 +1,7 @@
 """bitsandbytes' codes and scales, bit for bit; its checkpoints read, and ours read by it."""
 
 import json
+import shutil
 from importlib import import_module
 
 import jax
@@ -117,7 +118,10 @@ THEIR_SETTINGS = {
 
 
 def load_torch(folder, **keywords):
-    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **keywords).eval()
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **keywords).eval()
+    for module in model.modules():  # where the processor multiplies bfloat16, bitsandbytes would round to it
+        module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def torch_logits(model):
@@ -234,6 +238,7 @@ def test_other_quantizations_are_refused_by_name(plain, tmp_path):
         ({"quant_method": "gptq"}, "gptq"),
         ({"bnb_4bit_quant_type": "fp4"}, "fp4"),
         ({"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage"),
+        ({"brand_new": True}, "brand_new, which Puna does not know"),
     ]:
         wrong = config | {"quantization_config": config["quantization_config"] | change}
         file.write_text(json.dumps(wrong))
@@ -241,7 +246,7 @@ def test_other_quantizations_are_refused_by_name(plain, tmp_path):
             load_model(tmp_path / "q")
 
 
-@pytest.mark.parametrize("damage", ["table", "absmax", "state", "shape"])
+@pytest.mark.parametrize("damage", ["table", "absmax", "state", "shape", "type", "garbage", "more", "nan"])
 def test_damaged_quantized_tensors_are_refused_by_name(plain, damage, tmp_path):
     assert CliRunner().invoke(app, command(plain, tmp_path / "q", "nf4")).exit_code == 0
     file = tmp_path / "q/model.safetensors"
@@ -251,13 +256,42 @@ def test_damaged_quantized_tensors_are_refused_by_name(plain, damage, tmp_path):
         tensors[f"{name}.quant_map"] = tensors[f"{name}.quant_map"] + 1
     elif damage == "absmax":
         tensors[f"{name}.absmax"] = tensors[f"{name}.absmax"][:-1]
+    elif damage == "more":
+        tensors[f"{name}.more"] = np.zeros(1, np.float32)
+    elif damage == "nan":
+        tensors[f"{name}.absmax"] = tensors[f"{name}.absmax"] * np.nan
+    elif damage in ("type", "garbage"):
+        state = tensors[f"{name}.quant_state.bitsandbytes__nf4"].tobytes()
+        state = state.replace(b'"nf4"', b'"fp4"') if damage == "type" else b"\xff" * len(state)
+        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = np.frombuffer(state, np.uint8)
     elif damage == "state":
         del tensors[f"{name}.quant_state.bitsandbytes__nf4"]
     else:
         tensors[name] = tensors[name][:-1]
     save_file(tensors, file)
-    with pytest.raises(PunaError, match="down_proj"):
+    with pytest.raises(PunaError, match={"garbage": "q is damaged", "nan": "NaN"}.get(damage, "down_proj")):
         load_model(tmp_path / "q")
+
+
+def test_int8_weights_in_a_gpus_layout_are_refused(plain, tmp_path):
+    """bitsandbytes permutes their bytes there, and refuses to load them itself."""
+    assert CliRunner().invoke(app, command(plain, tmp_path / "q", "int8")).exit_code == 0
+    tensors = load_file(tmp_path / "q/model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight_format"] = np.array(1, np.uint8)
+    save_file(tensors, tmp_path / "q/model.safetensors")
+    with pytest.raises(PunaError, match="down_proj.weight lies in a layout of GPUs"):
+        open_model(tmp_path / "q")
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "int4"])
+def test_numbers_that_are_none_are_not_quantized(plain, name, tmp_path):
+    broken = shutil.copytree(plain, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = np.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    result = CliRunner().invoke(app, command(broken, tmp_path / "q", name))
+    assert isinstance(result.exception, PunaError) and "NaN" in str(result.exception)
+    assert not (tmp_path / "q").exists()
 
 
 def test_quantizing_to_another_format_than_hf_is_refused(plain, tmp_path):

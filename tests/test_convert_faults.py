@@ -286,6 +286,31 @@ def test_an_existing_destination_needs_overwrite(sharded, tmp_path, command):  #
     assert tensors_of(tmp_path / "out") == tensors_of(sharded) and not (tmp_path / "out" / "precious").exists()
 
 
+def test_a_destination_that_is_or_holds_the_source_is_refused(model, tmp_path, command):  # noqa: F811
+    (tmp_path / "link").symlink_to(model)
+    gguf = tmp_path / "x.gguf"
+    assert command("model", model, gguf, "--to", "gguf")[0] == 0
+    before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
+    for source, destination in ((model, model), (model, tmp_path), (tmp_path / "link", model), (gguf, tmp_path)):
+        code, _, errors = command("model", source, destination, "--to", "hf", "--overwrite")
+        assert code == 2 and len(errors) == 1 and f"is or holds {source}" in errors[0]
+    code, _, errors = command("model", gguf, gguf, "--to", "gguf", "--dtype", "float16", "--overwrite")
+    assert code == 2 and len(errors) == 1 and f"is or holds {gguf}" in errors[0]
+    assert {path: path.stat().st_size for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "header",
+    [[], {"a": {}}, {"a": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}}, {"a": {"data_offsets": ["0", 4]}}],
+    ids=str,
+)
+def test_a_header_that_is_json_and_no_header(model, command, header):  # noqa: F811
+    text = json.dumps(header).encode()
+    first_shard(model).write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    code, _, errors = command("inspect", model)
+    assert code == 2 and len(errors) == 1 and "model is damaged, or says something no such model says" in errors[0]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -259,9 +259,17 @@ def test_the_commands(tmp_path, command):  # noqa: F811
     assert (code, out) == (0, []) and "writing back" in err[-1]
     assert_same(weights(back), weights(target))
     assert command("delta", "apply", base, made, tmp_path / "again", "--sha256", back / "SHA256SUMS")[0] == 0
+    lists = {name: tmp_path / name for name in ("empty", "config")}
+    lists["empty"].touch()
+    lines = (back / "SHA256SUMS").read_text().splitlines()
+    lists["config"].write_text(next(line for line in lines if line.endswith(" config.json")))
     for arguments, complaint in (
         (("apply", target, made), "is not that of the base"),
         (("apply", base, made, "--sum", "50637.1836"), "not 50637.1836"),
+        (("apply", base, made, "--sum", "nan"), "sum nan: give the finite number"),
+        (("apply", base, made, "--sha256", lists["empty"]), "empty lists no file"),
+        (("apply", base, made, "--sha256", lists["config"]), "config does not list model.safetensors"),
+        (("apply", base, made, "--sha256", base / "model.safetensors"), "model.safetensors is no list of SHA-256"),
         (("apply", base, tmp_path / "none"), "none: no such folder"),
         (("make", base, target, "--dtype", "int8"), "--dtype int8 is not known"),
     ):

@@ -154,7 +154,18 @@ def llama3_factors(config):
 
 def tokens_of(path):
     reader = gguf.GGUFReader(path)
-    keys = ("model", "pre", "tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id", "chat_template")
+    keys = (
+        "model",
+        "pre",
+        "tokens",
+        "scores",
+        "token_type",
+        "merges",
+        "bos_token_id",
+        "eos_token_id",
+        "chat_template",
+        "add_bos_token",
+    )
     return {key: field(reader, f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}") for key in keys}
 
 
@@ -273,7 +284,10 @@ def test_the_commands(data_dir, tmp_path, command):  # noqa: F811
     assert command("verify", source, tmp_path / "back")[0] == 0
     for arguments, kind in ((("--dtype", "float16"), "F16"), (("--quantize", "int8"), "Q8_0")):
         assert command("model", source, file, "--to", "gguf", "--overwrite", *arguments)[0] == 0
-        assert gguf.GGUFReader(file).get_tensor(0).tensor_type == gguf.GGMLQuantizationType[kind]
+        reader = gguf.GGUFReader(file)
+        assert reader.get_tensor(0).tensor_type == gguf.GGMLQuantizationType[kind]
+        (norm,) = (tensor.data for tensor in reader.tensors if tensor.name == "output_norm.weight")
+        assert np.array_equal(norm, open_model(source).tensors["final_norm"].load())  # vectors are exact in every type
     (tmp_path / "another.gguf").write_bytes(b"not of this model")
     code, out, _ = command("inspect", file)
     assert code == 0 and out[-1].startswith("stories.gguf ") and not any("another.gguf" in line for line in out)
@@ -281,6 +295,17 @@ def test_the_commands(data_dir, tmp_path, command):  # noqa: F811
     assert code == 2 and "is a folder: give the file to write" in err[-1] and (tmp_path / "back/config.json").exists()
     code, _, err = command("model", source, tmp_path / "dst.gguf", "--to", "gguf", "--quantize", "nf4")
     assert code == 2 and "'nf4' is not known" in err[-1] and not list(tmp_path.glob("*dst*"))
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_whether_texts_begin_with_bos_is_what_the_tokenizers_settings_say(data_dir, tmp_path, says):
+    shutil.copy(data_dir / "stories260k-derived/hf_sharded/tokenizer.model", tmp_path)
+    if says is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": says}))
+    found = exported(tmp_path, 512)["add_bos_token"]
+    assert found is (says is not False)
+    if says is not None:
+        assert gguf.SpecialVocab(tmp_path).add_special_token["bos"] is says
 
 
 def test_wrong_input_is_named_and_nothing_is_written(tmp_path, monkeypatch):

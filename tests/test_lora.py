@@ -196,6 +196,12 @@ def test_sharded_training_is_training_on_one_device(kind, caplog):
     assert jax.tree.structure(sharded) == jax.tree.structure(trained)
 
 
+def test_a_target_named_twice_is_one():
+    once, twice = (add(base_params(), CONFIG, jax.random.key(0), targets=["q_proj"] * n)[1] for n in (1, 2))
+    assert jax.tree.structure(once) == jax.tree.structure(twice)
+    assert isinstance(twice["layers"]["wq"].base, jax.Array)
+
+
 def test_unstacked_adapters_compute_the_same():
     _, params = adapted("nf4", rank=4)
     np.testing.assert_allclose(logits(unstack(params)), logits(params), atol=1e-5)
@@ -212,6 +218,10 @@ def test_unstacked_adapters_compute_the_same():
         ({"rank_pattern": {"x_proj": 2}}, "x_proj"),
         ({"targets": ["q_proj"], "alpha_pattern": {"v_proj": 2.0}}, "v_proj"),
         ({"rank_pattern": {"q_proj": 0}}, "rank 0"),
+        ({"rank": 10**6}, "rank 1000000 of self_attn.q_proj: more than"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha"),
+        ({"rank_pattern": {"(": 2}}, "is no regular expression"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, said):

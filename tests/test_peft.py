@@ -383,6 +383,17 @@ BROKEN = {
     "bias": (None, {"bias": "all"}, "bias"),
     "pissa": (None, {"init_lora_weights": "pissa_niter_16"}, "pissa"),
     "unsupported": (None, {"use_qalora": True}, "use_qalora"),
+    "alpha nan": (None, {"lora_alpha": float("nan")}, "lora_alpha of .*q_proj is nan"),
+    "alpha of a pattern": (None, {"alpha_pattern": {"q_proj": None}}, "lora_alpha of .*q_proj is None"),
+    "alpha text": (None, {"lora_alpha": "8"}, "lora_alpha of .*q_proj is '8'"),
+    "no expression": (None, {"rank_pattern": {"(": 4}}, r"pattern '\(' is no regular expression"),
+    "patterns that are none": (None, {"rank_pattern": "x"}, "adapter is damaged"),
+    "modules that are none": (None, {"modules_to_save": 5}, "adapter is damaged"),
+    "no second axis": (lambda t: t.update({A.replace("_A", "_B"): np.zeros(2, np.float32)}), {}, "adapter is damaged"),
+    "not a target": (None, {"target_modules": ["v_proj"]}, "adapter of model.layers.0.self_attn.q_proj"),
+    "excluded": (None, {"exclude_modules": ["q_proj"]}, "adapter of model.layers.0.self_attn.q_proj"),
+    "another layer": (None, {"layers_to_transform": [0, 2]}, "adapter of model.layers.1.self_attn.q_proj"),
+    "lost module": (None, {"modules_to_save": ["lm_head"]}, "lacks the lm_head"),
     "another method": (None, {"peft_type": "IA3"}, "IA3"),
     "dora without magnitude": (None, {"use_dora": True}, "use_dora"),
 }
@@ -401,6 +412,25 @@ def test_a_wrong_adapter_is_refused_by_name(adapter, name, command, tmp_path):  
     code, out, err = command("merge", tmp_path / "base", adapter, tmp_path / "merged")
     assert code == 2 and not out and len(err) == 1 and re.search(said, err[0]), err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("shape", [(1,), (31,), (2, 16), ()])
+def test_magnitudes_of_another_shape_are_refused(adapter, shape):
+    """peft refuses them too; one would be used for all outputs."""
+    extra = {A.replace("lora_A.weight", "lora_magnitude_vector"): np.ones(shape, np.float32)}
+    extra |= {name.replace(".1.", f".{i}."): x for i in (0, 2) for name, x in extra.items()}
+    change(adapter, lambda tensors: tensors.update(extra), use_dora=True)
+    with pytest.raises(PunaError, match=r"q_proj has \(.*\) magnitudes for 32 outputs"):
+        apply_adapters(init_params(CONFIG, jax.random.key(0)), CONFIG, [adapter])
+
+
+def test_modules_that_the_settings_name_and_no_tensor_adapts_are_said(adapter, caplog):
+    change(adapter, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".2." in name])
+    apply_adapters(init_params(CONFIG, jax.random.key(0)), CONFIG, [adapter])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{adapter} holds no adapter of model.layers.2.self_attn.q_proj, which its target_modules names: "
+        "the base is used there as it is"
+    ]
 
 
 def test_a_truncated_or_missing_file_is_refused(adapter):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.errors import PunaError
+from model.lora import check_saved_modules, target_weights
 from model.quantize import quantizer
 from train.data.config import DataConfig
 from train.data.config import check as check_data
@@ -237,13 +238,13 @@ def _check(config: Config) -> None:
         "run.keep_last": run.keep_last,
         "model.loss_chunk": model.loss_chunk,
         "optim.adam_epsilon": optim.adam_epsilon,
-        "lora.rank": config.lora.rank if config.lora else 1,
+        **(_positive_lora(config.lora) if config.lora else {}),
     }
     for name, value in flat(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise PunaError(f"{name} is {value}; it must be a finite number")
     for name, value in positive.items():
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise PunaError(f"{name} is {value}; it must be above 0")
     not_negative = {
         **{f"run.{name}": getattr(run, name) for name in ("max_steps", "save_steps", "save_minutes", "eval_steps")},
@@ -274,10 +275,20 @@ def _check(config: Config) -> None:
         )
     if model.path is not None and model.preset is not None:
         raise PunaError("model.path and model.preset are both given; keep path to continue, preset to start afresh")
+    if config.lora is not None:
+        target_weights(config.lora.targets)
+        check_saved_modules(config.lora.modules_to_save)
     if config.quantize is not None and config.lora is None:
         raise PunaError("quantize is given without lora: quantized weights do not train; add a [lora] section")
     if (wanted := config.quantize) is not None:
         quantizer(wanted.method, wanted.block, wanted.double_quant)
+
+
+def _positive_lora(lora: LoraConfig) -> dict[str, float]:
+    """What of [lora] must be above 0, the values of patterns too."""
+    ranks = {f"lora.rank_pattern {pattern!r}": rank for pattern, rank in lora.rank_pattern.items()}
+    alphas = {f"lora.alpha_pattern {pattern!r}": alpha for pattern, alpha in lora.alpha_pattern.items()}
+    return {"lora.rank": lora.rank, "lora.alpha": lora.alpha, **ranks, **alphas}
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
