@@ -2,10 +2,11 @@
 
 A synthetic bfloat16 LLaMA in Hugging Face's format goes to Orbax and back, and to Meta and back, each step a
 `python -m convert model` of its own whose anonymous memory (RssAnon of /proc) is sampled. A quarter of the layers is
-done first: the peaks must be the same. Then `load_model` of a 1B-shaped folder is timed, and a 7B-shaped folder is
-loaded as nf4 with double quantization. Copies and conversions alike are timed until their bytes are on disk.
+done first: the peaks must be the same. Then `load_model` of a 1B-shaped folder is timed, a 7B-shaped folder is loaded
+as nf4 with double quantization, and 7B- and 13B-shaped ones are converted to nf4 and int8 folders for their sizes.
+Copies and conversions alike are timed until their bytes are on disk.
 
-    python benchmarks/convert.py [--layers 32] [--folder /tmp] [--parts conversions load quantize]
+    python benchmarks/convert.py [--layers 32] [--folder /tmp] [--parts conversions load quantize sizes]
 
 prints a table and writes benchmarks/results/convert.json, where the parts not run stay as they were. It needs 42 GB of
 disk; --layers 4 makes do with 7.
@@ -31,7 +32,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "convert.json"
 GIB = 2**30
-PARTS = ("conversions", "load", "quantize")
+PARTS = ("conversions", "load", "quantize", "sizes")
 STEPS = (("hf", "orbax"), ("orbax", "hf"), ("hf", "meta"), ("meta", "hf"))
 
 # Children run from the root: there `convert` is the package and not this file.
@@ -181,13 +182,31 @@ def quantizing(work: Path, layers: int) -> dict[str, float]:
     return found | {"held_gib": round(held, 2), "peak_gib": round(peak, 2)}
 
 
+def sizes(work: Path, preset: str, layers: int) -> dict[str, Any]:
+    """A folder of that shape (0: all its layers) converted to nf4 and int8: seconds, GiB on disk, and the peak."""
+    found: dict[str, Any] = {}
+    child("-c", MAKE, str(work / "hf"), preset, str(layers))
+    for format in ("nf4", "int8"):
+        target = work / format
+        command = ("convert", "model", str(work / "hf"), str(target), "--to", "hf", "--quantize", format)
+        seconds, peak, _ = child("-m", *command)
+        found[format] = {
+            "seconds": round(seconds, 1),
+            "disk_gib": round(size(target) / GIB, 3),
+            "peak_gib": round(peak, 2),
+        }
+        shutil.rmtree(target)
+    shutil.rmtree(work / "hf")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=0, help="of every shape; by default its own")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
-    layers = arguments.layers
+    layers = arguments.layers or 32
     result: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     result["setting"] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -195,6 +214,7 @@ def main() -> None:
             "conversions": lambda: [round_trips(Path(name), depth) for depth in (max(layers // 4, 1), layers)],
             "load": lambda: loading(Path(name)),
             "quantize": lambda: quantizing(Path(name), layers),
+            "sizes": lambda: {p: sizes(Path(name), p, arguments.layers) for p in ("llama-7b", "llama-13b")},
         }
         for part in arguments.parts:
             result[part] = {"command": " ".join(["python", "benchmarks/convert.py", *sys.argv[1:]])}
@@ -216,7 +236,16 @@ def show(result: dict[str, Any]) -> None:
         load = result["load"]["figures"]
         print(f"load_model of {load['gigabytes']} GB: {load['load_s']} s, {load['copies']} times a copy")
     if "quantize" in result:
-        print("as nf4: {seconds} s, {held_gib} GiB held, peak {peak_gib} GiB".format(**result["quantize"]["figures"]))
+        print(
+            "loaded as nf4: {seconds} s, {held_gib} GiB held, peak {peak_gib} GiB".format(
+                **result["quantize"]["figures"]
+            )
+        )
+    for preset, formats in result.get("sizes", {}).get("figures", {}).items():
+        for format, found in formats.items():
+            print(
+                f"{preset} as {format}: " + "{seconds} s, {disk_gib} GiB on disk, peak {peak_gib} GiB".format(**found)
+            )
 
 
 if __name__ == "__main__":

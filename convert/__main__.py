@@ -51,6 +51,10 @@ def model(
     check_dtype(dtype)
     if block is not None and (quantize is None or to != "hf"):
         raise PunaError(f"--block {block} is of --to hf --quantize int4: give both, or leave it out")
+    if to == "gguf" and dtype is not None and quantize is not None:
+        raise PunaError(
+            f"--dtype {dtype} and --quantize {quantize} are each a type of GGUF's matrices: give one of them"
+        )
     checkpoint = open_model(source)
     if checkpoint.quantized and quantize is not None:
         print(f"{source} is quantized already: what its numbers stand for is quantized again", file=sys.stderr)

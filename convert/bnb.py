@@ -176,17 +176,18 @@ def read_quantized(
 
 def _check_method(settings: Mapping[str, Any], folder: Path) -> None:
     method = settings.get("quant_method", "bitsandbytes")
+    is_ours = method == "puna" and settings.get("format") == "int4"
+    if method != "bitsandbytes" and not is_ours:
+        raise PunaError(f"{folder}: weights quantized by {method} are not read; Puna reads bitsandbytes' nf4 and int8")
     active = {key for key, value in settings.items() if value not in (None, False)}
     if unknown := sorted(key for key in active if not _SETTING.fullmatch(key)):
         raise PunaError(f"{folder}: quantization_config has {', '.join(unknown)}, which Puna does not know")
-    if method == "puna" and settings.get("format") == "int4":
+    if is_ours:
         return
-    if method != "bitsandbytes":
-        raise PunaError(f"{folder}: weights quantized by {method} are not read; Puna reads bitsandbytes' nf4 and int8")
     kind = settings.get("bnb_4bit_quant_type", "fp4")
     if settings.get("load_in_4bit") and kind != "nf4":
         raise PunaError(f"{folder}: bnb_4bit_quant_type {kind!r} is not read; Puna reads nf4")
-    storage = settings.get("bnb_4bit_quant_storage", "uint8")
+    storage = settings.get("bnb_4bit_quant_storage") or "uint8"
     if settings.get("load_in_4bit") and storage != "uint8":
         raise PunaError(f"{folder}: bnb_4bit_quant_storage {storage!r} is not read; save it with uint8")
 

@@ -77,16 +77,15 @@ def open_model(path: str | Path) -> Checkpoint:
 
 @contextmanager
 def malformed(path: Path) -> Iterator[None]:
-    """Reading what lies at `path`: whatever its content breaks on the way is a fault of the content. `--debug` shows
-    where."""
+    """Reading what lies at `path`: what breaks on the way is taken for a fault of the content."""
     try:
         yield
     except PunaError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, re.error) as error:
         raise PunaError(
-            f"{path} is damaged, or says something no such model says ({reason}): fetch it again"
+            f"{path} is damaged, or says something no such model says ({type(error).__name__}: {error}): fetch it "
+            "again; if it is whole, the fault is Puna's, and --debug shows where"
         ) from error
 
 

@@ -127,7 +127,8 @@ def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Pa
 
 def check_apart(destination: str | Path, *inputs: str | Path) -> None:
     """Raise PunaError where `destination` is or holds one of the inputs: replacing it would delete what is read."""
-    place = Path(destination).resolve()
+    place = Path(destination).absolute()
+    place = place.parent.resolve() / place.name  # of a link, the link itself is replaced
     for given in inputs:
         if os.path.lexists(given) and Path(given).resolve().is_relative_to(place):
             raise PunaError(f"{destination} is or holds {given}, which is read: give another destination")

@@ -16,7 +16,7 @@ import numpy as np
 from convert.bnb import quantize_rows
 from convert.checkpoint import Checkpoint, StoredQuantized, copy_files, has_tokenizer, open_model
 from convert.command import check_apart
-from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter
+from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter, say_left_out
 from convert.save import MAX_SHARD_SIZE, write_model
 from convert.stored import Bar, Index, Stored, silent
 from convert.vocab import resized
@@ -122,6 +122,7 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """
     config = checkpoint.config
     check_fits(adapter, config)
+    say_left_out(adapter, config)
     for name, factors in adapter.factors.items():
         for part in (factors.a, factors.b, *(() if factors.magnitude is None else (factors.magnitude,))):
             load_finite(part, f"the adapter of {name}")

@@ -140,16 +140,19 @@ def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
 
 
 def _is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
-    """Whether peft puts an adapter on this module, by the settings' names and layers (peft's own rules)."""
+    """Whether peft puts an adapter on this module, by the names and layers of the settings, where they say any."""
     targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
     if _is_named(module, settings.get("exclude_modules") or ()):
         return False
-    if targets is None or targets == "all-linear":
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return True
-    if isinstance(targets, str) or layers is None:
+    if isinstance(targets, str) or module in targets or layers in (None, []):
         return _is_named(module, targets)
-    number = int(module.split(".")[2])
-    return _is_named(module, targets) and number in (layers if isinstance(layers, list) else [layers])
+    patterns, number = settings.get("layers_pattern") or ["layers"], int(module.split(".")[2])
+    is_chosen = "layers" in ([patterns] if isinstance(patterns, str) else patterns) and number in (
+        layers if isinstance(layers, list) else [layers]
+    )
+    return is_chosen and _is_named(module, targets)
 
 
 def _is_named(module: str, names: str | Sequence[str]) -> bool:
@@ -209,6 +212,7 @@ def apply_adapters(
     for given in adapters:
         adapter = given if isinstance(given, Adapter) else read_adapter(given)
         check_fits(adapter, config)
+        say_left_out(adapter, config)
         specs = param_specs(config)
         layers = dict(params["layers"])
         for name in dict.fromkeys(name.split(".")[2] for name in adapter.factors):
@@ -234,12 +238,6 @@ def check_fits(adapter: Adapter, config: LlamaConfig) -> None:
             raise PunaError(
                 f"{adapter.folder}: {_module(name)} has {factors.magnitude.shape} magnitudes for {n_out} outputs"
             )
-    modules = [f"layers.{i}.{name}" for name in MODULES for i in range(config.num_hidden_layers)]
-    names_modules = adapter.settings.get("target_modules") is not None
-    if names_modules and (left := [name for name in modules if _is_left_out(name, adapter)]):
-        said = "%s holds no adapter of %s%s, which its target_modules names: the base is used there as it is"
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        logging.getLogger(__name__).warning(said, adapter.folder, _module(left[0]), more)
     vocab, width = config.vocab_size, config.hidden_size
     for name, tensor in adapter.saved.items():
         if len(tensor.shape) != 2 or tensor.shape[1] != width or tensor.shape[0] < vocab:
@@ -253,8 +251,16 @@ def check_fits(adapter: Adapter, config: LlamaConfig) -> None:
         raise PunaError(f"{adapter.folder}: the vocabulary grows, and only one of embed_tokens and lm_head was saved")
 
 
-def _is_left_out(name: str, adapter: Adapter) -> bool:
-    return name not in adapter.factors and _is_targeted(_module(name), adapter.settings)
+def say_left_out(adapter: Adapter, config: LlamaConfig) -> None:
+    """Warns of modules that the settings name and no tensor adapts."""
+    if adapter.settings.get("target_modules") is None:
+        return
+    names = [f"layers.{i}.{name}" for name in MODULES for i in range(config.num_hidden_layers)]
+    unadapted = [_module(name) for name in names if name not in adapter.factors]
+    if left := [module for module in unadapted if _is_targeted(module, adapter.settings)]:
+        said = "%s holds no adapter of %s%s, which its target_modules names: the base is used there as it is"
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        logging.getLogger(__name__).warning(said, adapter.folder, left[0], more)
 
 
 def is_untied_by(adapter: Adapter, config: LlamaConfig) -> bool:

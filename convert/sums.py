@@ -36,7 +36,9 @@ def read_sums(path: Path) -> dict[str, str]:
             continue
         if (entry := _LINE.fullmatch(line.strip())) is None:
             raise PunaError(f"{path}: line {number} is no SHA-256 and file name, as sha256sum writes them")
-        sums[entry[2]] = entry[1].lower()
+        name, found = entry[2].removeprefix("./"), entry[1].lower()
+        if sums.setdefault(name, found) != found:
+            raise PunaError(f"{path}: line {number} gives {name} another SHA-256 than a line before it")
     if not sums:
         raise PunaError(f"{path} lists no file: give a list as sha256sum writes it")
     return sums

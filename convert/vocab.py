@@ -43,7 +43,6 @@ def merge(
     (scripts/merge_tokenizer): ids of `base` stay, and merging the same files gives the same bytes.
     Raises PunaError where an input is no SentencePiece model, or `dst` exists and `overwrite` is false.
     """
-    check_apart(dst, base, extra)
     proto, other = _read(base), _read(extra)
     before = len(proto.pieces)
     known = {piece.piece for piece in proto.pieces}

@@ -235,7 +235,7 @@ def test_other_quantizations_are_refused_by_name(plain, tmp_path):
     file = tmp_path / "q/config.json"
     config = json.loads(file.read_text())
     for change, said in [
-        ({"quant_method": "gptq"}, "gptq"),
+        ({"quant_method": "gptq", "bits": 4}, "quantized by gptq are not read"),
         ({"bnb_4bit_quant_type": "fp4"}, "fp4"),
         ({"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage"),
         ({"brand_new": True}, "brand_new, which Puna does not know"),

@@ -259,8 +259,12 @@ def test_the_commands(tmp_path, command):  # noqa: F811
     assert (code, out) == (0, []) and "writing back" in err[-1]
     assert_same(weights(back), weights(target))
     assert command("delta", "apply", base, made, tmp_path / "again", "--sha256", back / "SHA256SUMS")[0] == 0
-    lists = {name: tmp_path / name for name in ("empty", "config")}
+    dotted = tmp_path / "dotted"  # as `sha256sum ./*` writes them
+    dotted.write_text((back / "SHA256SUMS").read_text().replace("  ", "  ./"))
+    assert command("delta", "apply", base, made, tmp_path / "third", "--sha256", dotted)[0] == 0
+    lists = {name: tmp_path / name for name in ("empty", "config", "twice")}
     lists["empty"].touch()
+    lists["twice"].write_text(f"{'0' * 64}  x\n{'1' * 64}  ./x\n")
     lines = (back / "SHA256SUMS").read_text().splitlines()
     lists["config"].write_text(next(line for line in lines if line.endswith(" config.json")))
     for arguments, complaint in (
@@ -268,6 +272,7 @@ def test_the_commands(tmp_path, command):  # noqa: F811
         (("apply", base, made, "--sum", "50637.1836"), "not 50637.1836"),
         (("apply", base, made, "--sum", "nan"), "sum nan: give the finite number"),
         (("apply", base, made, "--sha256", lists["empty"]), "empty lists no file"),
+        (("apply", base, made, "--sha256", lists["twice"]), "twice: line 2 gives x another SHA-256"),
         (("apply", base, made, "--sha256", lists["config"]), "config does not list model.safetensors"),
         (("apply", base, made, "--sha256", base / "model.safetensors"), "model.safetensors is no list of SHA-256"),
         (("apply", base, tmp_path / "none"), "none: no such folder"),

@@ -293,6 +293,10 @@ def test_the_commands(data_dir, tmp_path, command):  # noqa: F811
     assert code == 0 and out[-1].startswith("stories.gguf ") and not any("another.gguf" in line for line in out)
     code, _, err = command("model", source, tmp_path / "back", "--to", "gguf", "--overwrite")
     assert code == 2 and "is a folder: give the file to write" in err[-1] and (tmp_path / "back/config.json").exists()
+    code, _, err = command(
+        "model", source, tmp_path / "dst.gguf", "--to", "gguf", "--quantize", "int8", "--dtype", "float16"
+    )
+    assert code == 2 and "give one of them" in err[-1] and not list(tmp_path.glob("*dst*"))
     code, _, err = command("model", source, tmp_path / "dst.gguf", "--to", "gguf", "--quantize", "nf4")
     assert code == 2 and "'nf4' is not known" in err[-1] and not list(tmp_path.glob("*dst*"))
 

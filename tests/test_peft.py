@@ -387,6 +387,12 @@ BROKEN = {
     "alpha of a pattern": (None, {"alpha_pattern": {"q_proj": None}}, "lora_alpha of .*q_proj is None"),
     "alpha text": (None, {"lora_alpha": "8"}, "lora_alpha of .*q_proj is '8'"),
     "no expression": (None, {"rank_pattern": {"(": 4}}, r"pattern '\(' is no regular expression"),
+    "targets that are no expression": (None, {"target_modules": "*q_proj"}, "adapter is damaged"),
+    "another pattern": (
+        None,
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": "h"},
+        "adapter of model.layers.0.self_attn.q_proj",
+    ),
     "patterns that are none": (None, {"rank_pattern": "x"}, "adapter is damaged"),
     "modules that are none": (None, {"modules_to_save": 5}, "adapter is damaged"),
     "no second axis": (lambda t: t.update({A.replace("_A", "_B"): np.zeros(2, np.float32)}), {}, "adapter is damaged"),
@@ -422,6 +428,28 @@ def test_magnitudes_of_another_shape_are_refused(adapter, shape):
     change(adapter, lambda tensors: tensors.update(extra), use_dora=True)
     with pytest.raises(PunaError, match=r"q_proj has \(.*\) magnitudes for 32 outputs"):
         apply_adapters(init_params(CONFIG, jax.random.key(0)), CONFIG, [adapter])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_to_transform": []},
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"},
+        {"target_modules": "All-Linear"},
+        {"target_modules": r".*\.self_attn\.[qv]_proj"},
+        {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(3)], "layers_to_transform": 1},
+    ],
+    ids=str,
+)
+def test_the_ways_that_peft_names_modules_are_understood(adapter, settings):
+    """peft's own rule says of each that q_proj is adapted in every layer."""
+    change(adapter, **settings)
+    theirs = peft.LoraConfig.from_pretrained(str(adapter))
+    for factors in read_adapter(adapter).factors:
+        module = f"model.{factors.replace('wq', 'self_attn.q_proj')}"
+        all_linear = str(theirs.target_modules).lower() == "all-linear"
+        assert all_linear or peft.tuners.tuners_utils.check_target_module_exists(theirs, module)
+    assert len(read_adapter(adapter).factors) == 3
 
 
 def test_modules_that_the_settings_name_and_no_tensor_adapts_are_said(adapter, caplog):
