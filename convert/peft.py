@@ -29,7 +29,9 @@ from model.errors import PunaError
 from model.lora import MODULES, SAVED_MODULES, LoraArray, module_value, shardings, with_magnitude
 from model.params import Params, param_shardings, param_specs
 
-_KEY = re.compile(r"model\.layers\.(\d+)\.([\w.]+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+_KEY = re.compile(
+    r"model\.layers\.(0|[1-9]\d*)\.([\w.]+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+)
 _SAVED = re.compile(r"(?:model\.)?(embed_tokens|lm_head)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight")
 _DUPLICATE = re.compile(
     r"(?:model\.)?(?:embed_tokens|lm_head)\.(?:modules_to_save(?:\.default)?|original_module)\.weight"

@@ -120,7 +120,7 @@ def quantize(w: Array, format: Format, block: int = 64, double: bool = False) ->
     if format not in FORMATS:
         raise PunaError(f"quantize {format!r} is not known; choose {', '.join(FORMATS)}")
     if (format == "int4" and block not in (32, 64, 128)) or (format == "nf4" and block != 64):
-        raise PunaError(f"{format} has no blocks of {block}; int4 has groups of 32, 64 or 128, nf4 blocks of 64")
+        raise PunaError(f"{format} has no blocks of {block!r}; int4 has groups of 32, 64 or 128, nf4 blocks of 64")
     if double and format != "nf4":
         raise PunaError(f"double quantization belongs to nf4, not to {format}")
     if format != "int8" and w.shape[-2] % 2:

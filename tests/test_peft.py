@@ -368,6 +368,11 @@ BROKEN = {
     ),
     "other rank": (None, {"r": 3}, "rank"),
     "half": (lambda t: t.pop(A), {}, "lora_A"),
+    "layer 01": (
+        lambda t: t.update({k.replace(".1.", ".01."): t.pop(k) for k in list(t) if ".1." in k}),
+        {},
+        "layers.01",
+    ),
     "unknown tensor": (lambda t: t.update({A.replace("q_proj", "x_proj"): t[A]}), {}, "x_proj"),
     "another base": (lambda t: t.update({A: np.zeros((2, 40), np.float32)}), {}, "another base"),
     "more layers": (
