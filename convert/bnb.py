@@ -19,7 +19,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, StoredQuantized
 from convert.names import rows
-from convert.stored import Index, Stored
+from convert.stored import Index, Stored, check_finite
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import LINEARS
@@ -51,14 +51,14 @@ def quantized_checkpoint(checkpoint: Checkpoint, format: Format, block: int = 64
     for name, tensor in checkpoint.tensors.items():
         if name.split(".")[-1] in LINEARS:
             like = _like((tensor.shape[1], tensor.shape[0]), format, tensor.dtype.name, block, double)
-            make = partial(_quantized, tensor, format, block, double)
+            make = partial(_quantized, name, tensor, format, block, double)
             lazy[name] = StoredQuantized(like, make)
     return replace(checkpoint, quantized=lazy)
 
 
-def _quantized(tensor: Stored, format: Format, block: int, double: bool) -> QuantizedArray:
+def _quantized(name: str, tensor: Stored, format: Format, block: int, double: bool) -> QuantizedArray:
     rows = tensor.transposed().load()
-    _check_finite(rows, tensor.where)
+    check_finite(rows, name, tensor.where)
     return quantize_rows(rows, format, block, double)
 
 
@@ -201,27 +201,29 @@ def _read_weight(
         layout = left.pop(name.removesuffix("weight") + "weight_format", None)
         if layout is not None and layout.load().any():
             raise PunaError(f"{scb.where}: {name} lies in a layout of GPUs (weight_format); save it in rows")
-        return _read_int8(left.pop(name), scb, shape, dtype)
+        return _read_int8(name, left.pop(name), scb, shape, dtype)
     own = {key: left.pop(key) for key in list(left) if key.startswith(f"{name}.")}
     if not own:
         return None
     own = {key.removeprefix(f"{name}."): tensor for key, tensor in own.items()}
     codes = left.pop(name)
     if settings.get("quant_method") == "puna":
-        return _read_int4(codes, own["absmax"], shape, settings["block"], dtype)
+        return _read_int4(name, codes, own["absmax"], shape, settings["block"], dtype)
     return _read_nf4(name, codes, own, shape)
 
 
-def _read_int8(codes: Stored, scb: Stored, shape: tuple[int, int], dtype: str) -> StoredQuantized:
+def _read_int8(name: str, codes: Stored, scb: Stored, shape: tuple[int, int], dtype: str) -> StoredQuantized:
     like = _like(shape, "int8", dtype)
     _check_parts(codes, {"codes": like.codes, "SCB": like.absmax}, {"codes": codes, "SCB": scb})
-    return _stored(like, lambda: [codes.load(), scb.load()], codes.where)
+    return _stored(like, lambda: [codes.load(), scb.load()], name, codes.where)
 
 
-def _read_int4(codes: Stored, absmax: Stored, shape: tuple[int, int], block: int, dtype: str) -> StoredQuantized:
+def _read_int4(
+    name: str, codes: Stored, absmax: Stored, shape: tuple[int, int], block: int, dtype: str
+) -> StoredQuantized:
     like = _like(shape, "int4", dtype, block)
     _check_parts(codes, {"codes": like.codes, "absmax": like.absmax}, {"codes": codes, "absmax": absmax})
-    return _stored(like, lambda: [codes.load(), absmax.load()], codes.where)
+    return _stored(like, lambda: [codes.load(), absmax.load()], name, codes.where)
 
 
 def _read_nf4(name: str, codes: Stored, own: Mapping[str, Stored], shape: tuple[int, int]) -> StoredQuantized:
@@ -259,7 +261,7 @@ def _read_nf4(name: str, codes: Stored, own: Mapping[str, Stored], shape: tuple[
             parts += [own["nested_absmax"].load(), np.array(state["nested_offset"], np.float32)]
         return parts
 
-    return _stored(like, load, where)
+    return _stored(like, load, name, where)
 
 
 def _like(shape: tuple[int, int], format: Format, dtype: str, block: int = 64, double: bool = False) -> QuantizedArray:
@@ -280,21 +282,16 @@ def _padded(flat: np.ndarray, shape: tuple[int, ...], fill: int) -> np.ndarray:
     return np.pad(flat, (0, math.prod(shape) - flat.size), constant_values=fill).reshape(shape)
 
 
-def _stored(like: QuantizedArray, load: Any, where: str) -> StoredQuantized:
+def _stored(like: QuantizedArray, load: Any, name: str, where: str) -> StoredQuantized:
     structure = jax.tree.structure(like)
 
     def read() -> QuantizedArray:
         leaves = load()
-        for leaf in leaves:
-            _check_finite(leaf, where)
+        for scales in leaves[1:]:
+            check_finite(scales, name, where)
         return jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in leaves])
 
     return StoredQuantized(like, read)
-
-
-def _check_finite(array: np.ndarray, where: str) -> None:
-    if array.dtype.kind not in "iu" and not np.isfinite(array).all():
-        raise PunaError(f"{where} holds numbers that are NaN or infinite: the file is damaged")
 
 
 def _dequantized(weight: StoredQuantized, where: str) -> Stored:

@@ -33,7 +33,7 @@ from convert.hf import write_weights
 from convert.names import Row, account, rows
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import MAX_SHARD_SIZE
-from convert.stored import Bar, Index, Stored, contiguous, silent, stored
+from convert.stored import Bar, Index, Stored, check_finite, contiguous, silent, stored
 from convert.sums import SUMS, check_sums, read_sums, write_sums
 from convert.vocab import INITS, resized
 from model.config import LlamaConfig
@@ -216,7 +216,7 @@ def _added(
             new = old + contiguous(row.turned(delta).load())
         if f"{row.hf}.positions" in missed:
             new.reshape(-1)[missed[f"{row.hf}.positions"].load()] = missed[f"{row.hf}.values"].load()
-        _check_finite(row.hf, new, delta.where)
+        check_finite(new, row.hf, delta.where)
         if record.target and record.target.get(row.hf) != _digest(new):
             raise PunaError(f"{delta.where}: {row.hf} does not give the target it was made for: the file is damaged")
         totals.append(float(new.sum(dtype=np.float64)))
@@ -229,13 +229,8 @@ def _numbers(row: Row, tensor: Stored) -> np.ndarray:
     """A whole tensor in Hugging Face's layout. Raises PunaError where it holds NaN or infinity."""
     with np.errstate(over="ignore"):  # of a cast to float16: found in the next line
         array = contiguous(row.turned(tensor).load())
-    _check_finite(row.hf, array, tensor.where)
+    check_finite(array, row.hf, tensor.where)
     return array
-
-
-def _check_finite(name: str, array: np.ndarray, where: str) -> None:
-    if wrong := int(array.size - np.isfinite(array).sum()):
-        raise PunaError(f"{where}: {name} holds {wrong} numbers that are NaN or infinite in {array.dtype.name}")
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from model.errors import PunaError
+
 Index = tuple[slice, ...]
 Advance = Callable[[int], None]  # hears of bytes done
 Bar = Callable[[int], AbstractContextManager[Advance]]  # given all the bytes to come, shows how many are done
@@ -135,6 +137,12 @@ def loaded(tensors: Iterable[Stored]) -> Iterator[np.ndarray]:
             waiting = coming
         if waiting is not None:
             yield waiting.result()
+
+
+def check_finite(array: np.ndarray, name: str, where: str) -> None:
+    """Raises PunaError where the tensor `name` of the file `where` holds a NaN or an infinity."""
+    if wrong := int(array.size - np.isfinite(array).sum()):
+        raise PunaError(f"{where}: {name} holds {wrong} numbers that are NaN or infinite in {array.dtype.name}")
 
 
 def same_bytes(a: Stored, b: Stored) -> bool:

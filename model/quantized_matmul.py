@@ -91,8 +91,8 @@ def _sum(products: Iterable[Array]) -> Array:
 def _in_halves(q: QuantizedArray) -> bool:
     """Whether nibbles are decoded by arithmetic, which leaves halves, and not by the table of `decode`.
 
-    XLA on CPU vectorizes arithmetic, and not the table. For int4 that pays everywhere; for nf4, whose 15 selects are
-    long, with the masks of AVX-512, where the table takes four times as long as it does in AVX2's code.
+    XLA on CPU vectorizes arithmetic, and not the table. int4's is short. nf4's 15 selects pay where AVX-512 has masks
+    for them, and where the table's code is slower than AVX2's (`benchmarks/quantized.py` times what is chosen).
     """
     if jax.default_backend() != "cpu" or q.format == "int8":
         return False

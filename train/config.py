@@ -240,11 +240,11 @@ def _check(config: Config) -> None:
         "optim.adam_epsilon": optim.adam_epsilon,
         **(_positive_lora(config.lora) if config.lora else {}),
     }
-    for name, value in flat(config):
+    for name, value in (*flat(config), *positive.items()):
         if isinstance(value, float) and not math.isfinite(value):
             raise PunaError(f"{name} is {value}; it must be a finite number")
     for name, value in positive.items():
-        if not 0 < value < math.inf:
+        if value <= 0:
             raise PunaError(f"{name} is {value}; it must be above 0")
     not_negative = {
         **{f"run.{name}": getattr(run, name) for name in ("max_steps", "save_steps", "save_minutes", "eval_steps")},

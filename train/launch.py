@@ -165,7 +165,7 @@ def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[b
 
 
 def _environment(run_dir: Path, address: str, processes: int, index: int) -> dict[str, str]:
-    """What a child reads to find its peers; what is set already stays.
+    """What a child reads to find its peers; what is set already stays, but for the addresses.
 
     Compiled programs are kept, so that a restart is quick. glibc maps XLA's temporaries on CPU anew at every step,
     which in huge pages costs little.
