@@ -42,9 +42,9 @@ from dataclasses import replace
 from pathlib import Path
 import ml_dtypes, numpy as np
 from convert.checkpoint import Checkpoint
-from convert.names import rows
+from convert.names import parameters
 from convert.save import write_model
-from convert.stored import Stored
+from convert.lazy import LazyTensor
 from model.config import PRESETS
 
 folder, preset, layers = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -54,9 +54,11 @@ numbers = np.random.default_rng(0).normal(0, 0.02, 2**24).astype(ml_dtypes.bfloa
 
 def tensor(seed, shape):
     start = seed * 7919 % 2**23  # no two tensors alike
-    return Stored(shape, numbers.dtype, lambda index: np.resize(numbers[start:], shape)[index], "random numbers")
+    return LazyTensor(shape, numbers.dtype, lambda index: np.resize(numbers[start:], shape)[index], "random numbers")
 
-tensors = {row.name: row.turned(tensor(seed, row.foreign_shape)) for seed, row in enumerate(rows(config))}
+tensors = {
+    param.name: param.swap_layout(tensor(seed, param.foreign_shape)) for seed, param in enumerate(parameters(config))
+}
 write_model(folder, Checkpoint(config, tensors, folder, "hf"))
 """
 QUANTIZE = """

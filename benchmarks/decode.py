@@ -31,7 +31,7 @@ from rich.table import Table
 
 from convert import load_model
 from infer.generate import generate
-from model.linear import for_decoding
+from model.linear import decode_layout
 
 transformers = import_module("transformers")  # not for the type checker, which would take 20 s to read it
 PROMPT, NEW = 32, 128
@@ -76,7 +76,7 @@ def peer(model: Any, prompts: np.ndarray) -> Callable[[], list[list[int]]]:
 
 def ours(folder: Path, prompts: np.ndarray) -> Callable[[], list[list[int]]]:
     config, params = load_model(folder)
-    params = for_decoding(params)
+    params = decode_layout(params)
 
     def run() -> list[list[int]]:
         chunks = list(generate(params, config, prompts.tolist(), NEW))

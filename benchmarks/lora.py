@@ -32,7 +32,7 @@ from model import LlamaConfig, hidden, init_params, make_mesh
 from model.lora import add, join, split
 from model.params import LINEARS, Params
 from model.quantize import quantize
-from train.loss import IGNORE, make_loss
+from train.loss import IGNORE_INDEX, make_loss
 from train.step import CPU_OPTIONS
 
 RESULT = Path(__file__).parent / "results" / "lora.json"
@@ -58,13 +58,13 @@ class OurStep:
         self.trained, self.frozen = jax.tree.map(jnp.copy, trained), frozen
         self.state = optimizer.init(self.trained)
         batch = jnp.asarray(tokens, jnp.int32)
-        labels = jnp.pad(batch[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+        labels = jnp.pad(batch[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
         total = make_loss(make_mesh(devices=jax.devices()[:1]))
 
         def loss(trained: Params, frozen: Params | None) -> jax.Array:
             params = trained if frozen is None else join(trained, frozen)
             x, _ = hidden(params, batch, config, remat=remat)
-            return total(x, params["lm_head"], labels) / (labels != IGNORE).sum()
+            return total(x, params["lm_head"], labels) / (labels != IGNORE_INDEX).sum()
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(trained: Params, state: Any, frozen: Params | None) -> tuple[Any, Any, jax.Array]:

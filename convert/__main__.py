@@ -95,7 +95,7 @@ def merge_command(
     base, *adapters, last = paths
     destination = Path(last)
     bar = partial(progress, f"writing {destination.name}")
-    merged = merge.merge(
+    merged = merge.merge_adapters(
         base, adapters, destination, format=to, dtype=dtype, overwrite=overwrite, shards=shards,
         max_shard_size=limit, bar=bar,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def merge_vocabularies(
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
 ) -> None:
     """Append a tokenizer's new pieces to another's, as Chinese-LLaMA-Alpaca did; print counts and SHA-256."""
-    merged = vocab.merge(base, extra, destination, special, overwrite)
+    merged = vocab.merge_vocabularies(base, extra, destination, special, overwrite)
     print(f"{merged.base} + {merged.extra} pieces, {merged.added} of them new: {merged.total}")
     print(f"sha256 {merged.sha256}")
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.checkpoint import Checkpoint, StoredQuantized
-from convert.names import rows
-from convert.stored import Index, Stored, check_finite
+from convert.checkpoint import Checkpoint, LazyQuantized
+from convert.lazy import Index, LazyTensor, check_finite
+from convert.names import parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import LINEARS
@@ -52,11 +52,11 @@ def quantized_checkpoint(checkpoint: Checkpoint, format: Format, block: int = 64
         if name.split(".")[-1] in LINEARS:
             like = _like((tensor.shape[1], tensor.shape[0]), format, tensor.dtype.name, block, double)
             make = partial(_quantized, name, tensor, format, block, double)
-            lazy[name] = StoredQuantized(like, make)
+            lazy[name] = LazyQuantized(like, make)
     return replace(checkpoint, quantized=lazy)
 
 
-def _quantized(name: str, tensor: Stored, format: Format, block: int, double: bool) -> QuantizedArray:
+def _quantized(name: str, tensor: LazyTensor, format: Format, block: int, double: bool) -> QuantizedArray:
     rows = tensor.transposed().load()
     check_finite(rows, name, tensor.where)
     return quantize_rows(rows, format, block, double)
@@ -89,7 +89,7 @@ def quantization_config(like: QuantizedArray, floats: Sequence[str] = ()) -> dic
     }
 
 
-def as_tensors(name: str, weight: StoredQuantized) -> dict[str, Stored]:
+def as_tensors(name: str, weight: LazyQuantized) -> dict[str, LazyTensor]:
     """The tensors of one quantized weight under its Hugging Face name `name`, computed once when first read."""
     like = weight.like
     n_blocks = math.ceil(like.size / like.block)
@@ -123,7 +123,7 @@ def as_tensors(name: str, weight: StoredQuantized) -> dict[str, Stored]:
             read.clear()
         return array[index] if index else array
 
-    return {key: Stored(shape, np.dtype(kind), partial(take, key), name) for key, (shape, kind) in parts.items()}
+    return {key: LazyTensor(shape, np.dtype(kind), partial(take, key), name) for key, (shape, kind) in parts.items()}
 
 
 def _arrays(name: str, q: QuantizedArray) -> dict[str, np.ndarray]:
@@ -153,24 +153,24 @@ def _arrays(name: str, q: QuantizedArray) -> dict[str, np.ndarray]:
 
 
 def read_quantized(
-    settings: Mapping[str, Any], tensors: dict[str, Stored], config: LlamaConfig, dtype: str, folder: Path
-) -> tuple[dict[str, Stored], dict[str, StoredQuantized]]:
+    settings: Mapping[str, Any], tensors: dict[str, LazyTensor], config: LlamaConfig, dtype: str, folder: Path
+) -> tuple[dict[str, LazyTensor], dict[str, LazyQuantized]]:
     """Splits what a quantized folder holds: every tensor as floats under its Hugging Face name, [out, in], and the
     quantized weights under ours. `dtype` is what int8 weights were, which their files do not say.
 
     Raises PunaError for another method or type, other tables or block sizes, and tensors that do not fit the config.
     """
     _check_method(settings, folder)
-    found: dict[str, StoredQuantized] = {}
+    found: dict[str, LazyQuantized] = {}
     left = dict(tensors)
-    for row in rows(config):
-        if row.name.split(".")[-1] not in LINEARS or row.hf not in left:
+    for param in parameters(config):
+        if param.name.split(".")[-1] not in LINEARS or param.hf not in left:
             continue
-        n_in, n_out = row.shape
-        weight = _read_weight(row.hf, left, settings, (n_out, n_in), dtype)
+        n_in, n_out = param.shape
+        weight = _read_weight(param.hf, left, settings, (n_out, n_in), dtype)
         if weight is not None:
-            found[row.name] = weight
-            left[row.hf] = _dequantized(weight, tensors[row.hf].where)
+            found[param.name] = weight
+            left[param.hf] = _dequantized(weight, tensors[param.hf].where)
     return left, found
 
 
@@ -193,8 +193,8 @@ def _check_method(settings: Mapping[str, Any], folder: Path) -> None:
 
 
 def _read_weight(
-    name: str, left: dict[str, Stored], settings: Mapping[str, Any], shape: tuple[int, int], dtype: str
-) -> StoredQuantized | None:
+    name: str, left: dict[str, LazyTensor], settings: Mapping[str, Any], shape: tuple[int, int], dtype: str
+) -> LazyQuantized | None:
     """Takes the tensors of one weight out of `left`; None where it is not quantized."""
     scb = left.pop(name.removesuffix("weight") + "SCB", None)
     if scb is not None:
@@ -212,21 +212,21 @@ def _read_weight(
     return _read_nf4(name, codes, own, shape)
 
 
-def _read_int8(name: str, codes: Stored, scb: Stored, shape: tuple[int, int], dtype: str) -> StoredQuantized:
+def _read_int8(name: str, codes: LazyTensor, scb: LazyTensor, shape: tuple[int, int], dtype: str) -> LazyQuantized:
     like = _like(shape, "int8", dtype)
     _check_parts(codes, {"codes": like.codes, "SCB": like.absmax}, {"codes": codes, "SCB": scb})
     return _stored(like, lambda: [codes.load(), scb.load()], name, codes.where)
 
 
 def _read_int4(
-    name: str, codes: Stored, absmax: Stored, shape: tuple[int, int], block: int, dtype: str
-) -> StoredQuantized:
+    name: str, codes: LazyTensor, absmax: LazyTensor, shape: tuple[int, int], block: int, dtype: str
+) -> LazyQuantized:
     like = _like(shape, "int4", dtype, block)
     _check_parts(codes, {"codes": like.codes, "absmax": like.absmax}, {"codes": codes, "absmax": absmax})
     return _stored(like, lambda: [codes.load(), absmax.load()], name, codes.where)
 
 
-def _read_nf4(name: str, codes: Stored, own: Mapping[str, Stored], shape: tuple[int, int]) -> StoredQuantized:
+def _read_nf4(name: str, codes: LazyTensor, own: Mapping[str, LazyTensor], shape: tuple[int, int]) -> LazyQuantized:
     where = codes.where
     if _STATE not in own:
         raise PunaError(f"{where}: {name} lacks its {_STATE}; found {', '.join(sorted(own))}")
@@ -270,7 +270,7 @@ def _like(shape: tuple[int, int], format: Format, dtype: str, block: int = 64, d
     return jax.eval_shape(make, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
-def _check_parts(codes: Stored, expected: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
+def _check_parts(codes: LazyTensor, expected: Mapping[str, Any], found: Mapping[str, LazyTensor]) -> None:
     for key, like in expected.items():
         if (found[key].shape, found[key].dtype) != (like.shape, like.dtype):
             said = f"{found[key].dtype.name} {found[key].shape}; this model needs {like.dtype.name} {like.shape}"
@@ -282,7 +282,7 @@ def _padded(flat: np.ndarray, shape: tuple[int, ...], fill: int) -> np.ndarray:
     return np.pad(flat, (0, math.prod(shape) - flat.size), constant_values=fill).reshape(shape)
 
 
-def _stored(like: QuantizedArray, load: Any, name: str, where: str) -> StoredQuantized:
+def _stored(like: QuantizedArray, load: Any, name: str, where: str) -> LazyQuantized:
     structure = jax.tree.structure(like)
 
     def read() -> QuantizedArray:
@@ -291,10 +291,10 @@ def _stored(like: QuantizedArray, load: Any, name: str, where: str) -> StoredQua
             check_finite(scales, name, where)
         return jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in leaves])
 
-    return StoredQuantized(like, read)
+    return LazyQuantized(like, read)
 
 
-def _dequantized(weight: StoredQuantized, where: str) -> Stored:
+def _dequantized(weight: LazyQuantized, where: str) -> LazyTensor:
     """The float weight [out, in] that a quantized one stands for."""
     like = weight.like
     kind = np.dtype(jnp.dtype(like.dtype))
@@ -302,4 +302,4 @@ def _dequantized(weight: StoredQuantized, where: str) -> Stored:
     def read(index: Index) -> np.ndarray:
         return np.asarray(dequantize(weight())).T[index]
 
-    return Stored((like.out_features, like.in_features), kind, read, where)
+    return LazyTensor((like.out_features, like.in_features), kind, read, where)

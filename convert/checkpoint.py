@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.stored import Stored
+from convert.lazy import LazyTensor
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.quantize import QuantizedArray
@@ -24,7 +24,7 @@ _WANTED = ["*.json", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
-class StoredQuantized:
+class LazyQuantized:
     """A quantized weight in a file: `like` has its shapes and settings, and calling it loads its numbers."""
 
     like: QuantizedArray
@@ -43,10 +43,10 @@ class Checkpoint:
     """
 
     config: LlamaConfig
-    tensors: dict[str, Stored]
+    tensors: dict[str, LazyTensor]
     folder: Path
     format: str
-    quantized: Mapping[str, StoredQuantized] = field(default_factory=dict)
+    quantized: Mapping[str, LazyQuantized] = field(default_factory=dict)
     file: Path | None = None
 
     @property
@@ -197,7 +197,7 @@ def write_generation_config(folder: Path, config: LlamaConfig) -> None:
         write_json(path, {"_from_model_config": True, **ids})
 
 
-def main_dtype(tensors: Mapping[str, Stored]) -> str:
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
     """The name of the dtype that most of the bytes have: what a config.json calls the model's."""
     sizes: dict[str, int] = {}
     for tensor in tensors.values():

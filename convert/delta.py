@@ -28,13 +28,13 @@ from convert.checkpoint import (
     write_generation_config,
     write_json,
 )
+from convert.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
 from convert.command import atomic_path, check_apart, check_free_space
 from convert.hf import write_weights
-from convert.names import Row, account, rows
+from convert.lazy import Index, LazyTensor, ProgressBar, check_finite, contiguous, from_array, no_progress
+from convert.names import Parameter, check_keys, parameters
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import MAX_SHARD_SIZE
-from convert.stored import Bar, Index, Stored, check_finite, contiguous, silent, stored
-from convert.sums import SUMS, check_sums, read_sums, write_sums
 from convert.vocab import INITS, resized
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -64,7 +64,7 @@ def make(
     dtype: str | None = None,
     init: str | None = None,
     overwrite: bool = False,
-    bar: Bar = silent,
+    bar: ProgressBar = no_progress,
 ) -> None:
     """Write target - base as a Hugging Face folder with the target's tokenizer, a Record and SHA256SUMS.
 
@@ -79,17 +79,17 @@ def make(
     new = _cast(new, kind)
     old = _like(_cast(_opened(base), kind), new, init)
     record = Record(kind, init)
-    missed: dict[str, Stored] = {}
+    missed: dict[str, LazyTensor] = {}
     deltas = {
-        row.hf: _subtracted(row, old.tensors[row.name], new.tensors[row.name], record, missed)
-        for row in rows(new.config)
+        param.hf: _subtracted(param, old.tensors[param.name], new.tensors[param.name], record, missed)
+        for param in parameters(new.config)
     }
     with _folder(dst, overwrite, new, kind) as folder:
         write_weights(folder, deltas, bar, MAX_SHARD_SIZE)
         if missed:
             write_safetensors(folder / MISSED, missed, lambda count: None)
         write_json(folder / RECORD, vars(record))
-        write_sums(folder)
+        write_checksums(folder)
 
 
 def apply(
@@ -100,7 +100,7 @@ def apply(
     total: float | None = None,
     sums: str | Path | None = None,
     overwrite: bool = False,
-    bar: Bar = silent,
+    bar: ProgressBar = no_progress,
 ) -> None:
     """Write base + delta as a Hugging Face folder with the delta's tokenizer and SHA256SUMS.
 
@@ -115,12 +115,12 @@ def apply(
     if total is not None and not math.isfinite(total):
         raise PunaError(f"sum {total}: give the finite number that all numbers of the result add up to")
     check_apart(dst, base, delta)
-    expected = None if sums is None else read_sums(Path(sums))
+    expected = None if sums is None else read_checksums(Path(sums))
     difference, old = _opened(delta), _opened(base)
     for checkpoint in (old, difference):
-        if (checkpoint.folder / SUMS).is_file():
-            listed = checkpoint.folder / SUMS
-            check_sums(checkpoint.folder, read_sums(listed), listed, checkpoint.folder)
+        if (checkpoint.folder / CHECKSUMS).is_file():
+            listed = checkpoint.folder / CHECKSUMS
+            check_checksums(checkpoint.folder, read_checksums(listed), listed, checkpoint.folder)
     record = _read_record(difference)
     if record.base and init not in (None, record.init):
         raise PunaError(f"init {init}: {difference.folder} was made with init {record.init}; leave init out")
@@ -128,16 +128,16 @@ def apply(
     missed = _read_missed(difference.folder)
     totals: list[float] = []
     tensors = {
-        row.hf: _added(row, old.tensors[row.name], difference.tensors[row.name], record, missed, totals)
-        for row in rows(difference.config)
+        param.hf: _added(param, old.tensors[param.name], difference.tensors[param.name], record, missed, totals)
+        for param in parameters(difference.config)
     }
     with _folder(dst, overwrite, difference, record.dtype) as folder:
         write_weights(folder, tensors, bar, MAX_SHARD_SIZE)
         if total is not None:
             _check_total(math.fsum(totals), total, difference.config)
-        write_sums(folder)
+        write_checksums(folder)
         if sums is not None and expected is not None:
-            check_sums(folder, expected, sums, "the result")
+            check_checksums(folder, expected, sums, "the result")
             if unlisted := sorted({file.name for file in folder.glob("*.safetensors")} - expected.keys()):
                 raise PunaError(f"{sums} does not list {', '.join(unlisted)} of the result: give a list of all weights")
 
@@ -173,63 +173,74 @@ def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
 def _like(base: Checkpoint, other: Checkpoint, init: str) -> Checkpoint:
     """The base with rows for the other's vocabulary. Raises PunaError where they still differ in names or shapes."""
     said = f"{base.folder} (as the base of {other.folder})"
-    account((row.hf for row in rows(other.config)), (row.hf for row in rows(base.config)), said)
+    check_keys(
+        (param.hf for param in parameters(other.config)),
+        (param.hf for param in parameters(base.config)),
+        said,
+    )
     if other.config.vocab_size < base.config.vocab_size:
         raise PunaError(f"{said} has {base.config.vocab_size} rows for {other.config.vocab_size} tokens: a wrong base")
     grown = resized(base, other.config.vocab_size, init)
-    for ours, theirs in zip(rows(grown.config), rows(other.config), strict=True):
+    for ours, theirs in zip(parameters(grown.config), parameters(other.config), strict=True):
         if ours.foreign_shape != theirs.foreign_shape:
             shapes = f"{ours.foreign_shape}; the other has {theirs.foreign_shape}"
             raise PunaError(f"{said}: {ours.hf} has shape {shapes}: a wrong base")
     return grown
 
 
-def _subtracted(row: Row, base: Stored, target: Stored, record: Record, missed: dict[str, Stored]) -> Stored:
+def _subtracted(
+    param: Parameter, base: LazyTensor, target: LazyTensor, record: Record, missed: dict[str, LazyTensor]
+) -> LazyTensor:
     """target - base, computed when read; the hashes of both and what their sum misses are noted on the way."""
 
     def read(index: Index) -> np.ndarray:
-        old, new = _numbers(row, base), _numbers(row, target)
-        record.base[row.hf], record.target[row.hf] = _digest(old), _digest(new)
+        old, new = _numbers(param, base), _numbers(param, target)
+        record.base[param.hf], record.target[param.hf] = _digest(old), _digest(new)
         with np.errstate(over="ignore"):  # the sum will miss those, too
             delta = new - old
             positions = np.flatnonzero(_bits(old + delta) != _bits(new))
         if positions.size:
-            missed[f"{row.hf}.positions"] = stored(positions.astype(np.int64), row.hf)
-            missed[f"{row.hf}.values"] = stored(new.reshape(-1)[positions], row.hf)
+            missed[f"{param.hf}.positions"] = from_array(positions.astype(np.int64), param.hf)
+            missed[f"{param.hf}.values"] = from_array(new.reshape(-1)[positions], param.hf)
         return delta[index]
 
-    return replace(target, shape=row.foreign_shape, read=read)
+    return replace(target, shape=param.foreign_shape, read=read)
 
 
 def _added(
-    row: Row, base: Stored, delta: Stored, record: Record, missed: dict[str, Stored], totals: list[float]
-) -> Stored:
+    param: Parameter,
+    base: LazyTensor,
+    delta: LazyTensor,
+    record: Record,
+    missed: dict[str, LazyTensor],
+    totals: list[float],
+) -> LazyTensor:
     """base + delta, computed and checked when read; its sum is noted on the way."""
 
     def read(index: Index) -> np.ndarray:
-        old = _numbers(row, base)
-        if record.base and record.base.get(row.hf) != _digest(old):
+        old = _numbers(param, base)
+        if record.base and record.base.get(param.hf) != _digest(old):
             raise PunaError(
-                f"{base.where}: {row.hf} is not that of the base that {delta.where} was made from: give it that"
+                f"{base.where}: {param.hf} is not that of the base that {delta.where} was made from: give it that"
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            new = old + contiguous(row.turned(delta).load())
-        if f"{row.hf}.positions" in missed:
-            new.reshape(-1)[missed[f"{row.hf}.positions"].load()] = missed[f"{row.hf}.values"].load()
-        check_finite(new, row.hf, delta.where)
-        if record.target and record.target.get(row.hf) != _digest(new):
-            raise PunaError(f"{delta.where}: {row.hf} does not give the target it was made for: the file is damaged")
+            new = old + contiguous(param.swap_layout(delta).load())
+        if f"{param.hf}.positions" in missed:
+            new.reshape(-1)[missed[f"{param.hf}.positions"].load()] = missed[f"{param.hf}.values"].load()
+        check_finite(new, param.hf, delta.where)
+        if record.target and record.target.get(param.hf) != _digest(new):
+            raise PunaError(f"{delta.where}: {param.hf} does not give the target it was made for: the file is damaged")
         totals.append(float(new.sum(dtype=np.float64)))
         return new[index]
 
-    return replace(delta, shape=row.foreign_shape, read=read)
+    return replace(delta, shape=param.foreign_shape, read=read)
 
 
-def _numbers(row: Row, tensor: Stored) -> np.ndarray:
+def _numbers(param: Parameter, tensor: LazyTensor) -> np.ndarray:
     """A whole tensor in Hugging Face's layout. Raises PunaError where it holds NaN or infinity."""
     with np.errstate(over="ignore"):  # of a cast to float16: found in the next line
-        array = contiguous(row.turned(tensor).load())
-    check_finite(array, row.hf, tensor.where)
+        array = contiguous(param.swap_layout(tensor).load())
+    check_finite(array, param.hf, tensor.where)
     return array
 
 
@@ -256,9 +267,9 @@ def _folder(dst: str | Path, overwrite: bool, like: Checkpoint, dtype: str) -> I
 def _read_record(delta: Checkpoint) -> Record:
     """What delta.json says, or for a published delta what its files show. Raises PunaError for dtypes that disagree."""
     dtype = main_dtype(delta.tensors)
-    for row in rows(delta.config):
-        if (found := delta.tensors[row.name].dtype.name) != dtype:
-            raise PunaError(f"{delta.tensors[row.name].where}: {row.hf} is {found} and the other tensors {dtype}")
+    for param in parameters(delta.config):
+        if (found := delta.tensors[param.name].dtype.name) != dtype:
+            raise PunaError(f"{delta.tensors[param.name].where}: {param.hf} is {found} and the other tensors {dtype}")
     path = delta.folder / RECORD
     if not path.is_file():
         return Record(dtype, _init(None, dtype))
@@ -272,7 +283,7 @@ def _read_record(delta: Checkpoint) -> Record:
     return record
 
 
-def _read_missed(folder: Path) -> dict[str, Stored]:
+def _read_missed(folder: Path) -> dict[str, LazyTensor]:
     return read_safetensors(folder / MISSED) if (folder / MISSED).is_file() else {}
 
 

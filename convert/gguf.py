@@ -17,9 +17,9 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.command import atomic_path, check_apart, check_free_space
 from convert.gguf_tokenizer import add_tokenizer
+from convert.lazy import Index, LazyTensor, ProgressBar, contiguous, from_array, no_progress
 from convert.meta import pairs_to_halves
-from convert.names import Row, account, check_shape, rows
-from convert.stored import Bar, Index, Stored, contiguous, silent, stored
+from convert.names import Parameter, check_keys, check_shape, parameters
 from model.config import LlamaConfig, RopeScaling
 from model.errors import PunaError
 from model.params import param_count
@@ -50,11 +50,13 @@ def import_gguf(purpose: str) -> Any:
 class _Entry:
     """One tensor to write, in llama.cpp's layout, and its GGUF type."""
 
-    tensor: Stored
+    tensor: LazyTensor
     type: str
 
 
-def write_gguf(path: Path, checkpoint: Checkpoint, type: str, overwrite: bool = False, bar: Bar = silent) -> None:
+def write_gguf(
+    path: Path, checkpoint: Checkpoint, type: str, overwrite: bool = False, bar: ProgressBar = no_progress
+) -> None:
     """Write the checkpoint and the tokenizer in its folder as one file, renamed when complete.
 
     type: a key of TYPES. Raises PunaError for a config or a tokenizer that llama.cpp could not run as they are, for
@@ -69,11 +71,13 @@ def write_gguf(path: Path, checkpoint: Checkpoint, type: str, overwrite: bool = 
     config = checkpoint.config
     names = _names(gguf, config)
     entries = {
-        names[row.name]: _Entry(_theirs(row, checkpoint.tensors[row.name], config), _type(gguf, row, TYPES[type][0]))
-        for row in rows(config)
+        names[param.name]: _Entry(
+            _theirs(param, checkpoint.tensors[param.name], config), _type(gguf, param, TYPES[type][0])
+        )
+        for param in parameters(config)
     }
     if config.rope_scaling and config.rope_scaling.rope_type == "llama3":
-        entries = {_ROPE_FREQS: _Entry(stored(_rope_factors(config), "the config"), "F32"), **entries}
+        entries = {_ROPE_FREQS: _Entry(from_array(_rope_factors(config), "the config"), "F32"), **entries}
     with atomic_path(path, overwrite) as temporary:
         check_free_space(path, sum(_nbytes(gguf, entry) for entry in entries.values()))
         writer = gguf.GGUFWriter(temporary, "llama")
@@ -93,32 +97,32 @@ def write_gguf(path: Path, checkpoint: Checkpoint, type: str, overwrite: bool = 
 def _names(gguf: Any, config: LlamaConfig) -> dict[str, str]:
     """llama.cpp's name of each of our parameters."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    return {row.name: table.get_name(row.hf, try_suffixes=(".weight", ".bias")) for row in rows(config)}
+    return {param.name: table.get_name(param.hf, try_suffixes=(".weight", ".bias")) for param in parameters(config)}
 
 
-def _is_permuted(row: Row) -> bool:
-    return row.name.rpartition(".")[2] in _PERMUTED
+def _is_permuted(param: Parameter) -> bool:
+    return param.name.rpartition(".")[2] in _PERMUTED
 
 
-def _theirs(row: Row, tensor: Stored, config: LlamaConfig) -> Stored:
-    tensor = row.turned(tensor)
-    if _is_permuted(row):
-        tensor = tensor.taken(0, np.argsort(pairs_to_halves(tensor.shape[0], config.head_dim)))
+def _theirs(param: Parameter, tensor: LazyTensor, config: LlamaConfig) -> LazyTensor:
+    tensor = param.swap_layout(tensor)
+    if _is_permuted(param):
+        tensor = tensor.take(0, np.argsort(pairs_to_halves(tensor.shape[0], config.head_dim)))
     return tensor
 
 
-def _ours(row: Row, tensor: Stored, config: LlamaConfig) -> Stored:
-    if _is_permuted(row):
-        tensor = tensor.taken(0, pairs_to_halves(tensor.shape[0], config.head_dim))
-    return row.turned(tensor)
+def _ours(param: Parameter, tensor: LazyTensor, config: LlamaConfig) -> LazyTensor:
+    if _is_permuted(param):
+        tensor = tensor.take(0, pairs_to_halves(tensor.shape[0], config.head_dim))
+    return param.swap_layout(tensor)
 
 
-def _type(gguf: Any, row: Row, wanted: str) -> str:
+def _type(gguf: Any, param: Parameter, wanted: str) -> str:
     """The GGUF type of one parameter: quantized types take rows of whole blocks only."""
-    if len(row.shape) == 1:
+    if len(param.shape) == 1:
         return "F32"
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[wanted]]
-    return wanted if row.foreign_shape[-1] % block == 0 else "F16"
+    return wanted if param.foreign_shape[-1] % block == 0 else "F16"
 
 
 def _nbytes(gguf: Any, entry: _Entry) -> int:
@@ -166,7 +170,7 @@ def _add_config(gguf: Any, writer: Any, config: LlamaConfig) -> None:
             raise PunaError(f"rope_scaling {scaling.to_hf()} cannot be said in GGUF as llama.cpp reads it; use --to hf")
 
 
-def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], bar: Bar) -> None:
+def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], bar: ProgressBar) -> None:
     for name, entry in entries.items():
         kind = gguf.GGMLQuantizationType[entry.type]
         dtype, shape = _ARRAYS.get(entry.type), entry.tensor.shape
@@ -210,10 +214,10 @@ def read_gguf(path: Path) -> Checkpoint:
     tensors = {tensor.name: _read_tensor(gguf, tensor, path) for tensor in reader.tensors}
     config = _read_config(reader, tensors, path)
     names = _names(gguf, config)
-    account(names.values(), tensors.keys() - {_ROPE_FREQS}, str(path))
-    for row in rows(config):
-        check_shape(names[row.name], tensors[names[row.name]], row.foreign_shape)
-    ours = {row.name: _ours(row, tensors[names[row.name]], config) for row in rows(config)}
+    check_keys(names.values(), tensors.keys() - {_ROPE_FREQS}, str(path))
+    for param in parameters(config):
+        check_shape(names[param.name], tensors[names[param.name]], param.foreign_shape)
+    ours = {param.name: _ours(param, tensors[names[param.name]], config) for param in parameters(config)}
     return Checkpoint(config, ours, path.parent, "gguf", file=path)
 
 
@@ -226,10 +230,10 @@ def _file(path: Path) -> Path:
     return files[0]
 
 
-def _read_tensor(gguf: Any, tensor: Any, path: Path) -> Stored:
+def _read_tensor(gguf: Any, tensor: Any, path: Path) -> LazyTensor:
     name, kind, data = tensor.tensor_type.name, tensor.tensor_type, tensor.data
     if name in _ARRAYS:
-        return stored(data.view(_ARRAYS[name]), str(path))
+        return from_array(data.view(_ARRAYS[name]), str(path))
     shape = tuple(int(size) for size in reversed(tensor.shape))
 
     def read(index: Index) -> np.ndarray:
@@ -238,10 +242,10 @@ def _read_tensor(gguf: Any, tensor: Any, path: Path) -> Stored:
         except NotImplementedError:
             raise PunaError(f"{path}: {tensor.name} has type {name}, which the gguf library cannot read") from None
 
-    return Stored(shape, np.dtype(np.float32), read, str(path))
+    return LazyTensor(shape, np.dtype(np.float32), read, str(path))
 
 
-def _read_config(reader: Any, tensors: dict[str, Stored], path: Path) -> LlamaConfig:
+def _read_config(reader: Any, tensors: dict[str, LazyTensor], path: Path) -> LlamaConfig:
     def value(key: str, default: Any = None) -> Any:
         found = reader.get_field(key)
         if found is not None:
@@ -282,7 +286,7 @@ def _read_config(reader: Any, tensors: dict[str, Stored], path: Path) -> LlamaCo
     return replace(plain, rope_scaling=RopeScaling.from_hf(settings, plain.max_position_embeddings))
 
 
-def _with_llama3(plain: LlamaConfig, tensors: dict[str, Stored], path: Path) -> LlamaConfig:
+def _with_llama3(plain: LlamaConfig, tensors: dict[str, LazyTensor], path: Path) -> LlamaConfig:
     """GGUF has only what each frequency is divided by; the published Llama 3s tell which scaling that is."""
     if _ROPE_FREQS not in tensors:
         return plain

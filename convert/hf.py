@@ -5,10 +5,10 @@ from pathlib import Path
 
 from convert.bnb import as_tensors, quantization_config, read_quantized
 from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
-from convert.names import from_foreign, is_buffer, rows
+from convert.lazy import LazyTensor, ProgressBar, same_bytes
+from convert.names import from_foreign, is_buffer, parameters
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
-from convert.stored import Bar, Stored, same_bytes
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import LINEARS
@@ -34,7 +34,7 @@ def read_hf(folder: Path) -> Checkpoint:
     return Checkpoint(config, from_foreign(config, tensors, str(folder)), folder, "hf", quantized)
 
 
-def read_weights(folder: Path) -> dict[str, Stored]:
+def read_weights(folder: Path) -> dict[str, LazyTensor]:
     """Every tensor of the folder under its own name. Raises PunaError where index and files disagree."""
     for stem, suffix, read in (
         ("model", "safetensors", read_safetensors),
@@ -45,11 +45,11 @@ def read_weights(folder: Path) -> dict[str, Stored]:
             return _read_indexed(index, read)
         files = sorted(folder.glob(f"{stem}*.{suffix}"))
         if files:
-            return _merge({file: read(file) for file in files})
+            return _union({file: read(file) for file in files})
     raise PunaError(f"{folder} has no model*.safetensors and no pytorch_model*.bin: fetch the weights")
 
 
-def _read_indexed(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+def _read_indexed(index: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     weight_map: dict[str, str] = read_json(index).get("weight_map", {})
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (index.parent / name).is_file()]:
@@ -64,8 +64,8 @@ def _read_indexed(index: Path, read: Callable[[Path], dict[str, Stored]]) -> dic
     return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
 
 
-def _merge(files: Mapping[Path, dict[str, Stored]]) -> dict[str, Stored]:
-    merged: dict[str, Stored] = {}
+def _union(files: Mapping[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+    merged: dict[str, LazyTensor] = {}
     for path, tensors in files.items():
         if twice := merged.keys() & tensors.keys():
             raise PunaError(f"{path} repeats {', '.join(sorted(twice))} of another file in its folder")
@@ -73,7 +73,7 @@ def _merge(files: Mapping[Path, dict[str, Stored]]) -> dict[str, Stored]:
     return merged
 
 
-def _drop_tied_head(tensors: dict[str, Stored], folder: Path) -> None:
+def _drop_tied_head(tensors: dict[str, LazyTensor], folder: Path) -> None:
     """Some tied models store the head too. It must be the embedding's copy, or it would be lost in silence."""
     head, embed = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
     if head is not None and embed is not None and not same_bytes(head, embed):
@@ -83,29 +83,29 @@ def _drop_tied_head(tensors: dict[str, Stored], folder: Path) -> None:
         )
 
 
-def write_hf(folder: Path, checkpoint: Checkpoint, bar: Bar, max_shard_size: int) -> None:
+def write_hf(folder: Path, checkpoint: Checkpoint, bar: ProgressBar, max_shard_size: int) -> None:
     """Write config.json, generation_config.json and safetensors: one file, or shards of at most `max_shard_size`
     bytes (a tensor larger than that has a file of its own) with their index. Quantized weights stay so."""
     config, quantized = checkpoint.config, checkpoint.quantized
     said = config.to_hf(main_dtype(checkpoint.tensors))
     if quantized:
-        linears = [row for row in rows(config) if row.name.split(".")[-1] in LINEARS]
-        floats = [row.hf.removesuffix(".weight") for row in linears if row.name not in quantized]
+        linears = [param for param in parameters(config) if param.name.split(".")[-1] in LINEARS]
+        floats = [param.hf.removesuffix(".weight") for param in linears if param.name not in quantized]
         said["quantization_config"] = quantization_config(next(iter(quantized.values())).like, floats)
     write_json(folder / "config.json", said)
     write_generation_config(folder, config)
-    tensors: dict[str, Stored] = {}
-    for row in rows(config):
-        if row.name in quantized:
-            tensors |= as_tensors(row.hf, quantized[row.name])
+    tensors: dict[str, LazyTensor] = {}
+    for param in parameters(config):
+        if param.name in quantized:
+            tensors |= as_tensors(param.hf, quantized[param.name])
         else:
-            tensors[row.hf] = row.turned(checkpoint.tensors[row.name])
+            tensors[param.hf] = param.swap_layout(checkpoint.tensors[param.name])
     write_weights(folder, tensors, bar, max_shard_size)
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Stored], bar: Bar, max_shard_size: int) -> None:
+def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], bar: ProgressBar, max_shard_size: int) -> None:
     """Write tensors under their own names as safetensors, with an index where they take several files."""
-    shards: list[dict[str, Stored]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     room = max_shard_size
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:

@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jax.typing import DTypeLike
 
 from convert.checkpoint import Checkpoint, open_model
+from convert.lazy import Index, LazyTensor, contiguous
 from convert.peft import apply_adapters
-from convert.stored import Index, Stored, contiguous
 from model.config import LlamaConfig
 from model.params import LINEARS, Params, ParamSpec, param_specs
-from model.quantize import Format, QuantizedArray, shardings
+from model.quantize import Format, QuantizedArray, quantized_shardings
 from model.quantize import quantize as quantize_array
 from model.sharding import named_sharding
 
@@ -95,7 +95,7 @@ def _quantizer(quantize: Format | Quantize) -> Quantize:
 
 
 def _placed_quantized(array: QuantizedArray, key: str, spec: ParamSpec, mesh: Mesh | None) -> QuantizedArray:
-    where = _first_device() if mesh is None else shardings(array, spec.axes, mesh, f"layers/{key}")
+    where = _first_device() if mesh is None else quantized_shardings(array, spec.axes, mesh, f"layers/{key}")
     return jax.device_put(array, where)
 
 
@@ -114,7 +114,7 @@ def _sharding(name: str, spec: ParamSpec, mesh: Mesh | None) -> Sharding:
     return named_sharding(mesh, spec.axes, spec.shape, name)
 
 
-def _placed(tensor: Stored, sharding: Sharding) -> jax.Array:
+def _placed(tensor: LazyTensor, sharding: Sharding) -> jax.Array:
     """The tensor on its devices, of which each part is read once, even where several devices hold it."""
 
     @cache

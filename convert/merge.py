@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.bnb import quantize_rows
-from convert.checkpoint import Checkpoint, StoredQuantized, copy_files, has_tokenizer, open_model
+from convert.checkpoint import Checkpoint, LazyQuantized, copy_files, has_tokenizer, open_model
 from convert.command import check_apart
+from convert.lazy import Index, LazyTensor, ProgressBar, no_progress
 from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter, say_left_out
 from convert.save import MAX_SHARD_SIZE, write_model
-from convert.stored import Bar, Index, Stored, silent
 from convert.vocab import resized
 from model.errors import PunaError
 from model.lora import LoraArray, dense
@@ -26,7 +26,7 @@ from model.quantize import QuantizedArray, dequantize
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 
-def merge(
+def merge_adapters(
     base: str | Path,
     adapters: Sequence[str | Path],
     destination: Path,
@@ -36,7 +36,7 @@ def merge(
     overwrite: bool = False,
     shards: int = 1,
     max_shard_size: int = MAX_SHARD_SIZE,
-    bar: Bar = silent,
+    bar: ProgressBar = no_progress,
 ) -> dict[str, float]:
     """Writes `base` with every adapter merged, in order, and the last tokenizer that came with any of them. A tokenizer
     with more tokens than the model has rows gives it new ones, the mean of the old.
@@ -145,7 +145,7 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     return replace(checkpoint, config=config, tensors=tensors)
 
 
-def _merged(tensor: Stored, factors: Factors) -> Stored:
+def _merged(tensor: LazyTensor, factors: Factors) -> LazyTensor:
     """The weight [in, out] plus its update, computed whole for every part that is read: once for each of Meta's
     shards, and nothing is kept."""
 
@@ -155,7 +155,7 @@ def _merged(tensor: Stored, factors: Factors) -> Stored:
     return replace(tensor, read=read)
 
 
-def _requantized(name: str, tensor: Stored, like: QuantizedArray, errors: dict[str, float]) -> StoredQuantized:
+def _requantized(name: str, tensor: LazyTensor, like: QuantizedArray, errors: dict[str, float]) -> LazyQuantized:
     """A merged weight [in, out] quantized as `like` was, which notes its relative error in `errors`."""
 
     def load() -> QuantizedArray:
@@ -164,7 +164,7 @@ def _requantized(name: str, tensor: Stored, like: QuantizedArray, errors: dict[s
         errors[name] = float(_relative_error(result, rows))
         return result
 
-    return StoredQuantized(like, load)
+    return LazyQuantized(like, load)
 
 
 def _arrays(factors: Factors) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from convert.checkpoint import Checkpoint, read_json, write_generation_config, write_json
-from convert.names import Row, account, rows
+from convert.lazy import LazyTensor, ProgressBar, concatenate, shares_memory
+from convert.names import Parameter, check_keys, parameters
 from convert.pickled import distinct, import_torch, read_pickled, write_pickled
-from convert.stored import Bar, Stored, joined, shares_memory
 from model.config import LlamaConfig
 from model.errors import PunaError
 
@@ -26,8 +26,8 @@ _ROTATED = ("wq", "wk")
 _LLAMA3_VOCABULARY = 128000
 
 
-def _kind(row: Row) -> str:
-    return row.name.rpartition(".")[2]
+def _kind(param: Parameter) -> str:
+    return param.name.rpartition(".")[2]
 
 
 def pairs_to_halves(size: int, head_dim: int) -> np.ndarray:
@@ -51,15 +51,15 @@ def read_meta(folder: Path) -> Checkpoint:
     vocab_size = sum(part.shape[0] for part in embeddings) if is_by_rows else embeddings[0].shape[0]
     config = LlamaConfig.from_meta(params, vocab_size=vocab_size)
     config = replace(config, tie_word_embeddings=all(_is_tied(shard) for shard in shards))
-    table = rows(config)
+    table = parameters(config)
     for path, shard in zip(_shard_files(folder), shards, strict=True):
         tied = {"output.weight"} if config.tie_word_embeddings else set()
-        account((row.meta for row in table), shard.keys() - tied, str(path))
-    tensors = {row.name: _joined(row, [shard[row.meta] for shard in shards], config) for row in table}
+        check_keys((param.meta for param in table), shard.keys() - tied, str(path))
+    tensors = {param.name: _joined(param, [shard[param.meta] for shard in shards], config) for param in table}
     return Checkpoint(config, tensors, folder, "meta")
 
 
-def _is_tied(shard: dict[str, Stored]) -> bool:
+def _is_tied(shard: dict[str, LazyTensor]) -> bool:
     return "output.weight" not in shard or shares_memory(shard["output.weight"], shard["tok_embeddings.weight"])
 
 
@@ -72,27 +72,29 @@ def _shard_files(folder: Path) -> list[Path]:
     return files
 
 
-def _joined(row: Row, shards: list[Stored], config: LlamaConfig) -> Stored:
+def _joined(param: Parameter, shards: list[LazyTensor], config: LlamaConfig) -> LazyTensor:
     """One parameter in our layout from its pieces."""
-    kind = _kind(row)
-    if len(row.shape) == 1:
+    kind = _kind(param)
+    if len(param.shape) == 1:
         shards = shards[:1]
     if kind in _KEY_VALUE:
         copies = max(len(shards) // config.num_key_value_heads, 1)
         shards = shards[::copies]
     by_columns = kind == "embed" and shards[0].shape[1] != config.hidden_size
-    tensor = joined(shards, 1 if kind in _COLUMNS or by_columns else 0)
-    if tensor.shape != row.foreign_shape:
+    tensor = concatenate(shards, 1 if kind in _COLUMNS or by_columns else 0)
+    if tensor.shape != param.foreign_shape:
         raise PunaError(
-            f"{shards[0].where}: {len(shards)} shards of {row.meta} make shape {tensor.shape}; params.json says "
-            f"{row.foreign_shape}: is a consolidated.*.pth missing?"
+            f"{shards[0].where}: {len(shards)} shards of {param.meta} make shape {tensor.shape}; params.json says "
+            f"{param.foreign_shape}: is a consolidated.*.pth missing?"
         )
     if kind in _ROTATED:
-        tensor = tensor.taken(0, pairs_to_halves(tensor.shape[0], config.head_dim))
-    return row.turned(tensor)
+        tensor = tensor.take(0, pairs_to_halves(tensor.shape[0], config.head_dim))
+    return param.swap_layout(tensor)
 
 
-def write_meta(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], bar: Bar, shards: int) -> None:
+def write_meta(
+    folder: Path, config: LlamaConfig, tensors: Mapping[str, LazyTensor], bar: ProgressBar, shards: int
+) -> None:
     """Write params.json and `shards` files consolidated.NN.pth.
 
     Rows of the vocabulary that do not divide are the last shard's. Raises PunaError where another dimension does not
@@ -101,9 +103,9 @@ def write_meta(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored],
     import_torch("writing Meta's .pth files")
     write_json(folder / "params.json", config.to_meta())
     write_generation_config(folder, config)
-    files: list[dict[str, Stored]] = []
+    files: list[dict[str, LazyTensor]] = []
     for shard in range(shards):
-        pieces = {row.meta: _piece(row, tensors[row.name], config, shard, shards) for row in rows(config)}
+        pieces = {param.meta: _piece(param, tensors[param.name], config, shard, shards) for param in parameters(config)}
         if config.tie_word_embeddings:  # Meta's code has an output in any case; here it is the same storage
             pieces["output.weight"] = pieces["tok_embeddings.weight"]
         files.append(pieces)
@@ -112,14 +114,14 @@ def write_meta(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored],
             write_pickled(folder / f"consolidated.{shard:02}.pth", pieces, advance)
 
 
-def _piece(row: Row, tensor: Stored, config: LlamaConfig, shard: int, shards: int) -> Stored:
+def _piece(param: Parameter, tensor: LazyTensor, config: LlamaConfig, shard: int, shards: int) -> LazyTensor:
     """Shard number `shard` of one parameter, in Meta's layout."""
-    kind = _kind(row)
-    tensor = row.turned(tensor)
-    if len(row.shape) == 1:
+    kind = _kind(param)
+    tensor = param.swap_layout(tensor)
+    if len(param.shape) == 1:
         return tensor
     if kind in _ROTATED:
-        tensor = tensor.taken(0, np.argsort(pairs_to_halves(tensor.shape[0], config.head_dim)))
+        tensor = tensor.take(0, np.argsort(pairs_to_halves(tensor.shape[0], config.head_dim)))
     by_columns = kind == "embed" and config.vocab_size < _LLAMA3_VOCABULARY and not config.tie_word_embeddings
     axis = 1 if kind in _COLUMNS or by_columns else 0
     units = {"wq": config.num_attention_heads, "wo": config.num_attention_heads}.get(kind, tensor.shape[axis])
@@ -129,7 +131,9 @@ def _piece(row: Row, tensor: Stored, config: LlamaConfig, shard: int, shards: in
             shard, shards = shard * units // shards, units
     is_vocabulary = tensor.shape[axis] == config.vocab_size and kind in ("embed", "lm_head")
     if units % shards and not is_vocabulary:
-        raise PunaError(f"--shards {shards}: {row.meta} has {units} rows or heads to split, which do not divide by it")
+        raise PunaError(
+            f"--shards {shards}: {param.meta} has {units} rows or heads to split, which do not divide by it"
+        )
     share = tensor.shape[axis] // shards
     stop = tensor.shape[axis] if shard == shards - 1 else (shard + 1) * share
-    return tensor.part(axis, shard * share, stop)
+    return tensor.narrow(axis, shard * share, stop)

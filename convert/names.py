@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from convert.stored import Stored
+from convert.lazy import LazyTensor
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import param_specs
@@ -40,7 +40,7 @@ _OUTER = {
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")  # computed from the config; some files carry them
 
 
-class Row(NamedTuple):
+class Parameter(NamedTuple):
     """One unstacked parameter: our name and shape, and its name in other formats, where linears lie transposed."""
 
     name: str
@@ -53,21 +53,25 @@ class Row(NamedTuple):
     def foreign_shape(self) -> tuple[int, ...]:
         return self.shape[::-1] if self.is_transposed else self.shape
 
-    def turned(self, tensor: Stored) -> Stored:
+    def swap_layout(self, tensor: LazyTensor) -> LazyTensor:
         """From a foreign layout to ours, or back."""
         return tensor.transposed() if self.is_transposed else tensor
 
 
-def rows(config: LlamaConfig) -> list[Row]:
+def parameters(config: LlamaConfig) -> list[Parameter]:
     """Every parameter of the model in the order of a forward pass, layers unstacked."""
     specs = param_specs(config)
     layers = [
-        Row(f"layers.{i}.{name}", spec.shape[1:], f"model.layers.{i}.{hf}", f"layers.{i}.{meta}", len(spec.shape) == 3)
+        Parameter(
+            f"layers.{i}.{name}", spec.shape[1:], f"model.layers.{i}.{hf}", f"layers.{i}.{meta}", len(spec.shape) == 3
+        )
         for i in range(config.num_hidden_layers)
         for name, spec in specs["layers"].items()
         for hf, meta in [_LAYER[name]]
     ]
-    outer = {name: Row(name, specs[name].shape, *_OUTER[name], name == "lm_head") for name in _OUTER if name in specs}
+    outer = {
+        name: Parameter(name, specs[name].shape, *_OUTER[name], name == "lm_head") for name in _OUTER if name in specs
+    }
     return [outer.pop("embed"), *layers, *outer.values()]
 
 
@@ -76,7 +80,7 @@ def is_buffer(name: str) -> bool:
     return _BUFFERS.search(name) is not None
 
 
-def account(expected: Iterable[str], found: Iterable[str], where: str) -> None:
+def check_keys(expected: Iterable[str], found: Iterable[str], where: str) -> None:
     """Raises PunaError listing the tensors that `where` lacks or has too many, unless they are known buffers."""
     expected, found = set(expected), {name for name in found if not is_buffer(name)}
     complaints = [
@@ -88,19 +92,19 @@ def account(expected: Iterable[str], found: Iterable[str], where: str) -> None:
         raise PunaError(f"{where} {' and '.join(complaints)}: is it complete, and is the config its own?")
 
 
-def check_shape(name: str, tensor: Stored, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
     """Raises PunaError where the tensor is not of the shape that the config says."""
     if tensor.shape != shape:
         raise PunaError(f"{tensor.where}: {name} has shape {tensor.shape}; the config says {shape}")
 
 
-def from_foreign(config: LlamaConfig, tensors: Mapping[str, Stored], where: str) -> dict[str, Stored]:
+def from_foreign(config: LlamaConfig, tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
     """Tensors under Hugging Face's names, all accounted for, under ours and in our layout."""
-    table = rows(config)
-    account((row.hf for row in table), tensors, where)
-    for row in table:
-        check_shape(row.hf, tensors[row.hf], row.foreign_shape)
-    return {row.name: row.turned(tensors[row.hf]) for row in table}
+    table = parameters(config)
+    check_keys((param.hf for param in table), tensors, where)
+    for param in table:
+        check_shape(param.hf, tensors[param.hf], param.foreign_shape)
+    return {param.name: param.swap_layout(tensors[param.hf]) for param in table}
 
 
 def _listed(names: set[str], most: int = 8) -> str:

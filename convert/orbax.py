@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
-from convert.names import account, check_shape, rows
-from convert.stored import Bar, Index, Stored, contiguous
+from convert.lazy import Index, LazyTensor, ProgressBar, contiguous
+from convert.names import check_keys, check_shape, parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
 
@@ -27,21 +27,25 @@ _REST = "rest"
 def read_orbax(folder: Path) -> Checkpoint:
     """The model in an Orbax folder that `write_orbax` made."""
     config = LlamaConfig.from_hf(read_json(folder / "config.json"))
-    table = rows(config)
-    trees: dict[str, dict[str, Stored]] = {}
-    for row in table:
-        tree, _ = _place(row.name)
+    table = parameters(config)
+    trees: dict[str, dict[str, LazyTensor]] = {}
+    for param in table:
+        tree, _ = _place(param.name)
         if tree not in trees:
             trees[tree] = _read_tree(folder / "params" / tree)
     for tree, tensors in trees.items():
-        account((name for t, name in (_place(row.name) for row in table) if t == tree), tensors, str(folder / tree))
+        check_keys(
+            (name for t, name in (_place(param.name) for param in table) if t == tree),
+            tensors,
+            str(folder / tree),
+        )
     if extra := {path.name for path in (folder / "params").iterdir()} - trees.keys():
         raise PunaError(f"{folder / 'params'} has unknown {', '.join(sorted(extra))}: is config.json this model's own?")
     tensors = {}
-    for row in table:
-        tree, name = _place(row.name)
-        tensors[row.name] = trees[tree][name]
-        check_shape(row.name, tensors[row.name], row.shape)
+    for param in table:
+        tree, name = _place(param.name)
+        tensors[param.name] = trees[tree][name]
+        check_shape(param.name, tensors[param.name], param.shape)
     return Checkpoint(config, tensors, folder, "orbax")
 
 
@@ -53,7 +57,7 @@ def _place(name: str) -> tuple[str, str]:
     return f"layer_{int(number):05}", key
 
 
-def _read_tree(path: Path) -> dict[str, Stored]:
+def _read_tree(path: Path) -> dict[str, LazyTensor]:
     if not path.is_dir():
         raise PunaError(f"{path} is missing: the folder is incomplete, or config.json is another model's")
     kvstore = {"driver": "ocdbt", "base": f"file://{path.absolute()}/"}
@@ -62,14 +66,14 @@ def _read_tree(path: Path) -> dict[str, Stored]:
         return {name: _tensor(path, kvstore, name) for name in sorted({key.split(b"/")[0].decode() for key in keys})}
 
 
-def _tensor(path: Path, kvstore: dict[str, str], name: str) -> Stored:
+def _tensor(path: Path, kvstore: dict[str, str], name: str) -> LazyTensor:
     array = tensorstore.open({"driver": "zarr3", "kvstore": kvstore | {"path": f"{name}/"}}).result()
 
     def read(index: Index) -> np.ndarray:
         with _readable(path):
             return array[index].read().result()
 
-    return Stored(tuple(array.shape), array.dtype.numpy_dtype, read, str(path))
+    return LazyTensor(tuple(array.shape), array.dtype.numpy_dtype, read, str(path))
 
 
 @contextmanager
@@ -81,14 +85,14 @@ def _readable(path: Path) -> Iterator[None]:
         raise PunaError(f"{path} is no complete Orbax tree: {reason}; copy it again") from None
 
 
-def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, Stored], bar: Bar) -> None:
+def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, LazyTensor], bar: ProgressBar) -> None:
     """Write config.json and the trees; while Orbax writes one layer, the next is read."""
     write_json(folder / "config.json", config.to_hf(main_dtype(tensors)))
     write_generation_config(folder, config)
-    trees: dict[str, dict[str, Stored]] = {}
-    for row in rows(config):
-        tree, name = _place(row.name)
-        trees.setdefault(tree, {})[name] = tensors[row.name]
+    trees: dict[str, dict[str, LazyTensor]] = {}
+    for param in parameters(config):
+        tree, name = _place(param.name)
+        trees.setdefault(tree, {})[name] = tensors[param.name]
     total = sum(tensor.nbytes for tensor in tensors.values())
     checkpointer = ocp.PyTreeCheckpointer(use_zarr3=True, use_compression=False)
     with bar(total) as advance, ThreadPoolExecutor(1) as writer:  # Orbax's own asynchronous save copies first

@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 
 from convert.checkpoint import malformed, read_json, write_json
 from convert.command import atomic_path
+from convert.lazy import LazyTensor, contiguous, from_array
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import SavesItself, gathered
-from convert.stored import Stored, contiguous, stored
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.lora import MODULES, SAVED_MODULES, LoraArray, module_value, shardings, with_magnitude
+from model.lora import MODULES, SAVED_MODULES, LoraArray, lora_shardings, module_value, with_magnitude
 from model.params import Params, param_shardings, param_specs
 
 _KEY = re.compile(
@@ -52,9 +52,9 @@ _REWRITES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializati
 class Factors(NamedTuple):
     """One module's adapter as stored: a [r, in], b [out, r], magnitude [out] (DoRA), and its scale."""
 
-    a: Stored
-    b: Stored
-    magnitude: Stored | None
+    a: LazyTensor
+    b: LazyTensor
+    magnitude: LazyTensor | None
     scale: float
 
     @property
@@ -69,7 +69,7 @@ class Adapter:
     folder: Path
     settings: dict[str, Any]
     factors: dict[str, Factors]
-    saved: dict[str, Stored] = field(default_factory=dict)
+    saved: dict[str, LazyTensor] = field(default_factory=dict)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -89,8 +89,8 @@ def _read_adapter(folder: Path) -> Adapter:
     settings = read_json(folder / "adapter_config.json")
     _check_settings(settings, folder)
     tensors = _read_tensors(folder)
-    parts: dict[str, dict[str, Stored]] = {}
-    saved: dict[str, Stored] = {}
+    parts: dict[str, dict[str, LazyTensor]] = {}
+    saved: dict[str, LazyTensor] = {}
     unknown = []
     for name, tensor in tensors.items():
         key = name.removeprefix("base_model.model.")
@@ -163,7 +163,7 @@ def _is_named(module: str, names: str | Sequence[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _read_tensors(folder: Path) -> dict[str, Stored]:
+def _read_tensors(folder: Path) -> dict[str, LazyTensor]:
     if (file := folder / "adapter_model.safetensors").is_file():
         return read_safetensors(file)
     if (file := folder / "adapter_model.bin").is_file():
@@ -171,7 +171,7 @@ def _read_tensors(folder: Path) -> dict[str, Stored]:
     raise PunaError(f"{folder} has no adapter_model.safetensors and no adapter_model.bin: fetch the weights")
 
 
-def _factors(name: str, part: Mapping[str, Stored], settings: Mapping[str, Any], folder: Path) -> Factors:
+def _factors(name: str, part: Mapping[str, LazyTensor], settings: Mapping[str, Any], folder: Path) -> Factors:
     if missing := {"lora_A", "lora_B"} - part.keys():
         raise PunaError(f"{folder}: {_module(name)} lacks its {' and '.join(sorted(missing))}")
     a, b, magnitude = part["lora_A"], part["lora_B"], part.get("lora_magnitude_vector")
@@ -191,7 +191,7 @@ def _factors(name: str, part: Mapping[str, Stored], settings: Mapping[str, Any],
     return Factors(a, b, magnitude, alpha / (rank**0.5 if settings.get("use_rslora") else rank))
 
 
-def _flat(tensor: Stored) -> Any:
+def _flat(tensor: LazyTensor) -> Any:
     return lambda index: tensor.load().reshape(-1)[index]
 
 
@@ -272,7 +272,7 @@ def is_untied_by(adapter: Adapter, config: LlamaConfig) -> bool:
     return config.tie_word_embeddings and ("lm_head" in adapter.saved or (trained and not grown))
 
 
-def load_finite(tensor: Stored, what: str) -> np.ndarray:
+def load_finite(tensor: LazyTensor, what: str) -> np.ndarray:
     """The tensor in memory. Raises PunaError where it holds a NaN or an infinity."""
     array = contiguous(tensor.load())
     if not np.isfinite(array.astype(np.float32)).all():
@@ -305,7 +305,7 @@ def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: 
         w = replace(w, magnitude=jnp.where(has_own, rows, jnp.asarray(w.magnitude)))
     if mesh is None:
         return w
-    where = shardings(w, axes, mesh, f"layers/{name}", None)
+    where = lora_shardings(w, axes, mesh, f"layers/{name}", None)
     return replace(jax.device_put(replace(w, base=None), where), base=base)
 
 
@@ -386,7 +386,7 @@ def save_adapter(
         folder.mkdir()
         write_json(folder / "adapter_config.json", settings)
         file = folder / "adapter_model.safetensors"
-        write_safetensors(file, {key: stored(contiguous(x), key) for key, x in tensors.items()}, lambda count: None)
+        write_safetensors(file, {key: from_array(contiguous(x), key) for key, x in tensors.items()}, lambda count: None)
         if tokenizer is not None:
             tokenizer.save(folder)
 

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.stored import Advance, Stored, loaded, stored
+from convert.lazy import Advance, LazyTensor, from_array, loaded
 from model.errors import PunaError
 
 _ALIGNMENT = 64  # of the tensors inside the zip, as torch has it, so that they can be mapped
@@ -36,7 +36,7 @@ def import_torch(purpose: str) -> Any:
     return torch
 
 
-def read_pickled(path: Path) -> dict[str, Stored]:
+def read_pickled(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a `.bin` or `.pth` file by name, mapped and unread (the format before PyTorch 1.6 is loaded).
 
     Raises PunaError where the file is damaged, or holds anything but weights.
@@ -46,7 +46,7 @@ def read_pickled(path: Path) -> dict[str, Stored]:
         is_zip = file.read(2) == b"PK"
     try:
         weights = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
-        return {name: stored(_as_numpy(tensor), str(path)) for name, tensor in weights.items()}
+        return {name: from_array(_as_numpy(tensor), str(path)) for name, tensor in weights.items()}
     except (RuntimeError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PunaError(f"{path} is truncated or no file of PyTorch weights: {reason}; fetch it again") from None
@@ -59,7 +59,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def write_pickled(path: Path, tensors: Mapping[str, Stored], advance: Advance) -> None:
+def write_pickled(path: Path, tensors: Mapping[str, LazyTensor], advance: Advance) -> None:
     """Write the tensors as `torch.save` would, read one ahead; `advance` hears of each one's bytes.
 
     A tensor that has two names is stored once, and is one tensor again when read.
@@ -75,12 +75,12 @@ def write_pickled(path: Path, tensors: Mapping[str, Stored], advance: Advance) -
         archive.writestr("archive/version", "3\n")
 
 
-def distinct(tensors: Mapping[str, Stored]) -> list[Stored]:
+def distinct(tensors: Mapping[str, LazyTensor]) -> list[LazyTensor]:
     """Each tensor once, whatever its names."""
     return list({id(tensor): tensor for tensor in tensors.values()}.values())
 
 
-def _pickle(tensors: Mapping[str, Stored], storages: Sequence[Stored]) -> bytes:
+def _pickle(tensors: Mapping[str, LazyTensor], storages: Sequence[LazyTensor]) -> bytes:
     """The pickled state dict: per tensor a call that rebuilds it from a storage, which a persistent id names."""
     torch = import_torch("writing PyTorch weights")
     keys = {id(tensor): str(key) for key, tensor in enumerate(storages)}
@@ -93,7 +93,7 @@ def _pickle(tensors: Mapping[str, Stored], storages: Sequence[Stored]) -> bytes:
             return ("storage", getattr(torch, _STORAGES[obj.tensor.dtype.name]), keys[id(obj.tensor)], "cpu", numel)
 
         def reducer_override(self, obj: Any) -> Any:
-            if not isinstance(obj, Stored):
+            if not isinstance(obj, LazyTensor):
                 return NotImplemented
             strides = np.cumprod((1, *obj.shape[:0:-1]))[::-1].tolist() if obj.shape else []
             arguments = (_Storage(obj), 0, obj.shape, tuple(strides), False, OrderedDict())
@@ -107,7 +107,7 @@ def _pickle(tensors: Mapping[str, Stored], storages: Sequence[Stored]) -> bytes:
 class _Storage:
     """Stands in the pickle for the bytes of `tensor`."""
 
-    def __init__(self, tensor: Stored) -> None:
+    def __init__(self, tensor: LazyTensor) -> None:
         self.tensor = tensor
 
 

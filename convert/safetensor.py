@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.stored import Advance, Stored, loaded, stored
+from convert.lazy import Advance, LazyTensor, from_array, loaded
 from model.errors import PunaError
 
 DTYPES = {
@@ -32,7 +32,7 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of the file by name, unread.
 
     Raises PunaError where the header is not one, or where the file does not hold the bytes it promises.
@@ -59,11 +59,11 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         dtype = DTYPES[entry["dtype"]]
         if math.prod(entry["shape"]) * dtype.itemsize != stop - start:
             raise PunaError(f"{path}: {name} of shape {entry['shape']} does not fill its {stop - start:,} bytes")
-        tensors[name] = stored(data[start:stop].view(dtype).reshape(entry["shape"]), str(path))
+        tensors[name] = from_array(data[start:stop].view(dtype).reshape(entry["shape"]), str(path))
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Stored], advance: Advance) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], advance: Advance) -> None:
     """Write the tensors, read in order, each while the one before is written; `advance` hears of their bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks which framework's layout it is
     offset = 0

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.checkpoint import Checkpoint, StoredQuantized, copy_files
+from convert.checkpoint import Checkpoint, LazyQuantized, copy_files
 from convert.command import atomic_path, check_apart, check_free_space
 from convert.hf import write_hf
+from convert.lazy import Index, LazyTensor, ProgressBar, no_progress
 from convert.meta import write_meta
-from convert.names import rows
-from convert.stored import Bar, Index, Stored, silent
+from convert.names import parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params
@@ -45,7 +45,7 @@ def save_model(
     writes, and hf only: Meta's format reads in another order. Quantized weights are written as they are, to hf only.
     Raises PunaError for LoRA leaves, and for an existing `path` unless `overwrite`.
     """
-    tensors = {row.name: _leaf(params, row.name, row.shape) for row in rows(config)}
+    tensors = {param.name: _leaf(params, param.name, param.shape) for param in parameters(config)}
     quantized = {name: weight for name in tensors if (weight := _quantized_leaf(params, name)) is not None}
     if quantized and format != "hf":
         raise PunaError(f"quantized weights are written as hf, not as {format}; dequantize them, or save hf")
@@ -59,7 +59,7 @@ def save_model(
     with _new_folder(Path(path), checkpoint.nbytes, overwrite) as folder:
         if tokenizer is not None:
             tokenizer.save(folder)
-        _write(folder, checkpoint, shards, MAX_SHARD_SIZE, silent)
+        _write(folder, checkpoint, shards, MAX_SHARD_SIZE, no_progress)
 
 
 def write_model(
@@ -70,7 +70,7 @@ def write_model(
     shards: int = 1,
     max_shard_size: int = MAX_SHARD_SIZE,
     tokenizer: SavesItself | None = None,
-    bar: Bar = silent,
+    bar: ProgressBar = no_progress,
 ) -> None:
     """Write the checkpoint in its `format`, with the files beside it (of another `tokenizer` where given), under a
     temporary name, renamed when complete.
@@ -96,7 +96,7 @@ def _new_folder(path: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
         yield folder
 
 
-def _write(folder: Path, checkpoint: Checkpoint, shards: int, max_shard_size: int, bar: Bar) -> None:
+def _write(folder: Path, checkpoint: Checkpoint, shards: int, max_shard_size: int, bar: ProgressBar) -> None:
     config, tensors = checkpoint.config, checkpoint.tensors
     match checkpoint.format:
         case "hf":
@@ -122,30 +122,30 @@ def _find(params: Params, name: str) -> tuple[Any, Any]:
     return params["layers"][key], int(number)
 
 
-def _quantized_leaf(params: Params, name: str) -> StoredQuantized | None:
+def _quantized_leaf(params: Params, name: str) -> LazyQuantized | None:
     leaf, select = _find(params, name)
     if not isinstance(leaf, QuantizedArray):
         return None
     like = jax.eval_shape(lambda w: jax.tree.map(lambda x: x[select], w), leaf)
-    return StoredQuantized(like, lambda: jax.tree.map(lambda x: jnp.asarray(gathered(x[select])), leaf))
+    return LazyQuantized(like, lambda: jax.tree.map(lambda x: jnp.asarray(gathered(x[select])), leaf))
 
 
 def _dequantized(leaf: QuantizedArray, select: Any) -> np.ndarray:
     return np.asarray(dequantize(jax.tree.map(lambda x: jnp.asarray(gathered(x[select])), leaf)))
 
 
-def _leaf(params: Params, name: str, shape: tuple[int, ...]) -> Stored:
+def _leaf(params: Params, name: str, shape: tuple[int, ...]) -> LazyTensor:
     """One unstacked parameter of a tree in memory; on several processes its reading gathers it."""
     leaf, select = _find(params, name)
     if isinstance(leaf, QuantizedArray):
-        return Stored(shape, np.dtype(jnp.dtype(leaf.dtype)), lambda index: _dequantized(leaf, select)[index], name)
+        return LazyTensor(shape, np.dtype(jnp.dtype(leaf.dtype)), lambda index: _dequantized(leaf, select)[index], name)
     if not isinstance(leaf, jax.Array):
         raise PunaError(f"{name} is a {type(leaf).__name__}: merge adapters before saving the model")
 
     def read(index: Index) -> np.ndarray:
         return gathered(leaf[select])[index]
 
-    tensor = Stored(shape, np.dtype(leaf.dtype), read, "the parameters")
+    tensor = LazyTensor(shape, np.dtype(leaf.dtype), read, "the parameters")
     if leaf[select].shape != shape:
         raise PunaError(f"{name} has shape {leaf[select].shape}; the config says {shape}")
     return tensor

@@ -9,9 +9,9 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, open_model
 from convert.command import progress
+from convert.lazy import LazyTensor, contiguous
 from convert.load import load_params
-from convert.names import rows
-from convert.stored import Stored, contiguous
+from convert.names import parameters
 from model.llama import forward
 
 LOGITS_ATOL = 1e-4  # of logits of about 10: equal weights in another layout are summed in another order
@@ -61,13 +61,13 @@ def _compare_tensors(first: Checkpoint, second: Checkpoint, atol: float) -> bool
     return not different
 
 
-def _with_head(checkpoint: Checkpoint) -> dict[str, Stored]:
+def _with_head(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Every tensor by name, the head of tied embeddings too."""
-    tensors = {row.name: checkpoint.tensors[row.name] for row in rows(checkpoint.config)}
+    tensors = {param.name: checkpoint.tensors[param.name] for param in parameters(checkpoint.config)}
     return {"lm_head": tensors["embed"].transposed()} | tensors
 
 
-def max_difference(a: Stored, b: Stored) -> float:
+def max_difference(a: LazyTensor, b: LazyTensor) -> float:
     """The largest absolute difference of two tensors of one shape; infinite where only one of a pair is NaN."""
     x, y = contiguous(a.load()), contiguous(b.load())
     largest = 0.0

@@ -10,8 +10,8 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, open_model
 from convert.command import atomic_path, check_apart
+from convert.lazy import LazyTensor, ProgressBar, concatenate, from_array, no_progress
 from convert.save import write_model
-from convert.stored import Bar, Stored, joined, silent, stored
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
 from model.vocabulary import is_ranks, parse_sentencepiece
@@ -34,7 +34,7 @@ class Merged:
         return self.base + self.added
 
 
-def merge(
+def merge_vocabularies(
     base: str | Path, extra: str | Path, dst: str | Path, specials: Sequence[str] = (), overwrite: bool = False
 ) -> Merged:
     """Write the SentencePiece model `base` with those pieces of `extra`, then of `specials`, that it does not hold.
@@ -63,7 +63,7 @@ def resize(
     init: str = "mean",
     multiple: int = 1,
     overwrite: bool = False,
-    bar: Bar = silent,
+    bar: ProgressBar = no_progress,
 ) -> Checkpoint:
     """Write `model` to `dst`, in its own format, with embeddings for every token of `tokenizer` and with its files.
 
@@ -98,22 +98,22 @@ def resized(checkpoint: Checkpoint, vocab_size: int, init: str = "mean", multipl
     tensors = dict(checkpoint.tensors)
     for name, axis in (("embed", 0), ("lm_head", 1)):
         if name in tensors and new:
-            tensors[name] = joined([tensors[name], _new_rows(tensors[name], axis, new, init)], axis)
+            tensors[name] = concatenate([tensors[name], _new_rows(tensors[name], axis, new, init)], axis)
     return replace(checkpoint, config=replace(checkpoint.config, vocab_size=rows + new), tensors=tensors)
 
 
-def _new_rows(tensor: Stored, axis: int, count: int, init: str) -> Stored:
+def _new_rows(tensor: LazyTensor, axis: int, count: int, init: str) -> LazyTensor:
     row = _mean(tensor, axis) if init == "mean" else np.zeros(tensor.shape[1 - axis], tensor.dtype)
     shape = (count, len(row)) if axis == 0 else (len(row), count)
-    return stored(np.broadcast_to(np.expand_dims(row, axis), shape), f"the {init} row")
+    return from_array(np.broadcast_to(np.expand_dims(row, axis), shape), f"the {init} row")
 
 
-def _mean(tensor: Stored, axis: int) -> np.ndarray:
+def _mean(tensor: LazyTensor, axis: int) -> np.ndarray:
     """The mean over the vocabulary, summed in float64 and rounded once to the tensor's own dtype."""
     vocab_size = tensor.shape[axis]
     total = np.zeros(tensor.shape[1 - axis], np.float64)
     for start in range(0, vocab_size, _ROWS):
-        part = tensor.part(axis, start, min(start + _ROWS, vocab_size)).load()
+        part = tensor.narrow(axis, start, min(start + _ROWS, vocab_size)).load()
         total += part.sum(axis, dtype=np.float64)
     return (total / vocab_size).astype(tensor.dtype)
 

@@ -15,11 +15,11 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from infer.sample import Rows, Sampling, rows, sample
+from infer.sample import Sampling, SamplingRows, sample, stack_sampling
 from model.cache import KVCache, init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.linear import for_decoding
+from model.linear import decode_layout
 from model.llama import hidden, logits
 from model.params import Params
 from model.sharding import named_sharding
@@ -53,17 +53,17 @@ def prefill(
 def decode(
     params: Params,
     state: State,
-    rows: Rows,
+    rows: SamplingRows,
     eos: Array,
     steps: Array,
-    known: Array,
+    vocab_limit: Array,
     config: LlamaConfig,
     window: int,
 ) -> tuple[State, Array]:
     """Up to `steps` <= CHUNK tokens for every row that is not done; ends early when all are.
 
-    Tokens from the id `known` on are never chosen. Returns the state and the tokens int32 [B, CHUNK], -1 where a row
-    was done. A row is done after a token in `eos`.
+    Tokens from the id `vocab_limit` on are never chosen. Returns the state and the tokens int32 [B, CHUNK], -1 where a
+    row was done. A row is done after a token in `eos`.
     """
 
     def unfinished(carry: tuple[Array, State, Array]) -> Array:
@@ -75,7 +75,7 @@ def decode(
         x, cache = hidden(
             params, state.token[:, None], config, positions=state.position[:, None], cache=state.cache, window=window
         )
-        scores = jnp.where(jnp.arange(config.vocab_size) < known, logits(params, x[:, 0], config), -jnp.inf)
+        scores = jnp.where(jnp.arange(config.vocab_size) < vocab_limit, logits(params, x[:, 0], config), -jnp.inf)
         new = sample(scores, rows, state.seen, state.position + 1)
         new = jnp.where(state.done, state.token, new)
         out = out.at[:, step].set(jnp.where(state.done, -1, new))
@@ -108,31 +108,31 @@ def generate(
     eos_ids: Sequence[int] = (),
     stopped: Callable[[int], bool] = lambda row: False,
     mesh: Mesh | None = None,
-    known: int | None = None,
+    vocab_limit: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continues token prompts as one batch, yielding each row's new tokens as they come; at the end rows yield none.
 
     Args:
-        params: stacked or unstacked; a caller that comes again gives them as `for_decoding` makes stacked ones.
+        params: stacked or unstacked; a caller that comes again gives them as `decode_layout` makes stacked ones.
         prompts: at least one token each, of any lengths.
         samplings: one for each prompt; greedy when not given.
         eos_ids: tokens that end a row; the one that ended it is its last.
         stopped: asked between chunks with a row's index; true ends the row.
         mesh: the mesh that `params` live on, if any.
-        known: how many tokens the tokenizer has, where it is fewer than the model: what pads a vocabulary to a round
-            size is never chosen.
+        vocab_limit: how many tokens the tokenizer has, where it is fewer than the model: what pads a vocabulary to a
+            round size is never chosen.
 
     Raises:
         PunaError: no token in a prompt, or no room for `max_new_tokens` after it in the model's context.
     """
     for number, prompt in enumerate(prompts, 1):
         check_room(f"prompt {number}", prompt, max_new_tokens, config)
-    params = for_decoding(params)
-    settings = rows(list(samplings or [Sampling()] * len(prompts)))
+    params = decode_layout(params)
+    settings = stack_sampling(list(samplings or [Sampling()] * len(prompts)))
     lengths = np.array([len(prompt) for prompt in prompts])
     state = start(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
     eos = jnp.asarray(np.array(eos_ids, np.int32))
-    limit = np.int32(config.vocab_size if known is None else known)
+    limit = np.int32(config.vocab_size if vocab_limit is None else vocab_limit)
     made, done = 0, np.zeros(len(prompts), bool)
     while made < max_new_tokens and not done.all():
         steps = min(CHUNK, max_new_tokens - made, max(1, made))  # short chunks first: words appear at once

@@ -16,13 +16,13 @@ from convert.peft import Adapter, apply_adapters, check_fits, read_adapter
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.linear import for_decoding
+from model.linear import decode_layout
 from model.params import Params
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """A model found and understood, its weights unread: requests can be refused before they are."""
 
     checkpoint: Checkpoint
@@ -42,7 +42,7 @@ class Source(NamedTuple):
         return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
 
 
-def find(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> Source:
+def find(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> ModelSource:
     """The model that a folder, a GGUF file or a Hub id names, with `adapters` for it. Its tokenizer is `tokenizer`
     (file, folder or Hub id), or the one that merging the adapters would give it, or lies with it.
 
@@ -62,11 +62,11 @@ def find(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str
     except PunaError as error:
         raise PunaError(f"{error}; name another place with --tokenizer") from None
     defaults = checkpoint.folder / "generation_config.json"
-    return Source(checkpoint, config, own, read_json(defaults) if defaults.exists() else {}, found)
+    return ModelSource(checkpoint, config, own, read_json(defaults) if defaults.exists() else {}, found)
 
 
 def load(
-    source: Source,
+    source: ModelSource,
     mesh: Mesh | None = None,
     dtype: str | None = None,
     quantize: Quantize | None = None,
@@ -75,7 +75,7 @@ def load(
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
         params = load_params(source.checkpoint, dtype, mesh, quantize)
         config, params = apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
-        return config, for_decoding(params)
+        return config, decode_layout(params)
 
 
 def sampling(generation: dict[str, Any], **given: Any) -> Sampling:

@@ -53,7 +53,7 @@ class Sampling:
                 raise PunaError(f"{name} is {getattr(self, name)}: give {wanted}")
 
 
-class Rows(NamedTuple):
+class SamplingRows(NamedTuple):
     """The settings of a batch, one array entry a row: [B] each, `key` a typed key array."""
 
     temperature: Array
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
     key: Array
 
 
-def rows(samplings: list[Sampling]) -> Rows:
+def stack_sampling(samplings: list[Sampling]) -> SamplingRows:
     """Settings for a batch whose row i follows `samplings[i]`."""
 
     def column(name: str, dtype: type) -> Array:
@@ -76,10 +76,10 @@ def rows(samplings: list[Sampling]) -> Rows:
         jnp.asarray(np.array([s.seed >> shift & 0xFFFFFFFF for s in samplings], np.uint32)) for shift in (0, 32)
     )
     keys = jax.vmap(lambda low, high: jax.random.fold_in(jax.random.key(low), high))(low, high)
-    return Rows(column("temperature", np.float32), column("top_k", np.int32), *numbers, key=keys)
+    return SamplingRows(column("temperature", np.float32), column("top_k", np.int32), *numbers, key=keys)
 
 
-def sample(logits: Array, rows: Rows, seen: Array, positions: Array) -> Array:
+def sample(logits: Array, rows: SamplingRows, seen: Array, positions: Array) -> Array:
     """The next token of each row.
 
     Args:
@@ -105,13 +105,13 @@ def sample(logits: Array, rows: Rows, seen: Array, positions: Array) -> Array:
     return jax.lax.cond(jnp.any(rows.temperature > 0), draw, lambda: likeliest)
 
 
-def penalize(logits: Array, rows: Rows, seen: Array) -> Array:
+def penalize(logits: Array, rows: SamplingRows, seen: Array) -> Array:
     """Repetition penalty (CTRL, Keskar et al. 2019, section 4.1) on the tokens `seen`."""
     penalty = rows.repetition_penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def keep(logits: Array, rows: Rows) -> Array:
+def keep(logits: Array, rows: SamplingRows) -> Array:
     """The logits [B, V] with every token that top-k, top-p or min-p leaves out at minus infinity.
 
     Tokens that tie with the last one kept are kept. The likeliest token always is.

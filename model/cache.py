@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from model.config import LlamaConfig
-from model.sharding import loose_sharding
+from model.sharding import relaxed_sharding
 
 
 class KVCache(struct.PyTreeNode):
@@ -56,7 +56,7 @@ def init_cache(
     axes = ("layers", None, "kv_heads", None, None)
 
     def lay_out(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        return loose_sharding(mesh, axes if x.ndim == len(axes) else (None,), x.shape)
+        return relaxed_sharding(mesh, axes if x.ndim == len(axes) else (None,), x.shape)
 
     return jax.jit(zeros, out_shardings=jax.tree.map(lay_out, jax.eval_shape(zeros)))()
 

@@ -87,7 +87,7 @@ def _times_rows(x: Array, rows: Array, out_dtype: DTypeLike) -> Array:
     return y.reshape(-1, len(x)).T.astype(out_dtype)
 
 
-def for_decoding(params: Params) -> Params:
+def decode_layout(params: Params) -> Params:
     """Layers as a tuple, linear weights transposed: the form in which few tokens pass fastest. Unstacked layers stay.
 
     The head is transposed too, and a tied embedding, which lies so already, is one; weights of other kinds, and those
@@ -108,16 +108,16 @@ def _transposed(w: Weight) -> Weight:
     return TransposedArray(w.T) if isinstance(w, Array) else w
 
 
-def shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> Any:
+def weight_shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> Any:
     """The `NamedSharding` of every leaf of a weight whose dimensions mean `axes` (..., in, out).
 
     `w` may be abstract. Raises PunaError where a dimension of a plain array does not divide over the mesh.
     """
     match w:
         case QuantizedArray():
-            return quantize.shardings(w, axes, mesh, name)
+            return quantize.quantized_shardings(w, axes, mesh, name)
         case LoraArray():
-            return lora.shardings(w, axes, mesh, name, shardings(w.base, axes, mesh, name))
+            return lora.lora_shardings(w, axes, mesh, name, weight_shardings(w.base, axes, mesh, name))
         case _:
             return named_sharding(mesh, axes, w.shape, name)
 
@@ -126,7 +126,7 @@ def tree_shardings(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
     """The `NamedSharding` of every leaf of stacked parameters, which may be abstract, whatever their kinds."""
 
     def one(path: Any, spec: ParamSpec, w: Weight) -> Any:
-        return shardings(w, spec.axes, mesh, "/".join(entry.key for entry in path))
+        return weight_shardings(w, spec.axes, mesh, "/".join(entry.key for entry in path))
 
     specs = param_specs(config)
     return jax.tree_util.tree_map_with_path(one, specs, params, is_leaf=lambda node: isinstance(node, ParamSpec))

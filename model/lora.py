@@ -194,7 +194,7 @@ def _fresh(
     w = with_magnitude(w, None) if dora else w
     if mesh is None:
         return w
-    where = shardings(w, spec.axes, mesh, f"layers/{name}", None)
+    where = lora_shardings(w, spec.axes, mesh, f"layers/{name}", None)
     return replace(jax.device_put(replace(w, base=None), where), base=base)
 
 
@@ -313,7 +313,7 @@ def _merge(w: LoraArray) -> tuple[Any, Array]:
 # ------------------------------------------------------------------------------------------------------------ sharding
 
 
-def shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: str, base: Any) -> LoraArray:
+def lora_shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: str, base: Any) -> LoraArray:
     """The `NamedSharding` of every leaf beside the base's: a and b are split as the weight's sides are, where whole."""
     *lead, in_axis, out_axis = axes
 

@@ -236,7 +236,7 @@ def dequantize(q: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
     if q.format == "int8":
         rows = q.codes.astype(jnp.float32) * q.absmax[:, None] * INT8_UNIT
     else:
-        rows = decode(q.codes, block_scales(q), q)[: q.out_features]
+        rows = decode_codes(q.codes, block_scales(q), q)[: q.out_features]
     return rows.astype(dtype or q.dtype).T
 
 
@@ -261,7 +261,7 @@ def _lookup(table: np.ndarray, index: Array) -> Array:
     return jnp.asarray(table).at[index.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
-def decode(codes: Array, scales: Array, q: QuantizedArray) -> Array:
+def decode_codes(codes: Array, scales: Array, q: QuantizedArray) -> Array:
     """Rows of packed codes as float32 [rows, in].
 
     A table over whole bytes gives both weights of a byte at once, in their order: taking nibbles apart by arithmetic
@@ -276,7 +276,7 @@ def decode(codes: Array, scales: Array, q: QuantizedArray) -> Array:
 # ------------------------------------------------------------------------------------------------------------ sharding
 
 
-def shardings(q: QuantizedArray, axes: Sequence[str | None], mesh: Mesh, name: str) -> QuantizedArray:
+def quantized_shardings(q: QuantizedArray, axes: Sequence[str | None], mesh: Mesh, name: str) -> QuantizedArray:
     """The `NamedSharding` of every leaf, for a weight whose dimensions mean `axes` (..., in, out).
 
     An axis is split only where each device holds whole blocks; otherwise it is replicated, which is said once.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from model.quantize import INT8_UNIT, NF4, QuantizedArray, block_scales, decode, inverse
+from model.quantize import INT8_UNIT, NF4, QuantizedArray, block_scales, decode_codes, inverse
 
 FEW = 64  # rows of x up to which the weight comes first in a product
 
@@ -89,7 +89,7 @@ def _sum(products: Iterable[Array]) -> Array:
 
 
 def _in_halves(q: QuantizedArray) -> bool:
-    """Whether nibbles are decoded by arithmetic, which leaves halves, and not by the table of `decode`.
+    """Whether nibbles are decoded by arithmetic, which leaves halves, and not by the table of `decode_codes`.
 
     XLA on CPU vectorizes arithmetic, and not the table. int4's is short. nf4's 15 selects pay where AVX-512 has masks
     for them, and where the table's code is slower than AVX2's (`benchmarks/quantized.py` times what is chosen).
@@ -120,7 +120,7 @@ def _decoded(piece: QuantizedArray) -> list[Array]:
     if piece.format == "int8":
         return [piece.codes]
     if not _in_halves(piece):
-        return [decode(piece.codes, piece.absmax, piece)]
+        return [decode_codes(piece.codes, piece.absmax, piece)]
 
     def half(nibbles: Array) -> Array:
         values = _nf4_values(nibbles) if piece.format == "nf4" else nibbles.astype(jnp.int32).astype(jnp.float32) - 8

@@ -77,7 +77,7 @@ def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, name))
 
 
-def loose_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def relaxed_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """As `named_sharding`, for what is computed: a dimension that does not divide is replicated, since a batch of one
     or two key-value heads over eight devices is no fault of the request."""
     spec = []
@@ -92,4 +92,4 @@ def constrain(x: Array, axes: Sequence[str | None]) -> Array:
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.axis_names != MESH_AXES or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, loose_sharding(mesh, axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, relaxed_sharding(mesh, axes, x.shape))

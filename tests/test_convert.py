@@ -23,12 +23,12 @@ from transformers import LlamaForCausalLM
 from convert import load_model, save_model
 from convert.__main__ import parse_size
 from convert.checkpoint import open_model
+from convert.lazy import concatenate, contiguous, from_array
 from convert.load import load_params
 from convert.meta import read_meta
 from convert.pickled import read_pickled, write_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import write_model
-from convert.stored import contiguous, joined, stored
 from model.config import PRESETS
 from model.errors import PunaError
 from model.llama import forward
@@ -294,7 +294,7 @@ def test_pickled_files_are_sound_zips_that_torch_loads_and_maps(tmp_path):
         "double": random.normal(size=(2, 3, 4)),
     }
     path = tmp_path / "weights.pth"
-    write_pickled(path, {name: stored(array, "here") for name, array in weights.items()}, lambda count: None)
+    write_pickled(path, {name: from_array(array, "here") for name, array in weights.items()}, lambda count: None)
     assert zipfile.ZipFile(path).testzip() is None
     for mapped in (False, True):
         loaded = torch.load(path, mmap=mapped, weights_only=True)
@@ -313,7 +313,7 @@ def test_safetensors_files_are_read_by_safetensors(tmp_path):
         "none": np.empty(0),
     }
     write_safetensors(
-        tmp_path / "x.safetensors", {k: stored(v, "here") for k, v in arrays_.items()}, lambda count: None
+        tmp_path / "x.safetensors", {k: from_array(v, "here") for k, v in arrays_.items()}, lambda count: None
     )
     theirs = load_file(tmp_path / "x.safetensors")
     assert theirs.keys() == arrays_.keys() and theirs["a"].dtype == torch.bfloat16
@@ -327,9 +327,13 @@ def test_safetensors_files_are_read_by_safetensors(tmp_path):
 def test_lazy_tensors_read_as_numpy_slices(array, data):
     order = np.array(data.draw(st.permutations(range(array.shape[0]))))
     cut = data.draw(st.integers(1, array.shape[1] - 1))
-    tensor, expected = stored(array, "here"), array
-    tensor, expected = tensor.taken(0, order), np.take(expected, order, 0)
-    tensor = joined([tensor.part(1, cut, array.shape[1]), tensor.part(1, 0, cut)], 1).transposed().cast(np.dtype("f4"))
+    tensor, expected = from_array(array, "here"), array
+    tensor, expected = tensor.take(0, order), np.take(expected, order, 0)
+    tensor = (
+        concatenate([tensor.narrow(1, cut, array.shape[1]), tensor.narrow(1, 0, cut)], 1)
+        .transposed()
+        .cast(np.dtype("f4"))
+    )
     expected = np.roll(expected, -cut, 1).T.astype(np.float32)
     index = []
     for size in expected.shape:

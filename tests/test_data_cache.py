@@ -14,7 +14,7 @@ from small_tokenizer import small_tokenizer
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
 from train.data import DataConfig, load_dataset
-from train.data.cache import cache_name, written_once
+from train.data.cache import cache_name, write_once
 from train.data.config import sources
 
 RECORDS = [{"instruction": f"Name {n} llamas.", "output": "llama " * n} for n in range(1, 200)]
@@ -99,7 +99,7 @@ def test_one_writes_and_the_others_wait(tmp_path):
         writers.append(threading.get_ident())
         (folder / "done").touch()
 
-    threads = [threading.Thread(target=written_once, args=(tmp_path / "entry", write, 60.0)) for _ in range(6)]
+    threads = [threading.Thread(target=write_once, args=(tmp_path / "entry", write, 60.0)) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -111,7 +111,7 @@ def test_waiting_ends_with_an_error_that_names_the_lock(tmp_path):
     with (tmp_path / "entry.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(PunaError, match=r"waited 0 s for .*entry, .*still writing .*entry.lock.*data.cache_dir"):
-            written_once(tmp_path / "entry", lambda folder: None, 0.0)
+            write_once(tmp_path / "entry", lambda folder: None, 0.0)
 
 
 def test_a_writer_that_goes_on_is_waited_for(tmp_path):
@@ -120,7 +120,7 @@ def test_a_writer_that_goes_on_is_waited_for(tmp_path):
     half.mkdir()
     with (tmp_path / "entry.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=written_once, args=(tmp_path / "entry", lambda folder: None, 1.5))
+        waiting = threading.Thread(target=write_once, args=(tmp_path / "entry", lambda folder: None, 1.5))
         waiting.start()
         for size in range(1, 9):
             (half / "tokens.bin").write_bytes(bytes(size))
@@ -149,9 +149,9 @@ def test_a_writer_that_died_is_replaced_and_leaves_nothing(tmp_path):
         raise PunaError("the data is bad")
 
     with pytest.raises(PunaError, match="the data is bad"):
-        written_once(tmp_path / "entry", fail, 60.0)
+        write_once(tmp_path / "entry", fail, 60.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["entry.lock"]
-    written_once(tmp_path / "entry", lambda folder: (folder / "done").touch(), 60.0)
+    write_once(tmp_path / "entry", lambda folder: (folder / "done").touch(), 60.0)
     assert (tmp_path / "entry/done").exists()
 
 

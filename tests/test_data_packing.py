@@ -10,10 +10,10 @@ from small_tokenizer import small_tokenizer
 
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
-from train.data import IGNORED, DataConfig, Datasets, Sampler, Source, encode, in_order, load_dataset
+from train.data import IGNORE_INDEX, DataConfig, Datasets, DataSource, Sampler, encode, in_order, load_dataset
 from train.data.dataset import hold_out
 from train.data.packing import best_fit_decreasing, select, split_spans, wrapped
-from train.data.permute import key, permute
+from train.data.permute import mix_key, permute
 from train.data.sampler import PERIOD
 
 lengths = st.lists(st.integers(2, 60), min_size=1, max_size=40)
@@ -83,15 +83,15 @@ def test_selecting_rows_keeps_their_spans(sizes, data):
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_the_shuffle_is_a_permutation(size, seed):
-    assert sorted(permute(np.arange(size), size, key(seed))) == list(range(size))
+    assert sorted(permute(np.arange(size), size, mix_key(seed))) == list(range(size))
 
 
 def test_the_shuffle_depends_on_its_key_and_on_nothing_else():
     size = 10**9
     some = np.arange(0, size, size // 100)
-    found = permute(some, size, key(1, 2))
-    assert found.tolist() == [int(permute(index, size, key(1, 2))[0]) for index in some]
-    assert len(set(found.tolist()) & set(permute(some, size, key(1, 3)).tolist())) == 0
+    found = permute(some, size, mix_key(1, 2))
+    assert found.tolist() == [int(permute(index, size, mix_key(1, 2))[0]) for index in some]
+    assert len(set(found.tolist()) & set(permute(some, size, mix_key(1, 3)).tolist())) == 0
     assert 0.4 < np.mean(found / size) < 0.6
 
 
@@ -138,7 +138,7 @@ def test_batches_hold_what_encode_gives(tokenizer, config, packing):
     expected = []
     for record in RECORDS:
         ids, labels = encode(record, tokenizer, max_length=128)
-        expected.append((ids, [*labels[1:], IGNORED], list(range(len(ids)))))
+        expected.append((ids, [*labels[1:], IGNORE_INDEX], list(range(len(ids)))))
     assert sorted(found) == sorted(expected)
     assert (len(dataset) < len(RECORDS)) == packing
     assert dataset.counts.records == len(RECORDS) and dataset.counts.rows == len(dataset)
@@ -149,7 +149,7 @@ def test_padding_is_segment_0_with_no_target(tokenizer, config):
     dataset = load_dataset(config(), tokenizer).train[0]
     *_, last = in_order(dataset, 7)
     padding = last["segments"] == 0
-    assert (last["labels"][padding] == IGNORED).all() and not last["positions"][padding].any()
+    assert (last["labels"][padding] == IGNORE_INDEX).all() and not last["positions"][padding].any()
     assert (last["rows"] == -1).sum() == 7 - len(dataset) % 7 and padding[last["rows"] == -1].all()
     assert all(values.dtype == np.int32 for values in last.values())
 
@@ -157,7 +157,7 @@ def test_padding_is_segment_0_with_no_target(tokenizer, config):
 def test_long_texts_are_split_and_all_of_them_trained_on(tokenizer, config):
     dataset = load_dataset(config(TEXTS, max_length=32, packing=True), tokenizer).train[0]
     lengths = [len(encode(record, tokenizer, max_length=None)[0]) for record in TEXTS]
-    targets = sum(int((batch["labels"] != IGNORED).sum()) for batch in in_order(dataset, 4))
+    targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in in_order(dataset, 4))
     assert targets == sum(lengths) - len(TEXTS)
     assert dataset.counts.split == sum(length > 32 for length in lengths) > 0
     assert dataset.counts.cut == 0
@@ -178,7 +178,7 @@ def test_wrapped_rows_are_concatenate_and_chunk(tokenizer, config):
     chunks = [stream[start : start + 32] for start in range(0, len(stream) // 32 * 32, 32)]
     batch = dataset.batch(range(len(dataset)))
     assert batch["tokens"].tolist() == chunks
-    assert batch["labels"].tolist() == [[*chunk[1:], IGNORED] for chunk in chunks]
+    assert batch["labels"].tolist() == [[*chunk[1:], IGNORE_INDEX] for chunk in chunks]
     assert (batch["segments"] == 1).all() and (batch["positions"] == np.arange(32)).all()
     assert dataset.counts.left_over_tokens == len(stream) % 32
 
@@ -241,7 +241,7 @@ def test_each_epoch_holds_every_row_once_in_its_own_order(datasets):
 @pytest.fixture
 def mixture(tokenizer, config, tmp_path):
     paths = [write(tmp_path / f"{name}.jsonl", RECORDS[:n]) for name, n in (("a", 40), ("b", 7))]
-    return load_dataset(config(path=(Source(paths[0], weight=3), Source(paths[1], weight=1))), tokenizer)
+    return load_dataset(config(path=(DataSource(paths[0], weight=3), DataSource(paths[1], weight=1))), tokenizer)
 
 
 def test_a_mixture_keeps_its_weights_and_goes_through_each_source(mixture):

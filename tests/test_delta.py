@@ -17,9 +17,9 @@ from reference import hf_config, hf_model
 from convert import delta
 from convert.checkpoint import Checkpoint
 from convert.hf import read_weights
-from convert.names import rows
+from convert.lazy import from_array
+from convert.names import parameters
 from convert.save import write_model
-from convert.stored import stored
 from model import LlamaConfig
 from model.errors import PunaError
 
@@ -34,11 +34,11 @@ def write(path, config, dtype=np.float16, seed=0, numbers=(), tokenizer=False, f
     """A model folder of random numbers; `numbers` stand at the front of every matrix."""
     random = np.random.default_rng(seed)
     tensors = {}
-    for row in rows(config):
-        array = random.normal(0, 0.05, row.shape).astype(dtype)
+    for param in parameters(config):
+        array = random.normal(0, 0.05, param.shape).astype(dtype)
         if array.size >= len(numbers):
             array.reshape(-1)[: len(numbers)] = numbers
-        tensors[row.name] = stored(array, "memory")
+        tensors[param.name] = from_array(array, "memory")
     write_model(path, Checkpoint(config, tensors, path / "nowhere", format))
     for name, text in TOKENIZER.items() if tokenizer else ():
         (path / name).write_text(text)

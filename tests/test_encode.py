@@ -9,7 +9,7 @@ from small_tokenizer import LLAMA3, small_tokenizer
 
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
-from train.data import IGNORED, encode
+from train.data import IGNORE_INDEX, encode
 
 BOS, EOS = 1, 2
 
@@ -47,7 +47,7 @@ def small(tmp_path_factory):
 
 def masked(ids, count):
     """Labels of `ids` of which the first `count` are masked."""
-    return [IGNORED] * count + ids[count:]
+    return [IGNORE_INDEX] * count + ids[count:]
 
 
 # --- goldens
@@ -99,7 +99,7 @@ def test_vicuna_masks_by_fastchats_arithmetic(conversations, llama2, pieces):
         text = header + " "
         for turn in turns:
             text += f"USER: {turn['value']} " if turn["from"] == "human" else f"ASSISTANT: {turn['value']}</s>"
-        ids, labels = [BOS], [IGNORED]
+        ids, labels = [BOS], [IGNORE_INDEX]
         for number, part in enumerate(text.split("</s>")[:-1]):
             new = [*pieces(part), EOS]
             instruction = len([BOS, *pieces(part.split("ASSISTANT: ")[0] + "ASSISTANT: ")]) - 2
@@ -121,11 +121,11 @@ def test_vicuna_v0_masks_human_turns_only(conversations, llama2, pieces):
         sentences = [f"### {names[turn['from']]}: {turn['value']}\n" for turn in row["conversations"]]
         ids = [BOS, *pieces(header + "".join(sentences))]
         labels, place = list(ids), len([BOS, *pieces(header)])
-        labels[0] = IGNORED  # of no effect: nothing stands before a BOS to predict it
+        labels[0] = IGNORE_INDEX  # of no effect: nothing stands before a BOS to predict it
         for turn, sentence in zip(row["conversations"], sentences, strict=True):
             count = len([BOS, *pieces(sentence)])
             if turn["from"] == "human":
-                labels[place : place + count] = [IGNORED] * count
+                labels[place : place + count] = [IGNORE_INDEX] * count
             place += count
         assert encode(row, llama2, template="vicuna_v0", max_length=None) == (ids, labels)
 
@@ -215,7 +215,7 @@ def test_llama3_masks_what_transformers_marks_as_the_assistants(small, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(small_tokenizer(tmp_path, LLAMA3)).apply_chat_template(
         messages, chat_template=tagged, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    labels = [i if m else IGNORED for i, m in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True)]
+    labels = [i if m else IGNORE_INDEX for i, m in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True)]
     for template in ("llama3", "chat_template"):
         assert encode({"messages": messages}, small, template=template) == (theirs["input_ids"], labels)
 

@@ -23,15 +23,15 @@ import infer.generate
 from convert import load_model, save_model, vocab
 from convert.checkpoint import open_model
 from convert.gguf import write_gguf
-from convert.merge import merge
+from convert.merge import merge_adapters
 from convert.peft import save_adapter
 from infer.__main__ import app
 from infer.generate import Text, check_room, decode, generate
 from infer.load import sampling, start_mesh
-from infer.sample import Sampling, rows
+from infer.sample import Sampling, stack_sampling
 from model import forward, make_mesh
 from model.errors import PunaError
-from model.linear import for_decoding
+from model.linear import decode_layout
 from model.lora import add
 from model.tokenizer import load_tokenizer
 
@@ -167,10 +167,10 @@ def test_one_program_serves_all_settings_and_chunks(ours, prompts):
 def test_the_cache_is_updated_in_place(ours, prompts, batch, dtype):
     """The compiled step copies or converts no layer's keys: XLA did, three times a token, where one row wrote one
     slice, and to float32 and back where a 16-bit model had a 16-bit cache."""
-    params, config = for_decoding(jax.tree.map(lambda x: x.astype(dtype), ours[1])), ours[0]
+    params, config = decode_layout(jax.tree.map(lambda x: x.astype(dtype), ours[1])), ours[0]
     state = infer.generate.start(params, config, prompts[:batch], 128, None)
     eos, number = jnp.zeros(0, jnp.int32), np.int32(4)
-    step = decode.lower(params, state, rows([Sampling()] * batch), eos, number, number, config, 128)
+    step = decode.lower(params, state, stack_sampling([Sampling()] * batch), eos, number, number, config, 128)
     compiled = step.compile().as_text()
     shape = ",".join(map(str, state.cache.k[0].shape))
     assert f"f32[{shape}]" in compiled
@@ -185,9 +185,9 @@ def test_rows_that_pad_a_vocabulary_are_never_chosen(ours, prompts):
     wide = params | {"embed": jnp.concatenate([embed, embed]), "lm_head": jnp.concatenate([head, 2 * head], axis=1)}
     padded = (replace(config, vocab_size=256), wide)
     assert max(token for row in run(padded, prompts) for token in row) >= 128
-    assert run(padded, prompts, known=128) == run(ours, prompts)
+    assert run(padded, prompts, vocab_limit=128) == run(ours, prompts)
     warm = [Sampling(1.5, top_k=9, seed=3)] * len(prompts)
-    assert max(token for row in run(padded, prompts, samplings=warm, known=128) for token in row) < 128
+    assert max(token for row in run(padded, prompts, samplings=warm, vocab_limit=128) for token in row) < 128
 
 
 def test_a_row_that_is_stopped_ends_alone(ours, prompts):
@@ -335,13 +335,13 @@ def test_an_adapter_with_tokens_of_its_own_speaks_as_merged(data_dir, command, t
             vocab_size=12,
             minloglevel=2,
         )
-    vocab.merge(base / "tokenizer.model", tmp_path / "chinese.model", tmp_path / "grown.model")
+    vocab.merge_vocabularies(base / "tokenizer.model", tmp_path / "chinese.model", tmp_path / "grown.model")
     vocab.resize(base, tmp_path / "wide", tmp_path / "grown.model")
     config, params = load_model(tmp_path / "wide")
     modules = ("embed_tokens", "lm_head")
     config, params = add(params, config, jax.random.key(0), modules_to_save=modules)
     save_adapter(tmp_path / "a", params, modules, tokenizer=load_tokenizer(tmp_path / "wide"))
-    merge(base, [tmp_path / "a"], tmp_path / "merged")
+    merge_adapters(base, [tmp_path / "a"], tmp_path / "merged")
     assert max(load_tokenizer(tmp_path / "merged").encode("羊驼")) >= 512
     flags = ["--prompt", "Once upon a time 羊驼", "--max-new-tokens", NEW]
     assert command(base, "--adapter", tmp_path / "a", *flags) == command(tmp_path / "merged", *flags)

@@ -18,8 +18,8 @@ from small_tokenizer import LLAMA2, LLAMA3, small_tokenizer
 
 from convert.checkpoint import Checkpoint, open_model
 from convert.gguf import TYPES, read_gguf, write_gguf
-from convert.names import rows
-from convert.stored import stored
+from convert.lazy import from_array
+from convert.names import parameters
 from model import LlamaConfig
 from model.config import RopeScaling
 from model.errors import PunaError
@@ -40,7 +40,10 @@ TINY = LlamaConfig(
 
 def model(config, folder, seed=0):
     random = np.random.default_rng(seed)
-    tensors = {row.name: stored(random.normal(size=row.shape).astype(np.float32), "memory") for row in rows(config)}
+    tensors = {
+        param.name: from_array(random.normal(size=param.shape).astype(np.float32), "memory")
+        for param in parameters(config)
+    }
     return Checkpoint(config, tensors, folder, "hf")
 
 

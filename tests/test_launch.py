@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from model.errors import PunaError
-from train import distributed, launch, rollcall
+from train import distributed, launch, rendezvous
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,7 +97,7 @@ def call(count, indices, timeout, hosts=()):
 
     def one(index):
         try:
-            return rollcall.meet(address, count, index, timeout, hosts)
+            return rendezvous.meet(address, count, index, timeout, hosts)
         except PunaError as error:
             return str(error)
 

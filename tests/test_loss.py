@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.sharding import make_mesh
-from train.loss import IGNORE, make_loss
+from train.loss import IGNORE_INDEX, make_loss
 
 B, T, D, V = 4, 30, 16, 64
 
@@ -20,14 +20,14 @@ def arrays():
     keys = jax.random.split(jax.random.key(0), 4)
     x, head = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V))
     targets = jax.random.randint(keys[2], (B, T), 0, V)
-    return x, head, jnp.where(jax.random.bernoulli(keys[3], 0.4, targets.shape), IGNORE, targets)
+    return x, head, jnp.where(jax.random.bernoulli(keys[3], 0.4, targets.shape), IGNORE_INDEX, targets)
 
 
 def plain(x, head, targets, z_loss):
     logits = x @ head
     log_z = jax.nn.logsumexp(logits, -1)
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-    return jnp.sum(jnp.where(targets == IGNORE, 0.0, log_z - chosen + z_loss * log_z**2))
+    return jnp.sum(jnp.where(targets == IGNORE_INDEX, 0.0, log_z - chosen + z_loss * log_z**2))
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_equals_the_plain_form(arrays, sizes, chunk):
 def test_nothing_trained_is_zero(arrays):
     x, head, targets = arrays
     loss = make_loss(mesh_of(1, 1, 1))
-    total, grad = jax.value_and_grad(loss)(x, head, jnp.full_like(targets, IGNORE))
+    total, grad = jax.value_and_grad(loss)(x, head, jnp.full_like(targets, IGNORE_INDEX))
     assert total == 0 and not jnp.any(grad)
 
 

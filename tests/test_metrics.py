@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from model.errors import PunaError
-from train.metrics import MetricsLog, TensorBoard, plot
+from train.metrics import MetricsFile, TensorBoard, plot
 
 ROOT = Path(__file__).parent.parent
 LINES = [{"step": 1, "loss": 2.5, "mfu": None}, {"step": 2, "loss": 1.25, "mfu": 0.5}]
@@ -37,7 +37,7 @@ def test_tensorboard_gets_every_number_that_is_there(tmp_path):
 
 
 def test_a_picture_of_no_kind_is_refused_by_name(tmp_path):
-    MetricsLog(tmp_path / "run", 0, []).close()
+    MetricsFile(tmp_path / "run", 0, []).close()
     with pytest.raises(PunaError, match=r"loss.v2: .v2 is no kind of picture; choose .*png"):
         plot([tmp_path / "run"], tmp_path / "loss.v2")
     assert not (tmp_path / "loss.v2").exists()

@@ -9,7 +9,7 @@ import transformers
 from transformers import optimization
 from transformers.trainer_pt_utils import get_parameter_names
 
-from convert.names import rows
+from convert.names import parameters
 from model.config import LlamaConfig
 from model.params import init_params
 from train.config import OptimConfig
@@ -20,8 +20,8 @@ STEPS, WARMUP = 40, 4
 
 def reference(name: str, **specific) -> list[float]:
     """The rates that a transformers schedule gives to the first updates, and past the end."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([param], lr=0.5)
     schedule = transformers.get_scheduler(name, optimizer, WARMUP, STEPS, scheduler_specific_kwargs=specific)
     rates = []
     for _ in range(STEPS + 1):
@@ -64,7 +64,7 @@ def test_decay_follows_the_rule_of_transformers():
     mask = decay_mask(init_params(config, jax.random.key(0)))
     named = {name: value for name, value in mask.items() if name != "layers"}
     named |= {f"layers.0.{name}": value for name, value in mask["layers"].items()}
-    assert {row.hf for row in rows(config) if named[row.name]} == decayed
+    assert {param.hf for param in parameters(config) if named[param.name]} == decayed
 
 
 @pytest.mark.slow
@@ -86,15 +86,15 @@ def test_adafactor_is_that_of_transformers():
     for _ in range(5):
         grads = draw()
         for layer in range(3):
-            for parameter, grad in zip(theirs[3 * layer : 3 * layer + 3], _layer(grads, layer), strict=True):
-                parameter.grad = None if layer and parameter.shape == (6, 10) else torch.tensor(np.asarray(grad))
+            for param, grad in zip(theirs[3 * layer : 3 * layer + 3], _layer(grads, layer), strict=True):
+                param.grad = None if layer and param.shape == (6, 10) else torch.tensor(np.asarray(grad))
         reference.step()
         updates, state = update(grads, state, params)
         params = jax.tree.map(lambda p, u: p - 0.01 * u, params, updates)
     for layer in range(3):
-        for parameter, own in zip(theirs[3 * layer : 3 * layer + 3], _layer(params, layer), strict=True):
-            if not (layer and parameter.shape == (6, 10)):
-                np.testing.assert_allclose(own, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+        for param, own in zip(theirs[3 * layer : 3 * layer + 3], _layer(params, layer), strict=True):
+            if not (layer and param.shape == (6, 10)):
+                np.testing.assert_allclose(own, param.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def _layer(tree: dict, layer: int) -> list:
@@ -105,10 +105,10 @@ def _layer(tree: dict, layer: int) -> list:
 def test_clipping_is_that_of_torch(most):
     grads = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.array([-2.0])}
     theirs = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(1))]
-    for parameter, grad in zip(theirs, grads.values(), strict=True):
-        parameter.grad = torch.tensor(np.asarray(grad))
+    for param, grad in zip(theirs, grads.values(), strict=True):
+        param.grad = torch.tensor(np.asarray(grad))
     norm = torch.nn.utils.clip_grad_norm_(theirs, most)
     np.testing.assert_allclose(global_norm(grads), norm.item(), rtol=1e-6)
-    for ours, parameter in zip(clip(grads, global_norm(grads), most).values(), theirs, strict=True):
-        np.testing.assert_allclose(ours, parameter.grad.numpy(), rtol=1e-6)
+    for ours, param in zip(clip(grads, global_norm(grads), most).values(), theirs, strict=True):
+        np.testing.assert_allclose(ours, param.grad.numpy(), rtol=1e-6)
     assert clip(grads, global_norm(grads), 0.0) is grads

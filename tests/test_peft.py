@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from convert import load_model, save_model
 from convert.__main__ import app
-from convert.merge import merge as merge_folders
+from convert.merge import merge_adapters as merge_folders
 from convert.peft import apply_adapters, read_adapter, save_adapter
 from convert.verify import compare
 from model import LlamaConfig, forward, init_params

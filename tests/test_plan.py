@@ -137,7 +137,7 @@ def mesh_sizes(config: Config) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_base_that_is_stored_quantized_is_billed_so(tmp_path, dtype):
+def test_a_base_that_is_stored_quantized_is_counted_so(tmp_path, dtype):
     """And its other weights as [model] param_dtype has them, not as stored."""
     model = LlamaConfig(
         vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4

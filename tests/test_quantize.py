@@ -10,7 +10,7 @@ from model import LlamaConfig, forward, init_params, make_mesh
 from model import quantized_matmul as products
 from model.config import PRESETS
 from model.errors import PunaError
-from model.linear import linear, place, shardings
+from model.linear import linear, place, weight_shardings
 from model.params import LINEARS, abstract_params, param_specs, stack, unstack
 from model.quantize import NF4, block_scales, dequantize, dynamic_map, quantize
 from model.quantized_matmul import quantized_matmul
@@ -218,7 +218,7 @@ def test_an_axis_that_would_cut_a_block_is_replicated_and_said_once(caplog):
     mesh = make_mesh(fsdp=8)
     q = quantize(weight((2, 256, 64)), "nf4")  # 4 blocks a row, 8 ways
     for _ in range(2):
-        where = shardings(q, ("layers", "embed", "heads"), mesh, "layers/once")
+        where = weight_shardings(q, ("layers", "embed", "heads"), mesh, "layers/once")
     assert where.codes.spec == PartitionSpec(None, None, None)
     assert [record.getMessage().count("embed") for record in caplog.records] == [1]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from infer.sample import Sampling, keep, penalize, rows, sample
+from infer.sample import Sampling, keep, penalize, sample, stack_sampling
 from model.errors import PunaError
 
 VOCAB = 1000
@@ -26,7 +26,7 @@ def by_transformers(logits, processors, seen=None):
 
 
 def filtered(logits, *samplings):
-    return np.asarray(keep(jnp.asarray(logits), rows(list(samplings))))
+    return np.asarray(keep(jnp.asarray(logits), stack_sampling(list(samplings))))
 
 
 @pytest.mark.parametrize("k", [1, 2, 50, VOCAB, 5 * VOCAB])
@@ -75,7 +75,7 @@ def test_repetition_penalty(logits):
     ids = np.random.default_rng(1).integers(VOCAB, size=(4, 20))
     seen = np.zeros((4, VOCAB), bool)
     np.put_along_axis(seen, ids, True, axis=1)
-    ours = penalize(jnp.asarray(logits), rows([Sampling(repetition_penalty=1.3)] * 4), jnp.asarray(seen))
+    ours = penalize(jnp.asarray(logits), stack_sampling([Sampling(repetition_penalty=1.3)] * 4), jnp.asarray(seen))
     expected = by_transformers(logits, [hf.RepetitionPenaltyLogitsProcessor(1.3)], torch.from_numpy(ids))
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
@@ -83,7 +83,7 @@ def test_repetition_penalty(logits):
 def draws(logits, sampling, count):
     """`count` draws from one row of logits, at as many positions."""
     one = jnp.asarray(logits)[None]
-    draw = jax.jit(lambda at: sample(one, rows([sampling]), jnp.zeros(one.shape, bool), at[None])[0])
+    draw = jax.jit(lambda at: sample(one, stack_sampling([sampling]), jnp.zeros(one.shape, bool), at[None])[0])
     return np.asarray(jax.lax.map(draw, jnp.arange(count)))
 
 
@@ -102,9 +102,9 @@ def test_draws_follow_the_distribution():
 def test_a_row_does_not_depend_on_its_neighbours(logits):
     mixed = [Sampling(), Sampling(1.0, seed=1), Sampling(0.7, top_k=20, seed=2), Sampling(1.3, top_p=0.9, seed=3)]
     seen = jnp.zeros((4, VOCAB), bool)
-    together = sample(jnp.asarray(logits), rows(mixed), seen, jnp.arange(4))
+    together = sample(jnp.asarray(logits), stack_sampling(mixed), seen, jnp.arange(4))
     for row, sampling in enumerate(mixed):
-        alone = sample(jnp.asarray(logits[row : row + 1]), rows([sampling]), seen[:1], jnp.array([row]))
+        alone = sample(jnp.asarray(logits[row : row + 1]), stack_sampling([sampling]), seen[:1], jnp.array([row]))
         assert alone[0] == together[row]
     assert together[0] == logits[0].argmax()
 
@@ -113,13 +113,13 @@ def test_new_settings_do_not_recompile(logits):
     compiled = jax.jit(sample)
     seen = jnp.zeros((4, VOCAB), bool)
     for sampling in (Sampling(), Sampling(0.5, seed=9), Sampling(1.5, top_k=3), Sampling(1.0, top_p=0.5, min_p=0.1)):
-        compiled(jnp.asarray(logits), rows([sampling] * 4), seen, jnp.arange(4))
+        compiled(jnp.asarray(logits), stack_sampling([sampling] * 4), seen, jnp.arange(4))
     assert compiled._cache_size() == 1
 
 
 def test_seeds_use_all_their_bits(logits):
     seeds = [0, 1, 2**32, 2**40 + 1]
-    keys = jax.random.key_data(rows([Sampling(seed=seed) for seed in seeds]).key)
+    keys = jax.random.key_data(stack_sampling([Sampling(seed=seed) for seed in seeds]).key)
     assert len(np.unique(keys, axis=0)) == len(seeds)
 
 

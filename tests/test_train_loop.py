@@ -16,7 +16,7 @@ from train import distributed, loop
 from train.config import Config, read_config
 from train.data.toy import make_examples, write_tokenizer
 from train.metrics import flops_per_token, read_metrics
-from train.record import NonFinite
+from train.metrics_logger import NonFinite
 
 pytestmark = pytest.mark.slow
 

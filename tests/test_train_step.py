@@ -18,7 +18,7 @@ from model.errors import PunaError
 from model.params import init_params
 from model.sharding import make_mesh
 from train.config import Config, read_config
-from train.loss import IGNORE
+from train.loss import IGNORE_INDEX
 from train.optim import make_schedule
 from train.step import (
     TrainState,
@@ -77,7 +77,7 @@ def make_rows(seed: int, vocab: int = SMALL.vocab_size, batch: int = BATCH, leng
     segments[0, length // 2 :] = 0
     last = np.append(segments[:, 1:] != segments[:, :-1], np.ones((batch, 1), bool), axis=1)
     masked = random.random((batch, length)) < np.linspace(0, 1, batch)[:, None]
-    labels = np.where(last | masked | (segments == 0), IGNORE, np.roll(tokens, -1, axis=1))
+    labels = np.where(last | masked | (segments == 0), IGNORE_INDEX, np.roll(tokens, -1, axis=1))
     return {"tokens": tokens, "labels": labels.astype(np.int32), "segments": segments}
 
 
@@ -135,7 +135,7 @@ def test_packed_is_unpacked():
             rows.append(
                 {
                     "tokens": np.pad(packed["tokens"][row][held], pad),
-                    "labels": np.pad(packed["labels"][row][held], pad, constant_values=IGNORE),
+                    "labels": np.pad(packed["labels"][row][held], pad, constant_values=IGNORE_INDEX),
                     "segments": np.pad(np.ones(held.sum(), np.int32), pad),
                 }
             )
@@ -150,7 +150,7 @@ def test_ten_steps_follow_transformers_and_torch(data_dir):
     state, step = start(config, model, mesh_of(1, 1, 1), params, steps=10)
     rows = make_rows(0, model.vocab_size, 4, 64)
     rows["segments"] = np.ones_like(rows["segments"])
-    rows["labels"] = np.where(rows["labels"] == IGNORE, IGNORE, np.roll(rows["tokens"], -1, axis=1))
+    rows["labels"] = np.where(rows["labels"] == IGNORE_INDEX, IGNORE_INDEX, np.roll(rows["tokens"], -1, axis=1))
 
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     decayed = [p for name, p in reference.named_parameters() if "norm" not in name]
@@ -160,7 +160,7 @@ def test_ten_steps_follow_transformers_and_torch(data_dir):
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 10)
     tokens = torch.tensor(rows["tokens"]).long()
     labels = torch.tensor(np.roll(rows["labels"], 1, axis=1)).long()  # transformers shifts them back
-    labels[:, 0] = IGNORE
+    labels[:, 0] = IGNORE_INDEX
 
     for number in range(10):
         state, metrics = step(state, rows)
@@ -251,7 +251,7 @@ def test_pieces_are_replaced_by_name():
     named = {"block": "test_train_step:skip", "loss": "test_train_step:count"}
     objective = make_objective(config_of(model=named), SMALL, mesh_of(1, 1, 1))
     rows = make_rows(0)
-    assert objective(init_params(SMALL, jax.random.key(0)), rows) == (rows["labels"] != IGNORE).sum()
+    assert objective(init_params(SMALL, jax.random.key(0)), rows) == (rows["labels"] != IGNORE_INDEX).sum()
     for setting in ("block", "norm", "loss", "attention"):
         config = config_of()
         config = replace(config, model=replace(config.model, **{setting: "test_train_step:absent"}))
@@ -264,4 +264,4 @@ def skip(x, layer, config, context, cache):
 
 
 def count(x, head, targets):
-    return jnp.sum(targets != IGNORE)
+    return jnp.sum(targets != IGNORE_INDEX)

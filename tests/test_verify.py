@@ -10,8 +10,8 @@ from converting import command, save_hf  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from convert.checkpoint import open_model
+from convert.lazy import from_array
 from convert.save import write_model
-from convert.stored import stored
 from convert.verify import max_difference
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_another_shape_is_named(folders, tmp_path, command):  # noqa: F811
 
 def test_differences_count_nan_and_infinity():
     def difference(a, b):
-        return max_difference(*(stored(np.array(x, np.float32), "here") for x in (a, b)))
+        return max_difference(*(from_array(np.array(x, np.float32), "here") for x in (a, b)))
 
     assert difference([1, np.nan, np.inf], [1, np.nan, np.inf]) == 0
     assert difference([1, np.nan, 2], [1, 3, 2]) == np.inf

@@ -15,10 +15,10 @@ import sentencepiece
 from converting import command  # noqa: F401
 
 from convert.checkpoint import Checkpoint, open_model
-from convert.names import rows
+from convert.lazy import from_array
+from convert.names import parameters
 from convert.save import write_model
-from convert.stored import stored
-from convert.vocab import Merged, merge, resize, resized
+from convert.vocab import Merged, merge_vocabularies, resize, resized
 from model import LlamaConfig
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
@@ -56,9 +56,12 @@ def models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("vocab")
     base = train(root / "base.model", "the llama walks on the high grassland and the wind walks with it", 300)
     extra = train(root / "extra.model", "羊驼在高原上走，风在草地上吹。the wind 风", 290)
-    merge(base, extra, root / "merged.model", specials=["[PAD]"])
+    merge_vocabularies(base, extra, root / "merged.model", specials=["[PAD]"])
     random = np.random.default_rng(0)
-    tensors = {row.name: stored(random.normal(0, 0.02, row.shape).astype(np.float32), row.name) for row in rows(CONFIG)}
+    tensors = {
+        param.name: from_array(random.normal(0, 0.02, param.shape).astype(np.float32), param.name)
+        for param in parameters(CONFIG)
+    }
     write_model(root / "llama", Checkpoint(CONFIG, tensors, root, "hf"), tokenizer=load_tokenizer(base))
     return {name: root / f"{name}.model" for name in ("base", "extra", "merged")} | {"llama": root / "llama"}
 
@@ -77,11 +80,11 @@ def test_the_published_tokenizers_are_reproduced(data_dir, tmp_path):
     table = (folder / "SHA256.md").read_text()
     sums = [re.search(rf"{model} \(7B, 13B, 33B\) +\| ([0-9a-f]{{64}})", table) for model in ("LLaMA", "Alpaca")]
     base, extra = data_dir / "llama2-tokenizer/tokenizer.model", folder / "chinese_sp.model"
-    llama = merge(base, extra, tmp_path / "llama.model")
-    alpaca = merge(base, extra, tmp_path / "alpaca.model", specials=["[PAD]"])
+    llama = merge_vocabularies(base, extra, tmp_path / "llama.model")
+    alpaca = merge_vocabularies(base, extra, tmp_path / "alpaca.model", specials=["[PAD]"])
     assert [llama.sha256, alpaca.sha256] == [found[1] for found in sums if found]
     assert llama == Merged(32_000, 20_000, 17_953, llama.sha256) and llama.total == 49_953 and alpaca.total == 49_954
-    again = merge(tmp_path / "llama.model", extra, tmp_path / "again.model", specials=["[PAD]"])
+    again = merge_vocabularies(tmp_path / "llama.model", extra, tmp_path / "again.model", specials=["[PAD]"])
     assert again.sha256 == hashlib.sha256((tmp_path / "alpaca.model").read_bytes()).hexdigest() == alpaca.sha256
 
 
@@ -96,7 +99,7 @@ def test_a_merge_appends_the_pieces_that_are_new(models):
 
 
 def test_a_merge_with_nothing_new_changes_nothing(models, tmp_path):
-    made = merge(models["merged"], models["extra"], tmp_path / "same.model", specials=["[PAD]"])
+    made = merge_vocabularies(models["merged"], models["extra"], tmp_path / "same.model", specials=["[PAD]"])
     assert made.added == 0 and made.total == made.base
     assert (tmp_path / "same.model").read_bytes() == models["merged"].read_bytes()
     assert made.sha256 == hashlib.sha256(models["merged"].read_bytes()).hexdigest()
@@ -107,10 +110,10 @@ def test_what_is_no_sentencepiece_model_is_not_merged(models, tmp_path):
     (tmp_path / "rubbish.model").write_bytes(b"\xff\xff")
     for name, words in (("ranks", "tiktoken ranks"), ("rubbish", "is no tokenizer")):
         with pytest.raises(PunaError, match=f"{name}.model.*{words}"):
-            merge(models["base"], tmp_path / f"{name}.model", tmp_path / "out.model")
+            merge_vocabularies(models["base"], tmp_path / f"{name}.model", tmp_path / "out.model")
     shutil.copy(models["base"], tmp_path / "out.model")
     with pytest.raises(PunaError, match=r"out\.model exists"):
-        merge(models["base"], models["extra"], tmp_path / "out.model")
+        merge_vocabularies(models["base"], models["extra"], tmp_path / "out.model")
     assert (tmp_path / "out.model").read_bytes() == models["base"].read_bytes()
 
 
@@ -150,7 +153,7 @@ def test_a_model_gets_a_row_for_every_token(models, tmp_path, format, init, mult
 def test_mean_rows_in_half_precision_are_the_mean_rounded_once(models, dtype):
     numbers = np.random.default_rng(0).normal(3, 1, (300, 16)).astype(dtype)
     checkpoint = open_model(models["llama"])
-    checkpoint = replace(checkpoint, tensors=checkpoint.tensors | {"embed": stored(numbers, "")})
+    checkpoint = replace(checkpoint, tensors=checkpoint.tensors | {"embed": from_array(numbers, "")})
     grown = resized(checkpoint, 302).tensors["embed"].load()
     assert grown.dtype == dtype and grown.shape == (302, 16)
     np.testing.assert_array_equal(grown[300], numbers.astype(np.float64).mean(0).astype(dtype))

@@ -46,9 +46,9 @@ def plan(
     devices: Annotated[int | None, typer.Option(help="How many; as many as [mesh] says by default.")] = None,
 ) -> None:
     """Say what a step costs in memory, FLOPs and collectives, and which GPUs it fits, without running it."""
-    from train.plan import plan as bill
+    from train.plan import plan as cost_report
 
-    print(bill(load_config(config, overrides or ()), devices))
+    print(cost_report(load_config(config, overrides or ()), devices))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from convert.checkpoint import open_model
 from model import lora
 from model.config import LlamaConfig
-from model.linear import shardings
+from model.linear import weight_shardings
 from model.params import LINEARS, Params, ParamSpec, abstract_params, param_specs
 from model.quantize import quantizer
 from train.config import Config, QuantizeConfig
@@ -66,7 +66,7 @@ def abstract_parts(config: Config, model: LlamaConfig, mesh: Mesh) -> tuple[Any,
 
 def _stored(path: str | None) -> QuantizeConfig | None:
     """How the checkpoint at `path` is quantized; it stays so under adapters. None where some of it is float, which
-    is billed as if all were."""
+    is counted as if all were."""
     if path is None:
         return None
     checkpoint = open_model(path)
@@ -85,5 +85,5 @@ def join(trained: Any, frozen: Any, key: Array) -> Params:
 def _shardings(params: Any, specs: Any, mesh: Mesh, name: str = "") -> Any:
     """The sharding of every array, as the table says of the weight that it belongs to."""
     if isinstance(specs, ParamSpec):
-        return shardings(params, specs.axes, mesh, name)
+        return weight_shardings(params, specs.axes, mesh, name)
     return {key: _shardings(params[key], specs[key], mesh, f"{name}/{key}".lstrip("/")) for key in params}

@@ -82,7 +82,7 @@ class Checkpoints:
         if folder.exists():
             raise CheckpointError(f"{folder} exists: resume from it, or give another run.output_dir")
         self._schedule.saved(step)
-        tree = integrity.nested(state)
+        tree = integrity.to_nested_dict(state)
         if not self._has_room(step, tree):
             return
         self._held = step
@@ -132,7 +132,7 @@ class Checkpoints:
         Raises:
             CheckpointError: no checkpoint can be trusted, or it does not have the arrays that are asked for.
         """
-        tree = integrity.nested(abstract_state)
+        tree = integrity.to_nested_dict(abstract_state)
         candidate = step if step is not None else self._newest()
         while candidate is not None:
             if self._is_intact(candidate):
@@ -140,7 +140,7 @@ class Checkpoints:
                 restored = _read(self._folder(candidate), tree)
                 if not self._changed_arrays(candidate, restored.state):
                     self._remove_after(candidate)
-                    return integrity.like(abstract_state, restored.state), restored.data, candidate
+                    return integrity.from_nested_dict(abstract_state, restored.state), restored.data, candidate
             candidate = self._newest(below=candidate) if step is None else None
         what = f"step {step}" if step is not None else "any checkpoint"
         raise CheckpointError(f"{what} in {self.directory} cannot be restored: it is missing or damaged")
@@ -259,12 +259,12 @@ def restore_part(directory: str | Path, part: Mapping[str, Any], step: int | Non
     damage = manifest.explain(folder, manifest.damaged_files(folder))
     if damage:
         raise CheckpointError(f"checkpoint step {step} is damaged: {'; '.join(damage)}")
-    tree = integrity.nested(part)
+    tree = integrity.to_nested_dict(part)
     integrity.check_fit(folder, tree, complete=False)
     restored = _read(folder, tree)
     if changed := integrity.changed_arrays(folder, restored.state):
         raise CheckpointError(f"checkpoint step {step} is damaged: arrays that changed: {', '.join(changed)}")
-    return integrity.like(part, restored.state), step
+    return integrity.from_nested_dict(part, restored.state), step
 
 
 class _Schedule:

@@ -20,7 +20,7 @@ from model.params import Params, init_params
 from train.config import load_config
 from train.data import PackedDataset, in_order, load_dataset
 from train.loop import run
-from train.loss import IGNORE
+from train.loss import IGNORE_INDEX
 from train.start import tokenizer_of
 from train.step import BATCH_KEYS
 
@@ -39,7 +39,7 @@ def exact_match(model: LlamaConfig, params: Params, dataset: PackedDataset, batc
     @jax.jit
     def right(params: Params, tokens: Array, labels: Array, segments: Array) -> Array:
         logits, _ = forward(params, tokens, model, segments=segments)
-        return jnp.all((logits.argmax(-1) == labels) | (labels == IGNORE), axis=1)
+        return jnp.all((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX), axis=1)
 
     answers = []
     for batch in in_order(dataset, batch_size):

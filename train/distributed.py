@@ -24,12 +24,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from model.errors import JobFailed, PunaError
-from train import rollcall
+from train import rendezvous
 
 EXIT_FAILED, EXIT_WRONG, EXIT_PREEMPTED, EXIT_PEER_LOST = 1, 2, 85, 86
 _HEARTBEAT_SECONDS, _CONNECT_SECONDS, _SHARED_SECONDS = 30, 300, 60
 _HOST_BYTES = 256
-SIGN_OF_LIFE = ".alive"
+HEARTBEAT_FILE = ".alive"
 
 
 class Preempted(SystemExit):
@@ -53,8 +53,8 @@ def initialize() -> None:
     timeout = _seconds("CONNECT_SECONDS", _CONNECT_SECONDS)
     if address and count and count > 1:
         try:
-            rollcall.meet(address, count, index or 0, timeout, process_hosts(os.environ))
-        except rollcall.Missing as error:
+            rendezvous.meet(address, count, index or 0, timeout, process_hosts(os.environ))
+        except rendezvous.MissingProcesses as error:
             print(f"error: {error}", file=sys.stderr)
             _leave(EXIT_PEER_LOST)
     if count == 1:  # the devices of one CPU process need no TCP between them
@@ -109,9 +109,9 @@ def leaving() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def sign_of_life(run_dir: str | Path) -> None:
+def heartbeat(run_dir: str | Path) -> None:
     """Tell who watches this run that it is at work, though no step was made."""
-    file = Path(run_dir) / SIGN_OF_LIFE
+    file = Path(run_dir) / HEARTBEAT_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
 

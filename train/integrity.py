@@ -68,7 +68,7 @@ def _named(tree: Any) -> dict[str, Any]:
     return {".".join(map(_key, path)): leaf for path, leaf in leaves}
 
 
-def nested(tree: Any) -> dict[str, Any]:
+def to_nested_dict(tree: Any) -> dict[str, Any]:
     """`tree` as dicts of dicts of leaves, whatever its classes."""
     root: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -80,8 +80,8 @@ def nested(tree: Any) -> dict[str, Any]:
     return root
 
 
-def like(tree: Any, arrays: dict[str, Any]) -> Any:
-    """The leaves of the nested dict `arrays` in the structure of `tree`: the inverse of `nested`."""
+def from_nested_dict(tree: Any, arrays: dict[str, Any]) -> Any:
+    """The leaves of the nested dict `arrays` in the structure of `tree`: the inverse of `to_nested_dict`."""
 
     def leaf(path: KeyPath, _: Any) -> Any:
         node = arrays

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from convert import manifest
 from model.errors import PunaError
-from train.distributed import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG, SIGN_OF_LIFE, free_port
+from train.distributed import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG, HEARTBEAT_FILE, free_port
 
 _POLL_SECONDS, _LAST_WORDS_SECONDS = 0.1, 1.0
 _HEARTBEAT_SECONDS, _CONNECT_SECONDS = 10, 60  # short: all are on this host, and a start that hangs is repeated
@@ -208,7 +208,7 @@ def _newest_step(run_dir: Path) -> int:
 
 def _last_sign(run_dir: Path) -> float:
     """When data was last tokenized, a metric written, or a checkpoint appeared."""
-    signs = [run_dir / SIGN_OF_LIFE, run_dir / "metrics.jsonl", run_dir / "checkpoints"]
+    signs = [run_dir / HEARTBEAT_FILE, run_dir / "metrics.jsonl", run_dir / "checkpoints"]
     return max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
 
 

@@ -30,10 +30,10 @@ from train import distributed
 from train.checkpoint import Checkpoints
 from train.config import Config, load_function, read_config, refuse_changes
 from train.data import Datasets, Sampler, in_order, load_dataset
-from train.feed import prefetch, to_devices
-from train.metrics import MFU_FORMULA, REPORTERS, MetricsLog, flops_per_token, peak_flops, plot
+from train.loader import prefetch, to_devices
+from train.metrics import MFU_FORMULA, REPORTERS, MetricsFile, flops_per_token, peak_flops, plot
+from train.metrics_logger import MetricsLogger, ProgressDisplay
 from train.optim import make_schedule
-from train.record import Display, Recorder
 from train.schema import dump, flat
 from train.start import first_weights, mesh_of, model_of, tokenizer_of
 from train.step import (
@@ -70,7 +70,7 @@ def train(config: Config) -> None:
     if config.run.prepare:
         load_function(config.run.prepare, "run.prepare")(config)
     tokenizer = tokenizer_of(config)
-    datasets = load_dataset(config.data, tokenizer, alive=partial(distributed.sign_of_life, run_dir))
+    datasets = load_dataset(config.data, tokenizer, alive=partial(distributed.heartbeat, run_dir))
     sampler = Sampler(datasets, config.run.batch_size, config.run.seed)
     total = total_steps(config, sampler)
 
@@ -104,7 +104,7 @@ def train(config: Config) -> None:
             _write_config(run_dir, config)
 
         # --- what is seen of it
-        display = stack.enter_context(Display(total, done, shown=first))
+        display = stack.enter_context(ProgressDisplay(total, done, shown=first))
         for dataset in datasets.train:
             display.say(f"data: {dataset.counts}")
         if (held_out := datasets.evaluation) is not None:
@@ -114,7 +114,7 @@ def train(config: Config) -> None:
             f"{devices}; mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}"
         )
         display.say(f"step {done} of {total}; {MFU_FORMULA}")
-        record = Recorder(
+        record = MetricsLogger(
             _metrics_writer(stack, config, run_dir, done) if first else lambda line: None,
             display,
             run.logging_steps,
@@ -208,7 +208,7 @@ def _data_key(datasets: Datasets, sampler: Sampler) -> str:
 
 def _metrics_writer(stack: ExitStack, config: Config, run_dir: Path, done: int) -> Callable[[Mapping[str, Any]], None]:
     reporters = [REPORTERS[name](run_dir, dict(flat(config))) for name in config.run.report_to]
-    return stack.enter_context(closing(MetricsLog(run_dir, done, reporters))).write
+    return stack.enter_context(closing(MetricsFile(run_dir, done, reporters))).write
 
 
 def _name_rows(sampler: Sampler, steps: range) -> str:

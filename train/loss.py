@@ -17,8 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
 from model.sharding import partition_spec
-
-IGNORE = -100  # the target of a token that is not trained on, Hugging Face's convention
+from train.data.encode import IGNORE_INDEX
 
 Loss = Callable[[Array, Array, Array], Array]
 
@@ -72,7 +71,7 @@ def _local(
         head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
     first = jax.lax.axis_index("tensor") * head.shape[1]
     size = min(chunk, B * T)
-    flat, wanted = _chunks(x.reshape(B * T, D), size, 0), _chunks(targets.reshape(B * T), size, IGNORE)
+    flat, wanted = _chunks(x.reshape(B * T, D), size, 0), _chunks(targets.reshape(B * T), size, IGNORE_INDEX)
 
     def step(carry: tuple[Array, Array | None], rows: tuple[Array, Array]) -> tuple[Any, Array | None]:
         (total, dhead), (h, target) = carry, rows
@@ -85,7 +84,7 @@ def _local(
         chosen = jnp.take_along_axis(logits, own.clip(0, head.shape[1] - 1), axis=1, mode="promise_in_bounds")
         is_here = (own >= 0) & (own < head.shape[1])
         chosen = jax.lax.psum(jnp.where(is_here, chosen, 0.0)[:, 0], "tensor")
-        trained = target != IGNORE
+        trained = target != IGNORE_INDEX
         total += jnp.sum(log_z - chosen + z_loss * jnp.square(log_z), where=trained)
         if not (want_x or want_head):
             return (total, None), None

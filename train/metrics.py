@@ -109,7 +109,7 @@ def _optional(module: str, extra: str) -> Any:
 REPORTERS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-class MetricsLog:
+class MetricsFile:
     """metrics.jsonl: one object a logged step, each step once whatever happened in between.
 
     Lines past `step`, which a run that was killed wrote after its last checkpoint, are removed first.

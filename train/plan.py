@@ -1,4 +1,4 @@
-"""The bill before the run: the real step is compiled for as many devices as asked, and no weight is allocated.
+"""The cost of a run before it: the real step is compiled for as many devices as asked, and no weight is allocated.
 
 Devices are virtual CPU devices of this process, so no accelerator is needed. What the compiler says of memory and
 collectives is exact for this backend; for a GPU it is an estimate, and it is labelled as one.
@@ -71,7 +71,7 @@ def use_virtual_devices(config: Config, devices: int | None) -> None:
 
 
 def make_plan(config: Config) -> Plan:
-    """Compile the step that `config` describes for the devices of this process and read the bill off it."""
+    """Compile the step that `config` describes for the devices of this process and read its cost off the program."""
     model, mesh = _model_of(config), mesh_of(config)
     state, batch = abstract_state(config, model, mesh), abstract_batch(config, mesh)
     step: Any = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardings_of(state))
@@ -247,5 +247,5 @@ def _verdicts(plan: Plan, suggestions: dict[str, Plan | None]) -> list[str]:
 def plan(config: Config, devices: int | None = None) -> str:
     """The report on `config` for `devices` devices. Call it in a process that has used no device yet."""
     use_virtual_devices(config, devices)
-    bill = make_plan(config)
-    return report(bill, suggest(bill))
+    made = make_plan(config)
+    return report(made, suggest(made))

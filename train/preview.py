@@ -5,7 +5,7 @@ from rich.text import Text
 
 from model.tokenizer import Tokenizer
 from train.config import Config, load_function
-from train.data import IGNORED, PackedDataset, Sampler, load_dataset
+from train.data import IGNORE_INDEX, PackedDataset, Sampler, load_dataset
 from train.start import tokenizer_of
 
 TRAINED, MASKED = (
@@ -27,7 +27,7 @@ def preview(config: Config, examples: int) -> None:
         row = int(batch["rows"][0])
         filled = int((batch["segments"][0] != 0).sum())
         tokens, labels = batch["tokens"][0, :filled].tolist(), batch["labels"][0, :filled].tolist()
-        trained = sum(label != IGNORED for label in labels)
+        trained = sum(label != IGNORE_INDEX for label in labels)
         console.rule(f"row {row}: {filled} tokens, {trained} trained, {filled - trained} masked", align="left")
         console.print("from " + ", ".join(sampler.where(row)), markup=False, style="dim", soft_wrap=True)
         console.print(colour(tokens, labels, tokenizer), soft_wrap=True)
@@ -42,7 +42,7 @@ def colour(tokens: list[int], labels: list[int], tokenizer: Tokenizer) -> Text:
     names = {id: name for name, id in tokenizer.special_tokens.items()}
     text = Text()
     for i, token in enumerate(tokens):
-        shades = TRAINED if i and labels[i - 1] != IGNORED else MASKED
+        shades = TRAINED if i and labels[i - 1] != IGNORE_INDEX else MASKED
         spelled = tokenizer.token_bytes(token)
         try:
             piece = names.get(token) or spelled.decode()

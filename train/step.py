@@ -27,7 +27,7 @@ from model.params import Params
 from model.sharding import named_sharding
 from train.adapt import abstract_parts, join
 from train.config import Config, load_function
-from train.loss import IGNORE, make_loss
+from train.loss import IGNORE_INDEX, make_loss
 from train.optim import Schedule, clip, global_norm, make_optimizer
 
 Batch = Mapping[str, Array]
@@ -111,7 +111,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         opt_state = jax.device_put(state.opt_state, on_device) if offload else state.opt_state
-        trained_tokens = jnp.sum(batch["labels"] != IGNORE)
+        trained_tokens = jnp.sum(batch["labels"] != IGNORE_INDEX)
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def microbatch(trained: Params, rows: Batch, key: Array) -> Array:
@@ -159,7 +159,7 @@ def make_evaluation(
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[Array, Array]:
         params = state.params if state.frozen is None else lora.join(state.params, state.frozen)
-        return objective(params, batch), jnp.sum(batch["labels"] != IGNORE)
+        return objective(params, batch), jnp.sum(batch["labels"] != IGNORE_INDEX)
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -11,18 +11,18 @@
 `encode` is one record to ids and unshifted labels; `PackedDataset.batch` documents what a batch holds.
 """
 
-from train.data.config import DataConfig, Source
+from train.data.config import DataConfig, DataSource
 from train.data.dataset import Datasets, PackedDataset, load_dataset
-from train.data.encode import IGNORED, encode
+from train.data.encode import IGNORE_INDEX, encode
 from train.data.sampler import Sampler, in_order
 
 __all__ = [
-    "IGNORED",
+    "IGNORE_INDEX",
     "DataConfig",
     "Datasets",
     "PackedDataset",
     "Sampler",
-    "Source",
+    "DataSource",
     "encode",
     "in_order",
     "load_dataset",

@@ -24,10 +24,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from convert.command import atomic_path
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
-from train.data.config import DataConfig, Source
+from train.data.config import DataConfig, DataSource
 from train.data.encode import Encoder, encoder
-from train.data.packing import Rows, best_fit_decreasing, padded, split_spans, wrapped
-from train.data.readers import Faults, Row, load_hub, read_rows, source_files
+from train.data.packing import PackedRows, best_fit_decreasing, padded, split_spans, wrapped
+from train.data.readers import Faults, SourceRecord, load_hub, read_rows, source_files
 from train.data.tokenize import Chunk, tokenize
 
 POLL_SECONDS = 0.2
@@ -71,7 +71,7 @@ class Counts:
 # --- names
 
 
-def cache_name(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+def cache_name(config: DataConfig, source: DataSource, tokenizer: Tokenizer) -> str:
     """The name of `source` as tokenized: a hash of its content, the tokenizer's, every setting that matters, and the
     code that makes tokens of records (so that no old mask outlives a change to it)."""
     files = source_files(source.path)
@@ -103,7 +103,7 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 # --- one writer, any number of readers
 
 
-def written_once(folder: Path, write: Callable[[Path], None], wait_seconds: float) -> None:
+def write_once(folder: Path, write: Callable[[Path], None], wait_seconds: float) -> None:
     """Return when `folder` is there: written by this process, or by another that is at it already.
 
     The lock is the operating system's, so a writer that dies frees it and another takes over.
@@ -147,7 +147,7 @@ def _begun(folder: Path) -> int:
 
 
 def tokenize_into(
-    folder: Path, config: DataConfig, source: Source, tokenizer: Tokenizer, alive: Callable[[], None] = lambda: None
+    folder: Path, config: DataConfig, source: DataSource, tokenizer: Tokenizer, alive: Callable[[], None] = lambda: None
 ) -> None:
     """Read, tokenize and pack `source` into `folder`; `alive` is called again and again meanwhile.
 
@@ -189,7 +189,7 @@ def tokenize_into(
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _first_read(source: Source, tokenizer: Tokenizer, faults: Faults) -> tuple[Encoder, Iterator[Row]]:
+def _first_read(source: DataSource, tokenizer: Tokenizer, faults: Faults) -> tuple[Encoder, Iterator[SourceRecord]]:
     """The encoder that the first record of `source` calls for, and all its records."""
     rows = read_rows(source.path, faults)
     first = next(rows, None)
@@ -230,7 +230,7 @@ def _write_examples(
     return list(paths), np.concatenate(origins), np.cumsum(np.concatenate(lengths)), counts
 
 
-def pack(offsets: NDArray[np.int64], config: DataConfig) -> Rows:
+def pack(offsets: NDArray[np.int64], config: DataConfig) -> PackedRows:
     """The rows that examples between `offsets` make under `config`."""
     if config.packing and config.packing_strategy == "wrapped":
         return wrapped(int(offsets[-1]), config.max_length)

@@ -9,7 +9,7 @@ Format = Literal["auto", "text", "instruction", "conversations", "messages", "pr
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One of several places to read: what is not given here is as [data] has it.
 
     weight: the share of rows drawn from here, relative to the other sources. Without any weight the sources are one
@@ -29,7 +29,7 @@ class DataConfig:
     """[data].
 
     path: a json, jsonl, csv, parquet, arrow or txt file (each line of a txt file is a document), a folder of these, a
-    Hub data set "org/name[@revision][:split]", or a list of such paths or of tables (see Source).
+    Hub data set "org/name[@revision][:split]", or a list of such paths or of tables (see DataSource).
     format: what a record is; "auto" tells it from the first record's keys. columns: our key -> the record's, as in
     {text = "article"}.
     template: a conversation template's name, "chat_template" for the checkpoint's own, a .jinja file, or a text with
@@ -43,7 +43,7 @@ class DataConfig:
     cache_dir: where tokenized rows are kept; $XDG_CACHE_HOME/puna by default.
     """
 
-    path: str | tuple[str | Source, ...] = ""
+    path: str | tuple[str | DataSource, ...] = ""
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)
     template: str = "auto"
@@ -76,15 +76,15 @@ def check(config: DataConfig) -> None:
         raise PunaError("data.path: give every source a weight, or none")
 
 
-def sources(config: DataConfig) -> tuple[Source, ...]:
+def sources(config: DataConfig) -> tuple[DataSource, ...]:
     """What `config.path` names, each complete with the settings of [data]."""
     listed = (config.path,) if isinstance(config.path, str) else config.path
-    return tuple(complete(config, Source(each) if isinstance(each, str) else each) for each in listed)
+    return tuple(complete(config, DataSource(each) if isinstance(each, str) else each) for each in listed)
 
 
-def complete(config: DataConfig, source: Source) -> Source:
+def complete(config: DataConfig, source: DataSource) -> DataSource:
     """`source` with what it leaves out taken from `config`."""
-    return Source(
+    return DataSource(
         path=source.path,
         weight=source.weight,
         format=source.format or config.format,

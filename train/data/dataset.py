@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
-from train.data.cache import Counts, cache_name, tokenize_into, written_once
-from train.data.config import DataConfig, Source, check, complete, sources
-from train.data.encode import IGNORED
-from train.data.packing import Rows, select
-from train.data.permute import key, permute
+from train.data.cache import Counts, cache_name, tokenize_into, write_once
+from train.data.config import DataConfig, DataSource, check, complete, sources
+from train.data.encode import IGNORE_INDEX
+from train.data.packing import PackedRows, select
+from train.data.permute import mix_key, permute
 
-Batch = dict[str, NDArray[np.int32]]
+HostBatch = dict[str, NDArray[np.int32]]
 
 
 @dataclass(frozen=True)
 class PackedDataset:
-    """Rows of `max_length` tokens over memory-mapped examples.
+    """PackedRows of `max_length` tokens over memory-mapped examples.
 
     `tokens` and `trained` hold the examples end to end, `offsets` [E + 1] where each begins, `origins` [E, 2] the
     number of its path in `paths` and its line. `digest` is a SHA-256 over the numbers of all.
@@ -33,7 +33,7 @@ class PackedDataset:
     offsets: NDArray[np.int64]
     origins: NDArray[np.int64]
     paths: tuple[str, ...]
-    rows: Rows
+    rows: PackedRows
     max_length: int
     pad_id: int
     counts: Counts
@@ -42,7 +42,7 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> Batch:
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> HostBatch:
         """The rows with these numbers (-1 is an empty row), all int32 [B, T] with T = max_length:
 
         tokens; labels, the TARGETS, already shifted: `labels[:, t]` is what the model must say at t, namely token
@@ -53,7 +53,7 @@ class PackedDataset:
         names = ("tokens", "labels", "segments", "positions")
         batch = {name: np.zeros((len(chosen), self.max_length), np.int32) for name in names}
         batch["tokens"][:] = self.pad_id
-        batch["labels"][:] = IGNORED
+        batch["labels"][:] = IGNORE_INDEX
         kept = np.flatnonzero(chosen >= 0)
         part = select(self.rows, chosen[kept])
         if not len(part.length):
@@ -66,9 +66,9 @@ class PackedDataset:
         place += positions
         stored = np.repeat(part.start, part.length) + positions
         tokens, trained = self.tokens[stored].astype(np.int32), self.trained[stored]
-        targets = np.where(np.append(trained[1:], False), np.append(tokens[1:], 0), IGNORED)
-        targets[before[1:] - 1] = IGNORED  # the last token of a span has no target
-        targets[-1] = IGNORED
+        targets = np.where(np.append(trained[1:], False), np.append(tokens[1:], 0), IGNORE_INDEX)
+        targets[before[1:] - 1] = IGNORE_INDEX  # the last token of a span has no target
+        targets[-1] = IGNORE_INDEX
         numbers = np.arange(len(part.length)) - np.repeat(part.offsets[:-1], counts)
         segments = np.repeat(numbers + 1, part.length)
         for name, values in zip(names, (tokens, targets, segments, positions), strict=True):
@@ -114,15 +114,15 @@ def load_dataset(
     check(config)
     listed = sources(config)
 
-    def open(source: Source) -> PackedDataset:
+    def open(source: DataSource) -> PackedDataset:
         folder = cache_folder(config) / cache_name(config, source, tokenizer)
-        written_once(folder, lambda temporary: tokenize_into(temporary, config, source, tokenizer, alive), wait_seconds)
+        write_once(folder, lambda temporary: tokenize_into(temporary, config, source, tokenizer, alive), wait_seconds)
         return open_dataset(folder, 0 if tokenizer.pad_id is None else tokenizer.pad_id)
 
     train = tuple(open(source) for source in listed)
     weights = tuple(source.weight for source in listed if source.weight is not None) or None
     if config.eval_path:
-        return Datasets(train, weights, open(complete(config, Source(config.eval_path))))
+        return Datasets(train, weights, open(complete(config, DataSource(config.eval_path))))
     if config.validation_split:
         if len(listed) > 1:
             raise PunaError("data.validation_split splits one source: give data.eval_path with several")
@@ -141,7 +141,7 @@ def hold_out(dataset: PackedDataset, fraction: float, seed: int) -> tuple[Packed
     held = -int(-size * fraction // 1)
     if held >= size:
         raise PunaError(f"data.validation_split {fraction} leaves none of the {size} rows to train on: lower it")
-    order = permute(np.arange(size), size, key(seed, 1))
+    order = permute(np.arange(size), size, mix_key(seed, 1))
 
     def part(chosen: NDArray[np.int64]) -> PackedDataset:
         return replace(dataset, rows=select(dataset.rows, np.sort(chosen)))
@@ -164,7 +164,7 @@ def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
         offsets = index["offsets"]
         tokens = np.asarray(np.memmap(folder / "tokens.bin", meta["dtype"], "r", shape=(int(offsets[-1]),)))
         trained = np.asarray(np.memmap(folder / "trained.bin", bool, "r", shape=(int(offsets[-1]),)))
-        rows = Rows(index["row_offsets"], index["start"], index["length"])
+        rows = PackedRows(index["row_offsets"], index["start"], index["length"])
         counts, paths = Counts(**meta["counts"]), tuple(meta["paths"])
         return PackedDataset(
             tokens,

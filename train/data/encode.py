@@ -10,7 +10,7 @@ from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import KEYS, detect_format, messages_of, rename, text_at
 
-IGNORED = -100  # the label of a token on which no loss is taken, as in transformers
+IGNORE_INDEX = -100  # the label of a token on which no loss is taken, as in transformers
 
 AUTO_TEMPLATE = {
     "instruction": "alpaca",
@@ -41,7 +41,7 @@ def encode(
         PunaError: the record is not of its format, or the tokenizer lacks a token that the template writes.
     """
     ids, trained = encoder(record, tokenizer, template, format, columns, response_template)(record)
-    labels = [id if loss else IGNORED for id, loss in zip(ids, trained, strict=True)]
+    labels = [id if loss else IGNORE_INDEX for id, loss in zip(ids, trained, strict=True)]
     return ids[:max_length], labels[:max_length]
 
 

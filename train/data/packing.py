@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """Row r holds spans `offsets[r]` to `offsets[r + 1]`; span s is `length[s]` tokens from `start[s]` on."""
 
     offsets: NDArray[np.int64]
@@ -36,21 +36,21 @@ def split_spans(offsets: NDArray[np.int64], max_length: int) -> tuple[NDArray[np
     return offsets[:-1][example] + inside, np.minimum(max_length, lengths[example] - inside)
 
 
-def padded(start: NDArray[np.int64], length: NDArray[np.int64]) -> Rows:
+def padded(start: NDArray[np.int64], length: NDArray[np.int64]) -> PackedRows:
     """One span a row."""
-    return Rows(np.arange(len(start) + 1), start, length)
+    return PackedRows(np.arange(len(start) + 1), start, length)
 
 
-def wrapped(total: int, max_length: int) -> Rows:
+def wrapped(total: int, max_length: int) -> PackedRows:
     """The token stream cut every `max_length` tokens, whatever it holds; the last incomplete row is left out.
 
     This is transformers' run_clm grouping (and Chinese-LLaMA's pre-training): a row attends across its documents.
     """
     rows = total // max_length
-    return Rows(np.arange(rows + 1), np.arange(rows) * max_length, np.full(rows, max_length))
+    return PackedRows(np.arange(rows + 1), np.arange(rows) * max_length, np.full(rows, max_length))
 
 
-def best_fit_decreasing(start: NDArray[np.int64], length: NDArray[np.int64], max_length: int) -> Rows:
+def best_fit_decreasing(start: NDArray[np.int64], length: NDArray[np.int64], max_length: int) -> PackedRows:
     """Spans from the longest to the shortest, each into the fullest row that has room (arXiv:2404.10830).
 
     Deterministic: spans of one length keep their order, and of equally full rows the last opened is filled.
@@ -78,12 +78,12 @@ def best_fit_decreasing(start: NDArray[np.int64], length: NDArray[np.int64], max
                 bisect.insort(rooms, left)
             rows_by_room[left].append(row)
     spans = np.array([span for row in members for span in row], np.int64)
-    return Rows(np.cumsum([0, *map(len, members)]), start[spans], length[spans])
+    return PackedRows(np.cumsum([0, *map(len, members)]), start[spans], length[spans])
 
 
-def select(rows: Rows, chosen: NDArray[np.int64]) -> Rows:
+def select(rows: PackedRows, chosen: NDArray[np.int64]) -> PackedRows:
     """The rows with the numbers `chosen`, in that order."""
     counts = np.diff(rows.offsets)[chosen]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     spans = np.repeat(rows.offsets[:-1][chosen] - offsets[:-1], counts) + np.arange(offsets[-1])
-    return Rows(offsets, rows.start[spans], rows.length[spans])
+    return PackedRows(offsets, rows.start[spans], rows.length[spans])

@@ -14,7 +14,7 @@ def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
-def key(*numbers: int) -> NDArray[np.uint64]:
+def mix_key(*numbers: int) -> NDArray[np.uint64]:
     """One 64-bit key [1] made of several numbers, such as a seed and an epoch."""
     value = np.zeros(1, np.uint64)
     for number in numbers:

@@ -19,8 +19,8 @@ from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import detect_format, messages_of, text_at
 from train.data.markdown import html_to_markdown
-from train.data.permute import key, permute
-from train.data.readers import Faults, Row, read_rows
+from train.data.permute import mix_key, permute
+from train.data.readers import Faults, SourceRecord, read_rows
 
 Record = Mapping[str, Any]
 Step = Callable[[Record], list[Record]]
@@ -213,7 +213,9 @@ def chosen_steps(
     return steps
 
 
-def apply(rows: Iterable[Row], steps: Sequence[Step], counts: Counter[str], faults: Faults) -> Iterator[Record]:
+def apply(
+    rows: Iterable[SourceRecord], steps: Sequence[Step], counts: Counter[str], faults: Faults
+) -> Iterator[Record]:
     """The records of `rows` after all `steps`, in order; `counts` gets what was read, kept, and dropped by reason."""
     for path, line, record in rows:
         counts["read"] += 1
@@ -282,6 +284,6 @@ def _as_text(records: Sequence[Record], listed: bool) -> str:
 def split_train_test(records: Sequence[Record], fraction: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
     """Two parts in the order of `records`, the second with `fraction` of them (rounded up), chosen by `seed`."""
     size = len(records)
-    held = set(permute(range(size), size, key(seed, 4))[: -int(-size * fraction // 1)].tolist())
+    held = set(permute(range(size), size, mix_key(seed, 4))[: -int(-size * fraction // 1)].tolist())
     both = [[record for number, record in enumerate(records) if (number in held) == part] for part in (False, True)]
     return both[0], both[1]

@@ -21,7 +21,7 @@ _NOT_BLANK = re.compile(r"\S")
 _HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w\[\]%:.-]+))?")
 
 
-class Row(NamedTuple):
+class SourceRecord(NamedTuple):
     """A record and where it stands: `line` counts from 1 (rows, in parquet, arrow and Hub data)."""
 
     path: str
@@ -48,7 +48,7 @@ class Faults:
             raise PunaError("\n".join(self.named) + more)
 
 
-def read_rows(path: str, faults: Faults) -> Iterator[Row]:
+def read_rows(path: str, faults: Faults) -> Iterator[SourceRecord]:
     """The records of a file, a folder, or a Hub data set "org/name[@revision][:split]", in order; faults are added.
 
     Raises:
@@ -103,11 +103,11 @@ def _decoded_lines(file: Path, faults: Faults) -> Iterator[tuple[int, str]]:
                 faults.add(str(file), number, f"is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start}")
 
 
-def read_txt(file: Path, faults: Faults) -> Iterator[Row]:
+def read_txt(file: Path, faults: Faults) -> Iterator[SourceRecord]:
     """Every line that is not blank, as {"text": line}."""
     for number, line in _decoded_lines(file, faults):
         if line.strip():
-            yield Row(str(file), number, {"text": line.rstrip("\r\n")})
+            yield SourceRecord(str(file), number, {"text": line.rstrip("\r\n")})
 
 
 # --- JSON
@@ -158,19 +158,19 @@ def kind(value: Any) -> str:
     return names.get(type(value), "text" if isinstance(value, str) else f"the number {value!r}")
 
 
-def read_jsonl(file: Path, faults: Faults) -> Iterator[Row]:
+def read_jsonl(file: Path, faults: Faults) -> Iterator[SourceRecord]:
     """One object a line; blank lines count but are no records."""
     name = str(file)
     for number, line in _decoded_lines(file, faults):
         if not line.strip():
             continue
         try:
-            yield Row(name, number, _check_record(_DECODER.decode(line.rstrip("\r\n")), line))
+            yield SourceRecord(name, number, _check_record(_DECODER.decode(line.rstrip("\r\n")), line))
         except (ValueError, RecursionError) as error:
             faults.add(str(file), number, _reason(error))
 
 
-def read_json(file: Path, faults: Faults) -> Iterator[Row]:
+def read_json_records(file: Path, faults: Faults) -> Iterator[SourceRecord]:
     """A list of objects, or objects one after another; each is placed by the line it begins on."""
     before = faults.count
     text = "".join(line for _, line in _decoded_lines(file, faults))
@@ -182,7 +182,7 @@ def read_json(file: Path, faults: Faults) -> Iterator[Row]:
             line, counted = line + text.count("\n", counted, start), start
             try:
                 value, _ = _DECODER.raw_decode(text, start)
-                yield Row(str(file), line, _check_record(value, text[start:end]))
+                yield SourceRecord(str(file), line, _check_record(value, text[start:end]))
             except ValueError as error:
                 faults.add(str(file), line, _reason(error))
     except json.JSONDecodeError as error:
@@ -219,7 +219,7 @@ def _skip_blank(text: str, position: int) -> int:
 # --- tables
 
 
-def read_csv(file: Path, faults: Faults) -> Iterator[Row]:
+def read_csv(file: Path, faults: Faults) -> Iterator[SourceRecord]:
     """Records of text under the header's names; the line is where the record begins."""
     before = faults.count
     text = "".join(line for _, line in _decoded_lines(file, faults))
@@ -235,7 +235,7 @@ def read_csv(file: Path, faults: Faults) -> Iterator[Row]:
         line = reader.line_num
         for values in reader:
             if len(values) == len(header):
-                yield Row(str(file), line + 1, dict(zip(header, values, strict=True)))
+                yield SourceRecord(str(file), line + 1, dict(zip(header, values, strict=True)))
             elif values:
                 faults.add(str(file), line + 1, f"has {len(values)} fields where the header has {len(header)}")
             line = reader.line_num
@@ -243,13 +243,13 @@ def read_csv(file: Path, faults: Faults) -> Iterator[Row]:
         faults.add(str(file), reader.line_num, f"is not valid CSV: {error}")
 
 
-def read_parquet(file: Path, faults: Faults) -> Iterator[Row]:
+def read_parquet(file: Path, faults: Faults) -> Iterator[SourceRecord]:
     import pyarrow.parquet
 
     yield from _read_batches(file, faults, lambda: pyarrow.parquet.ParquetFile(file).iter_batches())
 
 
-def read_arrow(file: Path, faults: Faults) -> Iterator[Row]:
+def read_arrow(file: Path, faults: Faults) -> Iterator[SourceRecord]:
     """An arrow file or stream (which is what the datasets library writes)."""
     import pyarrow
 
@@ -266,7 +266,7 @@ def read_arrow(file: Path, faults: Faults) -> Iterator[Row]:
     yield from _read_batches(file, faults, batches)
 
 
-def _read_batches(file: Path, faults: Faults, batches: Callable[[], Iterator[Any]]) -> Iterator[Row]:
+def _read_batches(file: Path, faults: Faults, batches: Callable[[], Iterator[Any]]) -> Iterator[SourceRecord]:
     import pyarrow
 
     line = 0
@@ -278,7 +278,7 @@ def _read_batches(file: Path, faults: Faults, batches: Callable[[], Iterator[Any
                 return
             for record in batch.to_pylist():
                 line += 1
-                yield Row(str(file), line, record)
+                yield SourceRecord(str(file), line, record)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         faults.add(str(file), line, f"cannot be read: {error}")
 
@@ -287,14 +287,14 @@ def is_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None and Path(path).suffix.lower() not in READERS
 
 
-def read_hub(path: str) -> Iterator[Row]:
+def read_hub(path: str) -> Iterator[SourceRecord]:
     """The rows of the Hub data set "org/name[@revision][:split]"; the split is train unless given.
 
     Raises:
         PunaError: it cannot be loaded.
     """
     for number, record in enumerate(load_hub(path), start=1):
-        yield Row(path, number, dict(record))
+        yield SourceRecord(path, number, dict(record))
 
 
 def load_hub(path: str) -> Any:
@@ -309,9 +309,9 @@ def load_hub(path: str) -> Any:
         raise PunaError(f"data.path {path!r} could not be loaded from the Hub: {error}") from error
 
 
-READERS: dict[str, Callable[[Path, Faults], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, Faults], Iterator[SourceRecord]]] = {
     ".jsonl": read_jsonl,
-    ".json": read_json,
+    ".json": read_json_records,
     ".csv": read_csv,
     ".parquet": read_parquet,
     ".arrow": read_arrow,

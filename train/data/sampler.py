@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import PunaError
-from train.data.dataset import Batch, Datasets, PackedDataset
-from train.data.permute import key, permute
+from train.data.dataset import Datasets, HostBatch, PackedDataset
+from train.data.permute import mix_key, permute
 
 PERIOD = 1024  # rows in which a mixture has each source exactly at its share
 
@@ -45,7 +45,7 @@ class Sampler:
         source, drawn = np.empty((2, len(samples)), np.int64)
         for block in np.unique(blocks):
             mine = blocks == block
-            chosen, ranks = _deal(self.shares, key(self.seed, 3, int(block)))
+            chosen, ranks = _deal(self.shares, mix_key(self.seed, 3, int(block)))
             source[mine] = chosen[slots[mine]]
             drawn[mine] = block * self.shares[source[mine]] + ranks[slots[mine]]
         rows = self.begins[source]
@@ -54,7 +54,7 @@ class Sampler:
             rows[mine] += self._shuffle(drawn[mine], int(number) + 1, self.sizes[number])
         return rows
 
-    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> HostBatch:
         """Rows `start` to `stop` of the global batch of `step`: see PackedDataset.batch, and `rows` [B] for `where`.
 
         What a row holds does not depend on how the batch is divided among processes.
@@ -78,7 +78,7 @@ class Sampler:
 
     def _shuffle(self, samples: NDArray[np.int64], stream: int, size: int) -> NDArray[np.int64]:
         epochs, index = np.divmod(samples, size)
-        keys = {epoch: key(self.seed, 2, stream, epoch)[0] for epoch in set(epochs.tolist())}
+        keys = {epoch: mix_key(self.seed, 2, stream, epoch)[0] for epoch in set(epochs.tolist())}
         return permute(index, size, np.array([keys[epoch] for epoch in epochs.tolist()], np.uint64))
 
 
@@ -102,7 +102,7 @@ def _shares(weights: tuple[float, ...]) -> NDArray[np.int64]:
     return shares
 
 
-def in_order(dataset: PackedDataset, batch_size: int) -> Iterator[Batch]:
+def in_order(dataset: PackedDataset, batch_size: int) -> Iterator[HostBatch]:
     """Every row once, as evaluation reads them; empty rows, of which `rows` is -1, fill the last batch."""
     for start in range(0, len(dataset), batch_size):
         rows = np.arange(start, start + batch_size)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from model.errors import PunaError
 from train.data.encode import Encoder
-from train.data.readers import Faults, Row
+from train.data.readers import Faults, SourceRecord
 
 CHUNK = 64  # records a thread takes at once
 
@@ -33,7 +33,7 @@ class Chunk:
     faults: list[tuple[str, int, str]] = field(default_factory=list)
 
 
-def tokenize(rows: Iterable[Row], encoder: Encoder, cut_at: int | None, faults: Faults) -> Iterator[Chunk]:
+def tokenize(rows: Iterable[SourceRecord], encoder: Encoder, cut_at: int | None, faults: Faults) -> Iterator[Chunk]:
     """Encode `rows` in chunks, each example cut to `cut_at` tokens. What is wrong with a row goes to `faults`."""
     remaining = iter(rows)
     workers = min(8, os.cpu_count() or 1)
@@ -50,7 +50,7 @@ def tokenize(rows: Iterable[Row], encoder: Encoder, cut_at: int | None, faults: 
             yield chunk
 
 
-def _encode_chunk(rows: list[Row], encoder: Encoder, cut_at: int | None) -> Chunk:
+def _encode_chunk(rows: list[SourceRecord], encoder: Encoder, cut_at: int | None) -> Chunk:
     ids: list[int] = []
     trained: list[bool] = []
     chunk = Chunk(np.empty(0, np.uint32), np.empty(0, bool), [], [], [], len(rows))

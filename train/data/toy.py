@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model.errors import PunaError
 from train.config import Config
-from train.data.cache import written_once
+from train.data.cache import write_once
 
 Example = dict[str, str]
 TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 30_000, 300
@@ -45,8 +45,8 @@ def write(config: Config) -> None:
         _write_jsonl(folder / held_out.name, examples[:HELD_OUT_EXAMPLES])
         _write_jsonl(folder / train.name, examples[HELD_OUT_EXAMPLES:])
 
-    written_once(train.parent, write_data, wait_seconds=60)
-    written_once(Path(config.model.tokenizer), write_tokenizer, wait_seconds=60)
+    write_once(train.parent, write_data, wait_seconds=60)
+    write_once(Path(config.model.tokenizer), write_tokenizer, wait_seconds=60)
 
 
 def make_examples(count: int, seed: int = 0) -> list[Example]:

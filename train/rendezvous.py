@@ -15,7 +15,7 @@ from model.errors import PunaError
 _RETRY_SECONDS = 0.2
 
 
-class Missing(PunaError):
+class MissingProcesses(PunaError):
     """Not every process came."""
 
 
@@ -24,8 +24,8 @@ def meet(address: str, count: int, index: int, timeout: float, hosts: Sequence[s
 
     `hosts` are the hosts of all processes where the scheduler tells them.
 
-    Raises Missing after `timeout` seconds, naming the processes that did not come and, where known, their hosts;
-    PunaError where two are the same, or the address is none.
+    Raises MissingProcesses after `timeout` seconds, naming the processes that did not come and, where known, their
+    hosts; PunaError where two are the same, or the address is none.
     """
     deadline = time.monotonic() + timeout
     host, _, port = address.rpartition(":")
@@ -37,13 +37,15 @@ def meet(address: str, count: int, index: int, timeout: float, hosts: Sequence[s
         verdict = _report((host.strip("[]"), int(port)), index, deadline)
     if verdict is None:
         where = f"process 0 on {hosts[0]}" if hosts else "process 0"
-        raise Missing(f"{where} was not reached at {address} within {timeout:g} s (CONNECT_SECONDS): is it running?")
+        raise MissingProcesses(
+            f"{where} was not reached at {address} within {timeout:g} s (CONNECT_SECONDS): is it running?"
+        )
     if verdict["twice"]:
         raise PunaError(f"{', '.join(verdict['twice'])}: give every process its own PROCESS_ID")
     if verdict["missing"]:
         names = [f"process {i}" + (f" on {hosts[i]}" if hosts else "") for i in verdict["missing"]]
         came = ", ".join(f"{i} on {name}" for i, name in sorted(verdict["came"].items(), key=lambda item: int(item[0])))
-        raise Missing(
+        raise MissingProcesses(
             f"{', '.join(names)} of {count} did not come to {address} within {timeout:g} s (CONNECT_SECONDS); "
             f"those that came: {came}"
         )

@@ -18,7 +18,7 @@ class NonFinite(JobFailed):
     """Too many updates in a row were not finite."""
 
 
-class Recorder:
+class MetricsLogger:
     """Collects a step's numbers, watches for non-finite updates, and passes finished lines to `write`.
 
     flops: FLOP per token; peak: FLOP/s of a device, None where unknown. `epoch(step)` is the epochs gone through;
@@ -28,7 +28,7 @@ class Recorder:
     def __init__(
         self,
         write: Callable[[Mapping[str, Any]], None],
-        display: "Display",
+        display: "ProgressDisplay",
         every: int,
         max_skipped: int,
         flops: float,
@@ -87,7 +87,7 @@ class Recorder:
         self._display.show(line)
 
 
-class Display:
+class ProgressDisplay:
     """The progress bar on stderr; plain lines, some seconds apart, where stderr is not a terminal."""
 
     def __init__(self, total: int, done: int, shown: bool) -> None:
@@ -97,7 +97,7 @@ class Display:
         self._task = self._bar.add_task("", total=total, completed=done)
         self._total, self._said = total, -SECONDS_BETWEEN_PLAIN_LINES
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "ProgressDisplay":
         self._bar.start()
         return self
 

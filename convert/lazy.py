@@ -1,6 +1,6 @@
 """Tensors that stay in their files: shape and dtype known at once, numbers read when asked and only where asked.
 
-Every format gives `Stored` tensors, and transposing, permuting, joining and casting them is as lazy as they are;
+Every format gives `LazyTensor` tensors, and transposing, permuting, joining and casting them is as lazy as they are;
 so a conversion holds one tensor at a time, and a sharded load reads only the slices that its devices hold.
 """
 
@@ -17,19 +17,19 @@ from model.errors import PunaError
 
 Index = tuple[slice, ...]
 Advance = Callable[[int], None]  # hears of bytes done
-Bar = Callable[[int], AbstractContextManager[Advance]]  # given all the bytes to come, shows how many are done
+ProgressBar = Callable[[int], AbstractContextManager[Advance]]  # given all the bytes to come, shows how many are done
 
 _ROWS = 16  # of a transposed array copied together: whole cache lines of the copy, few enough to stay in the cache
 _THREADED_BYTES = 1 << 22
 
 
-def silent(total: int) -> AbstractContextManager[Advance]:
-    """The `Bar` that shows nothing."""
+def no_progress(total: int) -> AbstractContextManager[Advance]:
+    """The `ProgressBar` that shows nothing."""
     return nullcontext(lambda count: None)
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A tensor of `shape` and `dtype` in the file or folder `where`.
 
     `read(index)` takes one slice with start, stop and step 1 for each dimension, and gives that part: often a view of
@@ -49,16 +49,16 @@ class Stored:
         """The whole tensor."""
         return self.read(tuple(slice(0, size) for size in self.shape))
 
-    def transposed(self) -> "Stored":
+    def transposed(self) -> "LazyTensor":
         """With its dimensions in reverse order."""
         return replace(self, shape=self.shape[::-1], read=lambda index: self.read(index[::-1]).T)
 
-    def cast(self, dtype: np.dtype) -> "Stored":
+    def cast(self, dtype: np.dtype) -> "LazyTensor":
         if dtype == self.dtype:
             return self
         return replace(self, dtype=dtype, read=lambda index: self.read(index).astype(dtype))
 
-    def taken(self, axis: int, order: np.ndarray) -> "Stored":
+    def take(self, axis: int, order: np.ndarray) -> "LazyTensor":
         """With the entries `order` of `axis`, as `np.take` has them."""
 
         def read(index: Index) -> np.ndarray:
@@ -69,7 +69,7 @@ class Stored:
 
         return replace(self, shape=(*self.shape[:axis], len(order), *self.shape[axis + 1 :]), read=read)
 
-    def part(self, axis: int, start: int, stop: int) -> "Stored":
+    def narrow(self, axis: int, start: int, stop: int) -> "LazyTensor":
         """The entries `start` to `stop` of `axis`."""
 
         def read(index: Index) -> np.ndarray:
@@ -79,12 +79,12 @@ class Stored:
         return replace(self, shape=(*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), read=read)
 
 
-def stored(array: np.ndarray, where: str) -> Stored:
-    """An array at hand, or a mapped one, as a `Stored`."""
-    return Stored(array.shape, array.dtype, lambda index: array[index], where)
+def from_array(array: np.ndarray, where: str) -> LazyTensor:
+    """An array at hand, or a mapped one, as a `LazyTensor`."""
+    return LazyTensor(array.shape, array.dtype, lambda index: array[index], where)
 
 
-def joined(parts: Sequence[Stored], axis: int) -> Stored:
+def concatenate(parts: Sequence[LazyTensor], axis: int) -> LazyTensor:
     """`parts` one after the other along `axis`; a slice reads from those that it touches."""
     if len(parts) == 1:
         return parts[0]
@@ -126,7 +126,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def loaded(tensors: Iterable[Stored]) -> Iterator[np.ndarray]:
+def loaded(tensors: Iterable[LazyTensor]) -> Iterator[np.ndarray]:
     """The tensors' numbers, row-major; while one is used, the next is read."""
     with ThreadPoolExecutor(1) as reader:
         waiting: Future[np.ndarray] | None = None
@@ -145,11 +145,11 @@ def check_finite(array: np.ndarray, name: str, where: str) -> None:
         raise PunaError(f"{where}: {name} holds {wrong} numbers that are NaN or infinite in {array.dtype.name}")
 
 
-def same_bytes(a: Stored, b: Stored) -> bool:
+def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two tensors hold the same numbers, bit for bit."""
     return (a.shape, a.dtype) == (b.shape, b.dtype) and a.load().tobytes() == b.load().tobytes()
 
 
-def shares_memory(a: Stored, b: Stored) -> bool:
+def shares_memory(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two mapped tensors are one and the same place of a file."""
     return (a.shape, a.dtype) == (b.shape, b.dtype) and a.load().ctypes.data == b.load().ctypes.data

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.errors import PunaError
 
-SUMS = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
@@ -18,13 +18,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_sums(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Write SHA256SUMS: a line for every file of the folder."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
-    (folder / SUMS).write_text("".join(f"{digest(folder / name)}  {name}\n" for name in names), encoding="utf-8")
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    (folder / CHECKSUMS).write_text("".join(f"{digest(folder / name)}  {name}\n" for name in names), encoding="utf-8")
 
 
-def read_sums(path: Path) -> dict[str, str]:
+def read_checksums(path: Path) -> dict[str, str]:
     """The SHA-256 of each file that the list names. Raises PunaError where it is no such list, or an empty one."""
     sums = {}
     try:
@@ -44,7 +44,7 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def check_sums(folder: Path, sums: Mapping[str, str], listed: str | Path, name: str | Path) -> None:
+def check_checksums(folder: Path, sums: Mapping[str, str], listed: str | Path, name: str | Path) -> None:
     """Raises PunaError naming the first file of `folder` that is missing or has another SHA-256 than `sums` says.
 
     `listed` and `name` are what the message calls the list and the folder.

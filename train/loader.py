@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from train.data.dataset import HostBatch
 from train.step import BATCH_KEYS, Batch
 
 T = TypeVar("T")
-Rows = dict[str, np.ndarray]
 
 
 def local_rows(sharding: Sharding, shape: tuple[int, ...]) -> slice:
@@ -22,7 +22,7 @@ def local_rows(sharding: Sharding, shape: tuple[int, ...]) -> slice:
     return slice(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
 
 
-def to_devices(rows: Callable[[int, int], Rows], sharding: Sharding, shape: tuple[int, int]) -> Batch:
+def to_devices(rows: Callable[[int, int], HostBatch], sharding: Sharding, shape: tuple[int, int]) -> Batch:
     """The global batch of `shape` of which `rows(start, stop)` makes a part, each device with its own rows."""
     mine = local_rows(sharding, shape)
     local = rows(mine.start, mine.stop)
