@@ -1,5 +1,6 @@
 """What a LLaMA's shape is: one frozen record of numbers, read from and written to Hugging Face `config.json`.
 
+It also holds the names of the functions that replace parts of the model (see pieces.py).
 Everything a `config.json` says is honoured or refused: a field that would change the model and that this model
 does not have is an error that names it. Meta's `params.json` says less; what it leaves out is the family's.
 """
@@ -8,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from model.errors import PunaError
+from model.pieces import Pieces
 
 _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -110,6 +112,7 @@ class LlamaConfig:
 
     `head_dim` and `num_key_value_heads` default to hidden_size / num_attention_heads and num_attention_heads.
     `max_position_embeddings` is in tokens; `rope_theta` is the RoPE base; `eos_token_id` holds every stop id.
+    `pieces` names what replaces parts of the forward pass; a model with any is no plain LLaMA.
     """
 
     vocab_size: int = 32000
@@ -130,6 +133,7 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: tuple[int, ...] = (2,)
     pad_token_id: int | None = None
+    pieces: Pieces = Pieces()
 
     def __post_init__(self) -> None:
         if not self.num_key_value_heads:
@@ -169,7 +173,8 @@ class LlamaConfig:
         first. Raises PunaError naming any field that would change the model and is not known here.
         """
         given = {key: value for key, value in config.items() if value is not None}
-        if (kind := given.get("model_type", "llama")) != "llama":
+        pieces = given.pop("puna", None)
+        if (kind := given.get("model_type", "llama")) != ("llama" if pieces is None else "puna"):
             raise PunaError(f"config.json: model_type {kind!r} is not supported; Puna reads 'llama'")
         if (act := given.pop("hidden_act", "silu")) not in ("silu", "swish"):
             raise PunaError(f"config.json: hidden_act {act!r} is not supported; LLaMA's is 'silu'")
@@ -181,7 +186,7 @@ class LlamaConfig:
         rope = {**scaling, **given.pop("rope_parameters", {})}  # transformers 5 keeps theta beside the scaling
         theta = given.pop("rope_theta", None)
         theta = rope.pop("rope_theta", theta)
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - {"pieces"}
         kept = {key: value for key, value in given.items() if key in known}
         unknown = {k: v for k, v in given.items() if k not in known and k not in _INERT and _is_active(v)}
         if unknown:
@@ -193,12 +198,19 @@ class LlamaConfig:
         kept["bos_token_id"] = config.get("bos_token_id", 1)
         if theta is not None:
             kept["rope_theta"] = float(theta)
+        if pieces is not None:
+            kept["pieces"] = Pieces.from_hf(pieces)
         return cls(**kept)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """The object of a `config.json` in the spelling that transformers 4 and 5 both read."""
+        """The object of a `config.json` in the spelling that transformers 4 and 5 both read.
+
+        A model with replaced `pieces` has an architecture and a model_type of its own, which other readers refuse.
+        """
         config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        config |= {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.pieces:
+            config |= {"architectures": ["PunaForCausalLM"], "model_type": "puna", "puna": self.pieces.to_hf()}
+        config |= {f.name: getattr(self, f.name) for f in fields(self) if f.name != "pieces"}
         config["rope_scaling"] = self.rope_scaling.to_hf() if self.rope_scaling else None
         stops = self.eos_token_id
         config["eos_token_id"] = None if not stops else stops[0] if len(stops) == 1 else list(stops)
@@ -255,6 +267,7 @@ class LlamaConfig:
             ("mlp_bias", self.mlp_bias),
             ("head_dim", self.head_dim * self.num_attention_heads != self.hidden_size),
             ("rope_scaling", scaling != meta_scaling),
+            ("pieces", bool(self.pieces)),
         ):
             if cannot:
                 raise PunaError(f"{name} = {getattr(self, name)} cannot be written as Meta's params.json; use --to hf")

@@ -4,7 +4,9 @@ Einsum letters: B batch, T queries, S keys, D model, H heads, K key-value heads,
 F mlp, V vocabulary, L layers. Weights are leaves of any kind that `linear` knows; nothing here asks which.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.linear import linear
 from model.params import Params
+from model.pieces import load_function
 from model.rope import rotate, tables
 from model.sharding import constrain
 
@@ -90,6 +93,33 @@ def block(
     return x + mlp(norm(x, layer["mlp_norm"], config.rms_norm_eps), layer), cache
 
 
+def norm_of(config: LlamaConfig) -> Callable:
+    """The model's norm: `rms_norm`, or what `config.pieces` names."""
+    name = config.pieces.norm
+    return rms_norm if name is None else load_function(name, "norm")
+
+
+def block_of(config: LlamaConfig, **keywords: Any) -> Callable:
+    """The model's decoder layer, as `config.pieces` names it and its parts, with `keywords` of `block` set.
+
+    Raises:
+        PunaError: the block that is named does not take one of the keywords.
+    """
+    pieces = config.pieces
+    if pieces.norm is not None:
+        keywords["norm"] = norm_of(config)
+    if pieces.attention is not None:
+        keywords["attend"] = load_function(pieces.attention, "attention")
+    if pieces.block is None:
+        return partial(block, **keywords)
+    own = load_function(pieces.block, "block")
+    takes = inspect.signature(own).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    if (lacking := sorted(keywords.keys() - takes.keys())) and not takes_any:
+        raise PunaError(f"block {pieces.block} has no keyword {', '.join(lacking)}: give it one, or leave that out")
+    return partial(own, **keywords)
+
+
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda f: f,
     "dots": lambda f: jax.checkpoint(
@@ -110,8 +140,8 @@ def hidden(
     slots: Array | None = None,
     window: int | None = None,
     dtype: DTypeLike | None = None,
-    block: Callable = block,
-    norm: Callable = rms_norm,
+    block: Callable | None = None,
+    norm: Callable | None = None,
     remat: str = "none",
 ) -> tuple[Array, KVCache | None]:
     """tokens int32 [B, T] -> the final normalized residual stream [B, T, D], and the cache with this pass's keys.
@@ -120,14 +150,15 @@ def hidden(
     segments: int32 [B, T]; 0 is padding, equal non-zero segments attend to each other. With a cache, 0 marks tokens
       that are not there: they are not written.
     slots, window: see `LayerCache`. dtype: what is computed in; None for the embedding's.
-    block, norm: the decoder layer and the final norm, as functions. remat: none, dots or full, what the backward
-      pass recomputes.
+    block, norm: the decoder layer and the final norm, as functions; None for those of the config's `pieces`.
+    remat: none, dots or full, what the backward pass recomputes.
     A token id outside the vocabulary gives NaN, not another token. Raises PunaError for an unknown remat, and for a
     cache that reaches beyond the original context of a model with dynamic RoPE (its frequencies would have changed
     under the keys already written).
     """
     if remat not in REMAT:
         raise PunaError(f"remat {remat!r} is not known; choose {', '.join(REMAT)}")
+    block, norm = block or block_of(config), norm or norm_of(config)
     if cache is not None:
         _refuse_dynamic(config, cache)
     capacity = None if cache is None else cache.capacity

@@ -14,6 +14,7 @@ from model import forward as eager_forward
 from model.errors import PunaError
 from model.linear import TransposedArray, decode_layout, linear, place
 from model.llama import SPLIT_SEQUENCE, block, rms_norm
+from model.pieces import Pieces
 
 pytestmark = pytest.mark.slow
 
@@ -345,8 +346,10 @@ def test_every_architectural_field_changes_shapes_or_logits():
         assert differ(replace(SMALL, **changes), SMALL), name
     dynamic = replace(SMALL, rope_scaling=RopeScaling("dynamic", 2.0))
     assert differ(replace(dynamic, max_position_embeddings=48), dynamic), "max_position_embeddings"
-    token_ids = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
-    assert set(ARCHITECTURE) | token_ids == set(LlamaConfig.__dataclass_fields__)
+    layer_norm = Pieces(norm="configs.ablations.layer_norm:norm")
+    assert differ(replace(SMALL, pieces=layer_norm), SMALL), "pieces"
+    others = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "pieces"}
+    assert set(ARCHITECTURE) | others == set(LlamaConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("kind", SCALING)
