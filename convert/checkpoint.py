@@ -143,7 +143,12 @@ def _hub_weights(name: str, revision: str | None) -> list[str]:
 def detect(folder: Path) -> str:
     """hf, meta, orbax or gguf. Raises PunaError for a folder that holds none of them, or more than one."""
     signs = {
-        "hf": [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*.index.json")],
+        "hf": [
+            *folder.glob("model*.safetensors"),
+            *folder.glob("puna*.safetensors"),
+            *folder.glob("pytorch_model*.bin"),
+            *folder.glob("*.index.json"),
+        ],
         "meta": list(folder.glob("consolidated.*.pth")),
         "orbax": [path for path in [folder / "params"] if path.is_dir()],
     }

@@ -30,7 +30,7 @@ from convert.checkpoint import (
 )
 from convert.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
 from convert.command import atomic_path, check_apart, check_free_space
-from convert.hf import write_weights
+from convert.hf import stem_of, write_weights
 from convert.lazy import Index, LazyTensor, ProgressBar, check_finite, contiguous, from_array, no_progress
 from convert.names import Parameter, check_keys, parameters
 from convert.safetensor import read_safetensors, write_safetensors
@@ -85,7 +85,7 @@ def make(
         for param in parameters(new.config)
     }
     with _folder(dst, overwrite, new, kind) as folder:
-        write_weights(folder, deltas, bar, MAX_SHARD_SIZE)
+        write_weights(folder, deltas, bar, MAX_SHARD_SIZE, stem_of(new.config))
         if missed:
             write_safetensors(folder / MISSED, missed, lambda count: None)
         write_json(folder / RECORD, vars(record))
@@ -132,7 +132,7 @@ def apply(
         for param in parameters(difference.config)
     }
     with _folder(dst, overwrite, difference, record.dtype) as folder:
-        write_weights(folder, tensors, bar, MAX_SHARD_SIZE)
+        write_weights(folder, tensors, bar, MAX_SHARD_SIZE, stem_of(difference.config))
         if total is not None:
             _check_total(math.fsum(totals), total, difference.config)
         write_checksums(folder)

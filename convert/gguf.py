@@ -69,6 +69,11 @@ def write_gguf(
     check_apart(path, checkpoint.file or checkpoint.folder)
     gguf = import_gguf(f"writing {path}")
     config = checkpoint.config
+    if config.pieces:
+        said = ", ".join(config.pieces.names().values())
+        raise PunaError(
+            f"{checkpoint.folder} computes with {said}, which llama.cpp does not have: use --to hf or orbax"
+        )
     names = _names(gguf, config)
     entries = {
         names[param.name]: _Entry(

@@ -13,6 +13,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import LINEARS
 
+PUNA_STEM = "puna"  # of the weights of a model with replaced pieces: who would read model.safetensors finds none
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -38,6 +39,7 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     """Every tensor of the folder under its own name. Raises PunaError where index and files disagree."""
     for stem, suffix, read in (
         ("model", "safetensors", read_safetensors),
+        (PUNA_STEM, "safetensors", read_safetensors),
         ("pytorch_model", "bin", read_pickled),
     ):
         index = folder / f"{stem}.{suffix}.index.json"
@@ -100,10 +102,17 @@ def write_hf(folder: Path, checkpoint: Checkpoint, bar: ProgressBar, max_shard_s
             tensors |= as_tensors(param.hf, quantized[param.name])
         else:
             tensors[param.hf] = param.swap_layout(checkpoint.tensors[param.name])
-    write_weights(folder, tensors, bar, max_shard_size)
+    write_weights(folder, tensors, bar, max_shard_size, stem_of(config))
 
 
-def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], bar: ProgressBar, max_shard_size: int) -> None:
+def stem_of(config: LlamaConfig) -> str:
+    """How the names of the files of weights begin."""
+    return PUNA_STEM if config.pieces else "model"
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, LazyTensor], bar: ProgressBar, max_shard_size: int, stem: str = "model"
+) -> None:
     """Write tensors under their own names as safetensors, with an index where they take several files."""
     shards: list[dict[str, LazyTensor]] = [{}]
     room = max_shard_size
@@ -113,14 +122,14 @@ def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], bar: Progress
             room = max_shard_size
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     total = sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) == 1:
-        files = ["model.safetensors"]
+        files = [f"{stem}.safetensors"]
     else:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / f"{stem}.safetensors.index.json", index)
     with bar(total) as advance:
         for file, shard in zip(files, shards, strict=True):
             write_safetensors(folder / file, shard, advance)

@@ -120,7 +120,7 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
 
     Raises PunaError where the adapter does not fit.
     """
-    config = checkpoint.config
+    config = adapter.config_of(checkpoint.config)
     check_fits(adapter, config)
     say_left_out(adapter, config)
     for name, factors in adapter.factors.items():

@@ -28,6 +28,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.lora import MODULES, SAVED_MODULES, LoraArray, lora_shardings, module_value, with_magnitude
 from model.params import Params, param_shardings, param_specs
+from model.pieces import Pieces
 
 _KEY = re.compile(
     r"model\.layers\.(0|[1-9]\d*)\.([\w.]+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
@@ -43,7 +44,7 @@ _TOLD = frozenset(
     """
     peft_type r lora_alpha use_rslora use_dora rank_pattern alpha_pattern modules_to_save lora_dropout bias
     target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights task_type inference_mode
-    base_model_name_or_path revision auto_mapping peft_version megatron_core qalora_group_size runtime_config
+    base_model_name_or_path revision puna auto_mapping peft_version megatron_core qalora_group_size runtime_config
     """.split()
 )
 _REWRITES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializations that also change the base weights
@@ -70,6 +71,11 @@ class Adapter:
     settings: dict[str, Any]
     factors: dict[str, Factors]
     saved: dict[str, LazyTensor] = field(default_factory=dict)
+
+    def config_of(self, base: LlamaConfig) -> LlamaConfig:
+        """The base's config with the pieces that the adapter was trained with, where it says any."""
+        said = self.settings.get("puna")
+        return base if said is None else replace(base, pieces=Pieces.from_hf(said))
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -126,7 +132,7 @@ def _plain(name: str) -> str:
 
 def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
     where = f"{folder}/adapter_config.json"
-    if (kind := settings.get("peft_type", "LORA")) != "LORA":
+    if (kind := settings.get("peft_type", "LORA")) != ("PUNA_LORA" if "puna" in settings else "LORA"):
         raise PunaError(f"{where}: peft_type {kind!r} is not supported; Puna reads LORA")
     if settings.get("bias", "none") != "none":
         raise PunaError(f"{where}: bias {settings['bias']!r} is not supported; only 'none' is")
@@ -215,6 +221,7 @@ def apply_adapters(
         adapter = given if isinstance(given, Adapter) else read_adapter(given)
         check_fits(adapter, config)
         say_left_out(adapter, config)
+        config = adapter.config_of(config)
         specs = param_specs(config)
         layers = dict(params["layers"])
         for name in dict.fromkeys(name.split(".")[2] for name in adapter.factors):
@@ -346,11 +353,13 @@ def save_adapter(
     base_model: str | None = None,
     tokenizer: SavesItself | None = None,
     overwrite: bool = False,
+    pieces: Pieces | None = None,
 ) -> None:
     """Write the adapters of stacked parameters (as `lora.split` gives the trained part joined) as a PEFT folder, with
     the tokenizer's files where given. With several processes all call this, and the first one writes.
 
     Ranks and scales that differ become patterns; with `rslora` alphas are such that peft divides by sqrt(rank).
+    An adapter trained with replaced `pieces` names them, under a peft_type that peft refuses.
     Raises PunaError for parameters without adapters, or with several over one weight.
     """
     adapted = {name: w for name, w in params["layers"].items() if isinstance(w, LoraArray)}
@@ -382,6 +391,8 @@ def save_adapter(
     settings = _settings(adapted, ranks, alphas)
     settings |= {"modules_to_save": list(dict.fromkeys(modules_to_save)) or None, "use_rslora": rslora}
     settings |= {"base_model_name_or_path": base_model}
+    if pieces:
+        settings |= {"peft_type": "PUNA_LORA", "puna": pieces.to_hf()}
     with atomic_path(path, overwrite) as folder:
         folder.mkdir()
         write_json(folder / "adapter_config.json", settings)

@@ -116,7 +116,9 @@ def block_of(config: LlamaConfig, **keywords: Any) -> Callable:
     takes = inspect.signature(own).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     if (lacking := sorted(keywords.keys() - takes.keys())) and not takes_any:
-        raise PunaError(f"block {pieces.block} has no keyword {', '.join(lacking)}: give it one, or leave that out")
+        settings = {"attend": "attention", "residual": "sequence_parallel"}
+        lacks = " and ".join(f"{keyword} ({settings.get(keyword, keyword)})" for keyword in lacking)
+        raise PunaError(f"block {pieces.block} has no keyword {lacks}: give it one, or leave the setting out")
     return partial(own, **keywords)
 
 

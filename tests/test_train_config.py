@@ -1,6 +1,7 @@
 """Settings: everything that is wrong is named at once, with the nearest known; what is written reads back the same."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from model.config import PRESETS
 from model.errors import PunaError
+from model.pieces import Pieces, load_function
 from model.tokenizer import load_tokenizer
-from train.config import Config, load_config, load_function, read_config, refuse_changes
+from train.config import Config, load_config, read_config, refuse_changes
 from train.data.toy import write_tokenizer
 from train.schema import dump
 from train.start import mesh_of, model_of, tokenizer_of
@@ -152,11 +154,12 @@ def test_the_tokenizer_of_a_hub_id_comes_without_weights(name, tmp_path, monkeyp
 
 def test_a_block_without_the_keyword_of_a_setting_is_refused(monkeypatch):
     config = read(model={"preset": "llama2-7b", "block": "a:b"}, mesh={"sequence_parallel": True})
-    monkeypatch.setattr("train.step.load_function", lambda name, setting: lambda *arguments, **any_of_them: None)
-    assert make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
-    monkeypatch.setattr("train.step.load_function", lambda name, setting: lambda x, layer, config, context, cache: x)
-    with pytest.raises(PunaError, match=r"model.block a:b has no keyword residual \(mesh.sequence_parallel\)"):
-        make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
+    monkeypatch.setattr("model.llama.load_function", lambda name, setting: lambda *arguments, **any_of_them: None)
+    model = replace(PRESETS["llama2-7b"], pieces=Pieces(block="a:b"))
+    assert make_objective(config, model, mesh_of(config))
+    monkeypatch.setattr("model.llama.load_function", lambda name, setting: lambda x, layer, config, context, cache: x)
+    with pytest.raises(PunaError, match=r"block a:b has no keyword residual \(sequence_parallel\)"):
+        make_objective(config, model, mesh_of(config))
 
 
 def test_a_config_that_is_not_text_is_refused(tmp_path):

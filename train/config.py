@@ -4,10 +4,9 @@ The keys carry the ecosystem's names. An unknown key or a wrong type is an error
 them are named at once. The presence of [lora] or [quantize] is the switch that turns them on.
 """
 
-import importlib
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -310,12 +309,3 @@ def refuse_changes(old: Config, new: Config) -> None:
             f"{new.run.output_dir} holds a run with other settings: {'; '.join(refused)}. "
             "Take them back to resume it, or give another run.output_dir"
         )
-
-
-def load_function(name: str, setting: str) -> Callable[..., Any]:
-    """The function that "module:function" names. Raises PunaError naming the setting where there is none."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PunaError(f'{setting} is "{name}": {error}; write "module:function"') from None

@@ -25,10 +25,11 @@ from convert.save import save_model
 from model import lora
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.pieces import load_function
 from model.tokenizer import Tokenizer
 from train import distributed
 from train.checkpoint import Checkpoints
-from train.config import Config, load_function, read_config, refuse_changes
+from train.config import Config, read_config, refuse_changes
 from train.data import Datasets, Sampler, in_order, load_dataset
 from train.loader import prefetch, to_devices
 from train.metrics import MFU_FORMULA, REPORTERS, MetricsFile, flops_per_token, peak_flops, plot
@@ -247,7 +248,7 @@ def _export(config: Config, model: LlamaConfig, state: TrainState, tokenizer: To
         return
     params = lora.join(state.params, state.frozen)
     saved, rslora = config.lora.modules_to_save, config.lora.rslora
-    save_adapter(folder, params, saved, rslora, config.model.path, tokenizer, overwrite=True)
+    save_adapter(folder, params, saved, rslora, config.model.path, tokenizer, overwrite=True, pieces=model.pieces)
 
 
 def _make_deterministic(run_dir: Path) -> None:

@@ -8,9 +8,11 @@ from jax.sharding import Mesh
 
 from convert.checkpoint import find_tokenizer, open_model
 from convert.load import load_params
+from model.attention import ATTENTIONS
 from model.config import PRESETS, LlamaConfig, RopeScaling
 from model.errors import PunaError
 from model.params import init_params
+from model.pieces import Pieces, load_function
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer
 from train.adapt import adapted_model, add_adapters, quantize_linears, wanted_quantizer
@@ -60,6 +62,7 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
         raise PunaError("model is empty: give path, preset, or dims such as hidden_size and num_hidden_layers")
     else:
         model = LlamaConfig(**(_special_tokens(tokenizer) | _given(wanted, LlamaConfig.max_position_embeddings)))
+    model = replace(model, pieces=_pieces(wanted, model.pieces))
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise PunaError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.vocab_size} rows: set "
@@ -94,6 +97,16 @@ def _given(wanted: ModelConfig, length: int) -> dict[str, Any]:
         length = given.get("max_position_embeddings", length)
         given["rope_scaling"] = RopeScaling.from_hf(given["rope_scaling"], length)
     return given
+
+
+def _pieces(wanted: ModelConfig, own: Pieces) -> Pieces:
+    """The functions that [model] names in place of LLaMA's, else those of the checkpoint that it starts from."""
+    attention = None if wanted.attention in ATTENTIONS else wanted.attention
+    named = {"block": wanted.block, "attention": attention, "norm": wanted.norm}
+    pieces = replace(own, **{part: name for part, name in named.items() if name is not None})
+    for part, name in pieces.names().items():
+        load_function(name, f"model.{part}")
+    return pieces
 
 
 def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -5,7 +5,6 @@ A batch is a dict of int32 [B, T] arrays (tokens, labels, segments). It is cut i
 big batch the same thing, token for token.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,12 +20,12 @@ from model import lora
 from model.attention import ATTENTIONS
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.llama import SPLIT_SEQUENCE, hidden, rms_norm
-from model.llama import block as llama_block
+from model.llama import SPLIT_SEQUENCE, block_of, hidden
 from model.params import Params
+from model.pieces import load_function
 from model.sharding import named_sharding
 from train.adapt import abstract_parts, join
-from train.config import Config, load_function
+from train.config import Config
 from train.loss import IGNORE_INDEX, make_loss
 from train.optim import Schedule, clip, global_norm, make_optimizer
 
@@ -60,20 +59,12 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
     """`objective(params, batch)` -> float32 sum of the losses of the batch's trained tokens, with the pieces that
     [model] names in their places."""
     wanted = config.model
-    pieces: dict[str, Any] = {}  # keywords of the block
-    if wanted.attention != "xla":
-        pieces["attend"] = ATTENTIONS.get(wanted.attention) or load_function(wanted.attention, "model.attention")
-    if wanted.norm:
-        pieces["norm"] = load_function(wanted.norm, "model.norm")
+    keywords: dict[str, Any] = {}  # how the block computes, not what: no part of the model
+    if wanted.attention in ATTENTIONS and wanted.attention != "xla":
+        keywords["attend"] = ATTENTIONS[wanted.attention]
     if config.mesh.sequence_parallel:
-        pieces["residual"] = SPLIT_SEQUENCE
-    block = load_function(wanted.block, "model.block") if wanted.block else llama_block
-    takes = inspect.signature(block).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    if (lacking := pieces.keys() - takes.keys()) and not takes_any:
-        settings = {"attend": "model.attention", "norm": "model.norm", "residual": "mesh.sequence_parallel"}
-        lacks = " and ".join(f"{piece} ({settings[piece]})" for piece in sorted(lacking))
-        raise PunaError(f"model.block {wanted.block} has no keyword {lacks}: give it one, or leave the setting out")
+        keywords["residual"] = SPLIT_SEQUENCE
+    block = block_of(model, **keywords)
     if wanted.loss:
         loss = load_function(wanted.loss, "model.loss")
     else:
@@ -86,8 +77,7 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
             model,
             segments=batch["segments"],  # positions follow from them: they restart at each segment
             dtype=wanted.dtype,
-            block=partial(block, **pieces),
-            norm=pieces.get("norm", rms_norm),
+            block=block,
             remat=wanted.remat,
         )
         head = params["embed"].T if model.tie_word_embeddings else params["lm_head"]
