@@ -16,7 +16,7 @@ IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
 TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
 
-.PHONY: demo test check lint types fast-tests soak bench wheel-check interpreter lock clean
+.PHONY: demo test check lint types fast-tests soak bench figures wheel-check interpreter lock clean
 
 # A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
 demo: $(VENV)/.core
@@ -54,6 +54,10 @@ soak: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	for name in decode train quantized lora checkpoint convert; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# docs/figures.md, from what the benchmarks wrote.
+figures:
+	$(FOUND) benchmarks/figures.py
 
 wheel-check:
 	.ci/wheel-check $(FOUND) $(call lock,$(FOUND))
