@@ -27,7 +27,8 @@ import jax.numpy as jnp
 
 from benchmarks.gguf import serve
 from model import PRESETS, LlamaConfig, forward, init_cache
-from model.linear import TransposedArray, linear
+from model.layout import TransposedArray
+from model.linear import linear
 from model.params import LINEARS, Params, param_specs
 from model.quantize import FORMATS, quantize
 

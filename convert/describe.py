@@ -16,7 +16,8 @@ def describe(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     config = checkpoint.config
     yield "format", checkpoint.format
     for field in fields(config):
-        yield field.name, str(getattr(config, field.name))
+        if field.name != "pieces" or config.pieces:
+            yield field.name, str(getattr(config, field.name))
     yield "parameters", f"{param_count(config):,}"
     yield "bytes", f"{checkpoint.nbytes:,}"
     quantized = checkpoint.quantized

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from infer.sample import Sampling, SamplingRows, sample, stack_sampling
+from model import cpu
 from model.cache import KVCache, init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.linear import decode_layout
+from model.layout import per_layer
 from model.llama import hidden, logits
 from model.params import Params
 from model.sharding import named_sharding
@@ -113,7 +113,7 @@ def generate(
     """Continues token prompts as one batch, yielding each row's new tokens as they come; at the end rows yield none.
 
     Args:
-        params: stacked or unstacked; a caller that comes again gives them as `decode_layout` makes stacked ones.
+        params: stacked or unstacked; a caller that comes again gives them as `per_layer` makes stacked ones.
         prompts: at least one token each, of any lengths.
         samplings: one for each prompt; greedy when not given.
         eos_ids: tokens that end a row; the one that ended it is its last.
@@ -127,7 +127,7 @@ def generate(
     """
     for number, prompt in enumerate(prompts, 1):
         check_room(f"prompt {number}", prompt, max_new_tokens, config)
-    params = decode_layout(params)
+    params = per_layer(params)
     settings = stack_sampling(list(samplings or [Sampling()] * len(prompts)))
     lengths = np.array([len(prompt) for prompt in prompts])
     state = start(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
@@ -168,7 +168,9 @@ def start(
 ) -> State:
     """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
     capacity = min(_round_up(longest, WINDOW), config.max_position_embeddings)
-    cache = init_cache(config, len(prompts), capacity, _cache_dtype(params), mesh).unstack()
+    dtype = params["embed"].dtype
+    dtype = cpu.cache_dtype(dtype) if cpu.platform_of(params) == cpu.PLATFORM else dtype
+    cache = init_cache(config, len(prompts), capacity, dtype, mesh).unstack()
     cache = jax.device_put(cache, jax.local_devices()[0]) if mesh is None else cache
     width = _round_up(max(len(prompt) for prompt in prompts), 16)
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -188,12 +190,6 @@ def start(
     done = np.zeros(len(prompts), bool)
     rest = (_placed(last, mesh), _placed(position, mesh), _placed(seen, mesh, "vocab"), _placed(done, mesh))
     return State(cache, *rest)
-
-
-def _cache_dtype(params: Params) -> DTypeLike:
-    """What keys and values are kept in: the embedding's dtype, or float32 on CPU, where XLA would widen a 16-bit cache
-    at every token, for its scatter and for attention."""
-    return jnp.float32 if jax.default_backend() == "cpu" else params["embed"].dtype
 
 
 def _placed(array: np.ndarray, mesh: Mesh | None, *axes: str) -> Array:

@@ -16,7 +16,7 @@ from convert.peft import Adapter, apply_adapters, check_fits, read_adapter
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.linear import decode_layout
+from model.layout import per_layer
 from model.params import Params
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def load(
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
         params = load_params(source.checkpoint, dtype, mesh, quantize)
         config, params = apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
-        return config, decode_layout(params)
+        return config, per_layer(params)
 
 
 def sampling(generation: dict[str, Any], **given: Any) -> Sampling:

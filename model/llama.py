@@ -194,7 +194,7 @@ def hidden(
 def logits(params: Params, x: Array, config: LlamaConfig) -> Array:
     """x [..., D] -> float32 [..., V], with the embedding's transpose where the two are tied.
 
-    `decode_layout` gives tied parameters a head, which shares the embedding's memory.
+    `per_layer` gives tied parameters a head, which shares the embedding's memory.
     """
     is_tied = config.tie_word_embeddings and "lm_head" not in params
     head = params["embed"].T if is_tied else params["lm_head"]

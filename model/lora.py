@@ -22,7 +22,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import LINEARS, Params, ParamSpec, param_specs
 from model.quantize import QuantizedArray, dequantize, quantize
-from model.sharding import RULES, named_sharding
+from model.sharding import named_sharding, ways
 
 # The names by which users, configs and peft call the linear weights of a layer, and the two large ones outside.
 MODULES = {
@@ -320,8 +320,8 @@ def lora_shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: s
     def place(x: Array | None, *last: str | None) -> Any:
         if x is None:
             return None
-        ways = [1 if axis is None else _ways(mesh, axis) for axis in last]
-        fits = [axis if size % n == 0 else None for axis, size, n in zip(last, x.shape[len(lead) :], ways, strict=True)]
+        sides = zip(last, x.shape[len(lead) :], strict=True)
+        fits = [axis if size % ways(mesh, axis) == 0 else None for axis, size in sides]
         return named_sharding(mesh, (*lead, *fits), x.shape, name)
 
     return replace(
@@ -334,10 +334,3 @@ def lora_shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: s
         base_square=place(w.base_square, out_axis),
         key=place(w.key),
     )
-
-
-def _ways(mesh: Mesh, axis: str) -> int:
-    size = 1
-    for a in RULES[axis]:
-        size *= mesh.shape[a]
-    return size

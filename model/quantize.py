@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from model.errors import PunaError
-from model.sharding import RULES, named_sharding
+from model.sharding import named_sharding, ways
 
 Format = Literal["int8", "int4", "nf4"]
 FORMATS: tuple[Format, ...] = ("int8", "int4", "nf4")
@@ -273,6 +273,14 @@ def decode_codes(codes: Array, scales: Array, q: QuantizedArray) -> Array:
     return (blocks * scales[..., None]).reshape(-1, q.in_features)
 
 
+def chunk_rows(n: int, width: int, weights: int) -> int:
+    """How many of a matrix's n rows of `width` make a chunk of at most `weights`: a divisor of n, where it can be a
+    multiple of 8, which vectors hold."""
+    limit = max(weights // width, 1)
+    divisors = [d for d in range(1, n + 1) if n % d == 0 and d <= limit]
+    return max(divisors, key=lambda d: (d % 8 == 0, d))
+
+
 # ------------------------------------------------------------------------------------------------------------ sharding
 
 
@@ -284,10 +292,10 @@ def quantized_shardings(q: QuantizedArray, axes: Sequence[str | None], mesh: Mes
     *lead, in_axis, out_axis = axes
     n_rows = q.codes.shape[-2]
     whole = q.in_features if q.format == "int8" else q.absmax.shape[-1]
-    can_split_out = n_rows * q.joined == q.out_features and n_rows % _ways(mesh, out_axis) == 0
-    can_split_in = q.joined == 1 and whole % _ways(mesh, in_axis) == 0
+    can_split_out = n_rows * q.joined == q.out_features and n_rows % ways(mesh, out_axis) == 0
+    can_split_in = q.joined == 1 and whole % ways(mesh, in_axis) == 0
     for axis, can in ((in_axis, can_split_in), (out_axis, can_split_out)):
-        if not can and _ways(mesh, axis) > 1:
+        if not can and ways(mesh, axis) > 1:
             _say_replicated(name, str(axis), q.format)
     rows, columns = out_axis if can_split_out else None, in_axis if can_split_in else None
 
@@ -301,10 +309,6 @@ def quantized_shardings(q: QuantizedArray, axes: Sequence[str | None], mesh: Mes
         nested_absmax=place(q.nested_absmax, None),
         offset=place(q.offset),
     )
-
-
-def _ways(mesh: Mesh, axis: str | None) -> int:
-    return math.prod(mesh.shape[a] for a in RULES[axis])
 
 
 @cache

@@ -31,7 +31,7 @@ from infer.load import sampling, start_mesh
 from infer.sample import Sampling, stack_sampling
 from model import forward, make_mesh
 from model.errors import PunaError
-from model.linear import decode_layout
+from model.layout import per_layer
 from model.lora import add
 from model.tokenizer import load_tokenizer
 
@@ -167,7 +167,7 @@ def test_one_program_serves_all_settings_and_chunks(ours, prompts):
 def test_the_cache_is_updated_in_place(ours, prompts, batch, dtype):
     """The compiled step copies or converts no layer's keys: XLA did, three times a token, where one row wrote one
     slice, and to float32 and back where a 16-bit model had a 16-bit cache."""
-    params, config = decode_layout(jax.tree.map(lambda x: x.astype(dtype), ours[1])), ours[0]
+    params, config = per_layer(jax.tree.map(lambda x: x.astype(dtype), ours[1])), ours[0]
     state = infer.generate.start(params, config, prompts[:batch], 128, None)
     eos, number = jnp.zeros(0, jnp.int32), np.int32(4)
     step = decode.lower(params, state, stack_sampling([Sampling()] * batch), eos, number, number, config, 128)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from convert.checkpoint import open_model
 from model import lora
 from model.config import LlamaConfig
-from model.linear import weight_shardings
+from model.layout import weight_shardings
 from model.params import LINEARS, Params, ParamSpec, abstract_params, param_specs
 from model.quantize import quantizer
 from train.config import Config, QuantizeConfig

@@ -16,7 +16,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model import lora
+from model import cpu, lora
 from model.attention import ATTENTIONS
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -32,11 +32,6 @@ from train.optim import Schedule, clip, global_norm, make_optimizer
 Batch = Mapping[str, Array]
 Metrics = Mapping[str, Array]
 BATCH_KEYS = ("tokens", "labels", "segments")
-
-# What XLA does elsewhere by itself: on CPU it would copy both moments of every weight, for fear that the new ones
-# overwrite the old while these are still read. That is 0.5 GiB at 110M parameters, by the compiler's
-# own account of temporaries.
-CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
 @struct.dataclass
@@ -60,6 +55,8 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
     [model] names in their places."""
     wanted = config.model
     keywords: dict[str, Any] = {}  # how the block computes, not what: no part of the model
+    if wanted.attention == "cudnn" and (platform := mesh.devices.flat[0].platform) == cpu.PLATFORM:
+        raise PunaError(f"model.attention 'cudnn' needs an NVIDIA GPU, not {platform}; choose 'xla'")
     if wanted.attention in ATTENTIONS and wanted.attention != "xla":
         keywords["attend"] = ATTENTIONS[wanted.attention]
     if config.mesh.sequence_parallel:
@@ -137,7 +134,7 @@ def make_step(
         )
         return new, metrics
 
-    options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
+    options = cpu.COMPILER_OPTIONS if mesh.devices.flat[0].platform == cpu.PLATFORM else None
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step), compiler_options=options)
 
 
