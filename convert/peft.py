@@ -26,9 +26,11 @@ from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import SavesItself, gathered
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.layout import weight_shardings
 from model.lora import MODULES, SAVED_MODULES, LoraArray, lora_shardings, module_value, with_magnitude
-from model.params import Params, param_shardings, param_specs
+from model.params import Params, param_specs
 from model.pieces import Pieces
+from model.transposed import TransposedArray
 
 _KEY = re.compile(
     r"model\.layers\.(0|[1-9]\d*)\.([\w.]+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
@@ -212,7 +214,8 @@ def _module(name: str) -> str:
 def apply_adapters(
     params: Params, config: LlamaConfig, adapters: Iterable[Adapter | str | Path], mesh: Mesh | None = None
 ) -> tuple[LlamaConfig, Params]:
-    """Stacked parameters with every adapter active, in order, unmerged; a saved embedding replaces the base's.
+    """Parameters, stacked or per layer, with every adapter active, in order, unmerged; a saved embedding replaces the
+    base's.
 
     Raises PunaError where an adapter does not fit the model: other shapes, missing layers, fewer vocabulary rows, or
     numbers that are not finite.
@@ -223,9 +226,13 @@ def apply_adapters(
         say_left_out(adapter, config)
         config = adapter.config_of(config)
         specs = param_specs(config)
-        layers = dict(params["layers"])
-        for name in dict.fromkeys(name.split(".")[2] for name in adapter.factors):
-            layers[name] = _stacked(adapter, name, layers[name], specs["layers"][name].axes, mesh)
+        if isinstance(params["layers"], tuple):
+            each = enumerate(params["layers"])
+            layers: Any = tuple(_adapted_layer(adapter, i, layer, specs["layers"], mesh) for i, layer in each)
+        else:
+            layers = dict(params["layers"])
+            for name in dict.fromkeys(name.split(".")[2] for name in adapter.factors):
+                layers[name] = _stacked(adapter, name, layers[name], specs["layers"][name].axes, mesh)
         params = {**params, "layers": layers}
         config, params = _replace_saved(params, config, adapter, mesh)
     return config, params
@@ -287,6 +294,28 @@ def load_finite(tensor: LazyTensor, what: str) -> np.ndarray:
     return array
 
 
+def _adapted_layer(adapter: Adapter, number: int, layer: Params, specs: Params, mesh: Mesh | None) -> Params:
+    """One layer with those of its weights adapted that the adapter has."""
+    layer = dict(layer)
+    rate = float(adapter.settings.get("lora_dropout") or 0.0)
+    for name, base in layer.items():
+        if (factors := adapter.factors.get(f"layers.{number}.{name}")) is None:
+            continue
+        a, b = (
+            jnp.asarray(load_finite(part, f"{name} {half} of layer {number}").astype(np.float32).T)
+            for part, half in ((factors.a, "lora_A"), (factors.b, "lora_B"))
+        )
+        w = LoraArray(base, a, b, jnp.float32(factors.scale), ranks=(factors.rank,), dropout=rate)
+        if factors.magnitude is not None:
+            own = load_finite(factors.magnitude, name).astype(np.float32)
+            w = with_magnitude(w, jnp.asarray(own))
+        if mesh is not None:
+            where = lora_shardings(w, specs[name].axes[1:], mesh, f"layers/{name}", None)
+            w = replace(jax.device_put(replace(w, base=None), where), base=base)
+        layer[name] = w
+    return layer
+
+
 def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: Mesh | None) -> LoraArray:
     """All layers' adapters of one weight, ranks padded with zeros to the largest."""
     L, n_in, n_out = base.shape
@@ -322,23 +351,28 @@ def _replace_saved(
     if not adapter.saved:
         return config, params
     dtype = params["embed"].dtype
-    params = dict(params)
+    params, is_transposed = dict(params), isinstance(params["layers"], tuple)
     untied = is_untied_by(adapter, config)
-    if untied:
+    if untied and not is_transposed:  # else the head is one already, and stays the old embedding
         params["lm_head"] = jnp.array(params["embed"].T)
     for name, tensor in adapter.saved.items():
         if name == "lm_head" and config.tie_word_embeddings and not untied:
             continue
-        array = load_finite(tensor, name)
-        params[name] = jnp.asarray(array if name == "embed" else array.T).astype(dtype)
+        array = jnp.asarray(load_finite(tensor, name)).astype(dtype)
+        params[name] = array if name == "embed" else TransposedArray(array) if is_transposed else array.T
+    if is_transposed and config.tie_word_embeddings and not untied:
+        params["lm_head"] = TransposedArray(params["embed"])
     config = replace(
         config,
         vocab_size=params["embed"].shape[0],
         tie_word_embeddings=config.tie_word_embeddings and not untied,
     )
     if mesh is not None:
-        where = param_shardings(config, mesh)
-        params |= {name: jax.device_put(params[name], where[name]) for name in ("embed", "lm_head") if name in params}
+        specs = param_specs(replace(config, tie_word_embeddings=False))
+        for name in ("embed", "lm_head"):
+            if name in params:
+                where = weight_shardings(params[name], specs[name].axes, mesh, name)
+                params[name] = jax.device_put(params[name], where)
     return config, params
 
 

@@ -16,7 +16,6 @@ from convert.peft import Adapter, apply_adapters, check_fits, read_adapter
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.layout import per_layer
 from model.params import Params
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer
@@ -73,9 +72,8 @@ def load(
 ) -> tuple[LlamaConfig, Params]:
     """The weights as decoding wants them, and the config as adapters leave it. See `load_model`."""
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
-        params = load_params(source.checkpoint, dtype, mesh, quantize)
-        config, params = apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
-        return config, per_layer(params)
+        params = load_params(source.checkpoint, dtype, mesh, quantize, layout="per_layer")
+        return apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
 
 
 def sampling(generation: dict[str, Any], **given: Any) -> Sampling:

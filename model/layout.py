@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
@@ -13,23 +12,7 @@ from model.lora import LoraArray, lora_shardings
 from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
 from model.quantize import QuantizedArray, quantized_shardings
 from model.sharding import named_sharding
-
-
-@struct.dataclass
-class TransposedArray:
-    """A weight [in, out] that lies in memory as [out, in].
-
-    A product of few rows reads it once in this order; the other order is packed anew each time, which on CPU
-    takes longer (`benchmarks/quantized.py` times both).
-    """
-
-    rows: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight it stands for: [in, out]."""
-        return self.rows.shape[::-1]
-
+from model.transposed import TransposedArray
 
 Weight = Array | TransposedArray | QuantizedArray | LoraArray
 

@@ -7,10 +7,11 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from model import cpu, lora
-from model.layout import TransposedArray, Weight
+from model.layout import Weight
 from model.lora import LoraArray
 from model.quantize import QuantizedArray
 from model.quantized_matmul import quantized_matmul
+from model.transposed import TransposedArray
 
 
 def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | None = None) -> Array:

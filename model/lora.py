@@ -23,6 +23,7 @@ from model.errors import PunaError
 from model.params import LINEARS, Params, ParamSpec, param_specs
 from model.quantize import QuantizedArray, dequantize, quantize
 from model.sharding import named_sharding, ways
+from model.transposed import TransposedArray
 
 # The names by which users, configs and peft call the linear weights of a layer, and the two large ones outside.
 MODULES = {
@@ -199,9 +200,14 @@ def _fresh(
 
 
 def with_magnitude(w: LoraArray, magnitude: Array | None) -> LoraArray:
-    """The stacked adapter as DoRA; None starts from the base's own norms, which changes nothing."""
-    square = jax.jit(lambda base: lax.map(lambda layer: jnp.square(dense(layer)).sum(axis=0), base))(w.base)
+    """The adapter, of one layer or stacked, as DoRA; None starts from the base's own norms, which changes nothing."""
+    square = _column_squares(w.base) if w.a.ndim == 2 else jax.jit(lambda base: lax.map(_column_squares, base))(w.base)
     return replace(w, magnitude=jnp.sqrt(square) if magnitude is None else magnitude, base_square=square)
+
+
+@jax.jit
+def _column_squares(base: Any) -> Array:
+    return jnp.square(dense(base)).sum(axis=0)
 
 
 def _untie(params: Params, config: LlamaConfig, modules: Sequence[str]) -> tuple[LlamaConfig, Params]:
@@ -265,6 +271,8 @@ def dense(w: Any) -> Array:
     match w:
         case QuantizedArray():
             return dequantize(w, jnp.float32)
+        case TransposedArray():
+            return w.rows.T.astype(jnp.float32)
         case LoraArray():
             update = jnp.matmul(w.a.astype(jnp.float32), w.b.astype(jnp.float32), precision="highest")
             full = dense(w.base) + w.scale[..., None, None] * update

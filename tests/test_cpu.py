@@ -10,9 +10,9 @@ import pytest
 
 from model import cpu
 from model.attention import Mask, _attend, attend
-from model.layout import TransposedArray
 from model.linear import product
 from model.quantize import chunk_rows, dequantize, quantize
+from model.transposed import TransposedArray
 
 X = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(256, 128)).astype(np.float32)

@@ -12,10 +12,11 @@ from reference import config_of, hf_config, hf_logits, hf_model, params_of
 from model import LlamaConfig, RopeScaling, abstract_params, hidden, init_cache, init_params, logits, make_mesh, unstack
 from model import forward as eager_forward
 from model.errors import PunaError
-from model.layout import TransposedArray, per_layer, place
+from model.layout import per_layer, place
 from model.linear import linear
 from model.llama import SPLIT_SEQUENCE, block, rms_norm
 from model.pieces import Pieces
+from model.transposed import TransposedArray
 
 pytestmark = pytest.mark.slow
 
