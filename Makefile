@@ -59,6 +59,7 @@ bench: $(VENV)/.dev
 figures:
 	$(FOUND) benchmarks/figures.py
 
+# The wheel as a stranger has it: built, installed into an empty environment, used from another folder.
 wheel-check:
 	.ci/wheel-check $(FOUND) $(call lock,$(FOUND))
 
