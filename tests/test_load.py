@@ -43,8 +43,17 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}], ids=["one device", "mesh"])
-@pytest.mark.parametrize("name", ["untied", "tied", "biases", "orbax", "meta"])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("untied", None),
+        ("tied", None),
+        ("biases", None),
+        ("orbax", None),
+        ("meta", None),
+        ("untied", {"fsdp": 4, "tensor": 2}),
+    ],
+)
 def test_layers_read_apart_are_those_of_the_stack(folders, name, mesh):
     mesh = mesh and make_mesh(**mesh)
     config, stacked = load_model(folders / name, mesh=mesh)
@@ -73,9 +82,9 @@ def test_quantized_layers_are_those_of_the_stack(folders, format):
     assert kinds == {QuantizedArray} and isinstance(apart["lm_head"], TransposedArray)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ADAPTERS, ids=str)
-@pytest.mark.parametrize("quantize", [None, "nf4"])
-@pytest.mark.parametrize("mesh", [None, {"tensor": 8}], ids=["one device", "mesh"])
+@pytest.mark.parametrize(("quantize", "mesh"), [(None, {"tensor": 8}), ("nf4", None)], ids=["mesh", "nf4"])
 def test_adapters_over_layers_read_apart_give_the_stacks_logits(tmp_path, settings, quantize, mesh):
     save_hf(tmp_path / "base", **HEADS)
     theirs = peft.get_peft_model(

@@ -107,11 +107,12 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %w = (f32[4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %s = bf16[2,4]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %r = (f32[], s32[3]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %q = bf16[2,4]{1,0} reduce-scatter(%x), replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=1] {'data','fsdp'}, to_apply=%add
 }
 """
     assert cost.collectives(hlo) == {
         "all-gather": cost.Traffic(3, 3 * 8 * 4 * 4),
-        "reduce-scatter": cost.Traffic(1, 4 * 2 * 4 * 2),
+        "reduce-scatter": cost.Traffic(2, 4 * 2 * 4 * 2 + 8 * 2 * 4 * 2),
         "all-reduce": cost.Traffic(1, 4 + 12),
     }
 
