@@ -16,9 +16,9 @@ from model.pieces import Pieces, load_function
 from model.tokenizer import load_tokenizer
 from train.config import Config, load_config, read_config, refuse_changes
 from train.data.toy import write_tokenizer
+from train.objective import make_objective
 from train.schema import dump
 from train.start import mesh_of, model_of, tokenizer_of
-from train.step import make_objective
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -45,7 +45,10 @@ def read(**sections) -> Config:
         ({"run": {"batch_size": True}}, "run.batch_size is true; it must be an integer"),
         ({"model": {"preset": 7}}, "model.preset is 7; it must be a string"),
         ({"data": {"path": "a", "packing": "yes"}}, 'data.packing is "yes"; it must be true or false'),
-        ({"optim": {"optimizer": "adam"}}, 'optim.optimizer is "adam"; it must be one of "adamw", "adafactor"'),
+        (
+            {"optim": {"optimizer": "adam"}},
+            "optim.optimizer 'adam' is not known; choose adamw, adafactor, or write \"module:function\"",
+        ),
         ({"run": {"report_to": ["wandbb"]}}, 'run.report_to[0] is "wandbb"; it must be one of'),
         ({"lora": {"rank_pattern": {"q_proj": "8"}}}, 'lora.rank_pattern.q_proj is "8"; it must be an integer'),
         ({"optim": {"learning_rate": 0}}, "optim.learning_rate is 0.0; it must be above 0"),
@@ -153,7 +156,7 @@ def test_the_tokenizer_of_a_hub_id_comes_without_weights(name, tmp_path, monkeyp
 
 
 def test_a_block_without_the_keyword_of_a_setting_is_refused(monkeypatch):
-    config = read(model={"preset": "llama2-7b", "block": "a:b"}, mesh={"sequence_parallel": True})
+    config = read(model={"preset": "llama2-7b", "block": "a:b"}, mesh={"sequence_parallel": True, "tensor": 2})
     monkeypatch.setattr("model.llama.load_function", lambda name, setting: lambda *arguments, **any_of_them: None)
     model = replace(PRESETS["llama2-7b"], pieces=Pieces(block="a:b"))
     assert make_objective(config, model, mesh_of(config))

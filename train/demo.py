@@ -21,8 +21,8 @@ from train.config import load_config
 from train.data import PackedDataset, in_order, load_dataset
 from train.loop import run
 from train.loss import IGNORE_INDEX
+from train.objective import BATCH_KEYS
 from train.start import tokenizer_of
-from train.step import BATCH_KEYS
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.toml"
 

@@ -1,21 +1,17 @@
-"""What a run starts from: the model's shape, its tokenizer, the mesh, and the first state, born where it will live."""
+"""What a run starts from: the checkpoint, the model's shape, its tokenizer and the mesh."""
 
 from dataclasses import fields, replace
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from convert.checkpoint import find_tokenizer, open_model
-from convert.load import load_params
+from convert.checkpoint import Checkpoint, find_tokenizer, open_model
 from model.attention import ATTENTIONS
 from model.config import PRESETS, LlamaConfig, RopeScaling
 from model.errors import PunaError
-from model.params import init_params
 from model.pieces import Pieces, load_function
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer
-from train.adapt import adapted_model, add_adapters, quantize_linears, wanted_quantizer
 from train.config import Config, ModelConfig
 
 # What may differ from a checkpoint that is trained further: how positions are read, not the shape of any weight.
@@ -35,14 +31,20 @@ def tokenizer_of(config: Config) -> Tokenizer:
     return find_tokenizer(path)
 
 
-def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
+def base_of(config: Config) -> Checkpoint | None:
+    """The checkpoint that model.path names, opened once for all of a run; None for a run from scratch."""
+    return None if config.model.path is None else open_model(config.model.path)
+
+
+def model_of(config: Config, tokenizer: Tokenizer | None = None, base: Checkpoint | None = None) -> LlamaConfig:
     """The shape that [model] describes; without a vocab_size, and for special tokens, it follows `tokenizer`.
+    `base` is what `base_of` gave, opened here where it is not given.
 
     Raises PunaError where [model] says too little, contradicts its checkpoint, or cannot hold the data.
     """
     wanted = config.model
     if wanted.path is not None:
-        model = open_model(wanted.path).config
+        model = (base or open_model(wanted.path)).config
         given = _given(wanted, model.max_position_embeddings)
         for name in given.keys() - set(_OVERRIDABLE):
             if given[name] != getattr(model, name):
@@ -73,20 +75,8 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
             f"data.max_length {config.data.max_length} is beyond the model's max_position_embeddings "
             f"{model.max_position_embeddings}: shorten it, or set model.max_position_embeddings and model.rope_scaling"
         )
-    return adapted_model(config, model)
-
-
-def first_weights(config: Config, model: LlamaConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """(trained, frozen) of step 0: the checkpoint's weights or fresh ones, read or born shard by shard."""
-    dtype = config.model.param_dtype
-    if config.model.path is None:
-        params = quantize_linears(init_params(model, jax.random.key(config.run.seed), dtype, mesh), config.quantize)
-        return add_adapters(config, model, params, mesh)
-    base = open_model(config.model.path)
-    if config.lora is None:
-        base = replace(base, quantized={})  # what trains is float
-    params = load_params(base, dtype, mesh, wanted_quantizer(config.quantize))
-    return add_adapters(config, base.config, params, mesh)
+    is_untied = config.lora is not None and bool(config.lora.modules_to_save)  # what trains apart is two tables
+    return replace(model, tie_word_embeddings=False) if is_untied else model
 
 
 def _given(wanted: ModelConfig, length: int) -> dict[str, Any]:
