@@ -10,10 +10,11 @@ import numpy as np
 import typer
 from jax.numpy import dtype as as_dtype
 
+from cli.command import main
+from cli.progress import progress
 from convert import delta, manifest, merge, vocab
 from convert.bnb import as_format, quantized_checkpoint
 from convert.checkpoint import main_dtype, open_model
-from convert.command import main, progress
 from convert.describe import describe
 from convert.gguf import write_gguf
 from convert.save import write_model

@@ -4,15 +4,13 @@ The format of a folder is detected from its content. A Hub id (`org/name[@revisi
 """
 
 import fnmatch
-import json
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from cli.files import write_json
 from convert.lazy import LazyTensor
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -162,30 +160,6 @@ def detect(folder: Path) -> str:
     raise PunaError(
         f"{folder} holds no model*.safetensors, pytorch_model*.bin, consolidated.*.pth, *.gguf or params/: no model"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises PunaError naming the file where it is missing or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PunaError(f"{path} is missing") from None
-    except ValueError as error:
-        raise PunaError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise PunaError(f"{path} holds no JSON object")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
-    """Copy those files of a folder that are there."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def write_generation_config(folder: Path, config: LlamaConfig) -> None:

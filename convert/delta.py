@@ -19,25 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.numpy import dtype as as_dtype
 
-from convert.checkpoint import (
-    Checkpoint,
-    copy_files,
-    main_dtype,
-    open_model,
-    read_json,
-    write_generation_config,
-    write_json,
-)
+from cli.files import atomic_path, check_apart, check_free_space, copy_files, write_json
+from cli.progress import ProgressBar, no_progress
+from convert.checkpoint import Checkpoint, main_dtype, open_model, write_generation_config
 from convert.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
-from convert.command import atomic_path, check_apart, check_free_space
 from convert.hf import write_weights
-from convert.lazy import Index, LazyTensor, ProgressBar, check_finite, contiguous, from_array, no_progress
+from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array
 from convert.names import Parameter, check_keys, parameters
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import MAX_SHARD_SIZE
 from convert.vocab import INITS, resized
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 from model.rope import frequencies
 from model.tokenizer import TOKENIZER_FILES
 

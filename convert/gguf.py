@@ -14,10 +14,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cli.files import atomic_path, check_apart, check_free_space
+from cli.progress import ProgressBar, no_progress
 from convert.checkpoint import Checkpoint
-from convert.command import atomic_path, check_apart, check_free_space
 from convert.gguf_tokenizer import add_tokenizer
-from convert.lazy import Index, LazyTensor, ProgressBar, contiguous, from_array, no_progress
+from convert.lazy import Index, LazyTensor, contiguous, from_array
 from convert.meta import pairs_to_halves
 from convert.names import Parameter, check_keys, check_shape, parameters
 from model.config import LlamaConfig, RopeScaling

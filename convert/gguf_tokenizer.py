@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import read_json
 from model.errors import PunaError
+from model.json_file import read_json
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.vocabulary import LLAMA3_SPLIT, byte_level_alphabet, is_ranks, parse_sentencepiece
 

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cli.files import write_json
+from cli.progress import ProgressBar
 from convert.bnb import as_tensors, quantization_config, read_quantized
-from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
-from convert.lazy import LazyTensor, ProgressBar, same_bytes
+from convert.checkpoint import Checkpoint, main_dtype, write_generation_config
+from convert.lazy import LazyTensor, same_bytes
 from convert.names import from_foreign, is_buffer, parameters
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 from model.params import LINEARS
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cli.files import check_apart, copy_files
+from cli.progress import ProgressBar, no_progress
 from convert.bnb import quantize_rows
-from convert.checkpoint import Checkpoint, LazyQuantized, copy_files, has_tokenizer, open_model
-from convert.command import check_apart
-from convert.lazy import Index, LazyTensor, ProgressBar, no_progress
+from convert.checkpoint import Checkpoint, LazyQuantized, has_tokenizer, open_model
+from convert.lazy import Index, LazyTensor
 from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter, say_left_out
 from convert.save import MAX_SHARD_SIZE, write_model
 from convert.vocab import resized

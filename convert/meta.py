@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, read_json, write_generation_config, write_json
-from convert.lazy import LazyTensor, ProgressBar, concatenate, shares_memory
+from cli.files import write_json
+from cli.progress import ProgressBar
+from convert.checkpoint import Checkpoint, write_generation_config
+from convert.lazy import LazyTensor, concatenate, shares_memory
 from convert.names import Parameter, check_keys, parameters
 from convert.pickled import distinct, import_torch, read_pickled, write_pickled
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 
 _COLUMNS = ("wo", "w_down")
 _KEY_VALUE = ("wk", "wv")

@@ -14,11 +14,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
-from convert.lazy import Index, LazyTensor, ProgressBar, contiguous
+from cli.files import write_json
+from cli.progress import ProgressBar
+from convert.checkpoint import Checkpoint, main_dtype, write_generation_config
+from convert.lazy import Index, LazyTensor, contiguous
 from convert.names import check_keys, check_shape, parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 
 _CHUNK_BYTES = 16 << 20  # what a slice reads at least
 _REST = "rest"

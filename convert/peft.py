@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.checkpoint import malformed, read_json, write_json
-from convert.command import atomic_path
+from cli.files import atomic_path, write_json
+from convert.checkpoint import malformed
 from convert.lazy import LazyTensor, contiguous, from_array
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import SavesItself, gathered
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 from model.lora import MODULES, SAVED_MODULES, LoraArray, lora_shardings, module_value, with_magnitude
 from model.params import Params, param_shardings, param_specs
 

@@ -15,7 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.lazy import Advance, LazyTensor, from_array, loaded
+from cli.progress import Advance
+from convert.lazy import LazyTensor, from_array, loaded
 from model.errors import PunaError
 
 _ALIGNMENT = 64  # of the tensors inside the zip, as torch has it, so that they can be mapped

@@ -12,7 +12,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.lazy import Advance, LazyTensor, from_array, loaded
+from cli.progress import Advance
+from convert.lazy import LazyTensor, from_array, loaded
 from model.errors import PunaError
 
 DTYPES = {

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.checkpoint import Checkpoint, LazyQuantized, copy_files
-from convert.command import atomic_path, check_apart, check_free_space
+from cli.files import atomic_path, check_apart, check_free_space, copy_files
+from cli.progress import ProgressBar, no_progress
+from convert.checkpoint import Checkpoint, LazyQuantized
 from convert.hf import write_hf
-from convert.lazy import Index, LazyTensor, ProgressBar, no_progress
+from convert.lazy import Index, LazyTensor
 from convert.meta import write_meta
 from convert.names import parameters
 from model.config import LlamaConfig

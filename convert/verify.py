@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cli.progress import progress
 from convert.checkpoint import Checkpoint, open_model
-from convert.command import progress
 from convert.lazy import LazyTensor, contiguous
 from convert.load import load_params
 from convert.names import parameters

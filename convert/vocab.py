@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from cli.files import atomic_path, check_apart
+from cli.progress import ProgressBar, no_progress
 from convert.checkpoint import Checkpoint, open_model
-from convert.command import atomic_path, check_apart
-from convert.lazy import LazyTensor, ProgressBar, concatenate, from_array, no_progress
+from convert.lazy import LazyTensor, concatenate, from_array
 from convert.save import write_model
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer

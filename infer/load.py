@@ -9,13 +9,14 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from convert.checkpoint import Checkpoint, find_tokenizer, open_model, read_json
+from convert.checkpoint import Checkpoint, find_tokenizer, open_model
 from convert.load import Quantize, load_params
 from convert.merge import tokenizer_folder
 from convert.peft import Adapter, apply_adapters, check_fits, read_adapter
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 from model.linear import decode_layout
 from model.params import Params
 from model.sharding import MESH_AXES, make_mesh

@@ -8,9 +8,9 @@ import pytest
 import torch
 from reference import hf_config, hf_model
 
+from cli.command import main
 from convert.__main__ import app
 from convert.checkpoint import open_model
-from convert.command import main
 
 
 def save_hf(folder, pickled=False, dtype=torch.float32, shard_size="5GB", **changes):

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from convert.command import atomic_path, check_free_space, progress
+from cli.files import atomic_path, check_free_space
+from cli.progress import progress
 from model.errors import PunaError
 
 PROGRAM = """
 import os, sys, time, typer
 from pathlib import Path
-from convert.command import atomic_path, main
+from cli.command import main
+from cli.files import atomic_path
 from model.errors import PunaError
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)

@@ -18,11 +18,13 @@ import torch
 from converting import command, save_hf, tensors_of  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from convert import command as commands
+from cli import files
+from cli.files import write_json
 from convert import save_model
-from convert.checkpoint import open_model, read_json, write_json
+from convert.checkpoint import open_model
 from convert.load import load_params
 from model import lora
+from model.json_file import read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,7 +148,7 @@ def no_config(folder):
 
 def broken_config(folder):
     (folder / "config.json").write_text("{")
-    return "config.json is no JSON"
+    return "config.json is not valid JSON"
 
 
 def integers(folder):
@@ -324,7 +326,7 @@ def test_a_model_that_is_not_there(command, path, message):  # noqa: F811
 
 
 def test_a_disk_too_small_is_found_out_before_writing(sharded, tmp_path, command, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     code, _, errors = command("model", sharded, tmp_path / "out", "--to", "hf")
     assert code == 2 and "bytes and its disk has 1 free" in errors[0]
     assert list(tmp_path.iterdir()) == []
