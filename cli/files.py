@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model.errors import PunaError
+from model.errors import JobFailed, PunaError
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Pa
     """
     destination = Path(destination).absolute()
     if os.path.lexists(destination) and not overwrite:
-        raise PunaError(f"{destination} exists: give another destination, or --overwrite to replace it")
+        raise PunaError(f"{destination} exists: give another destination, or overwrite=True to replace it")
     if Path.cwd().is_relative_to(destination):
         raise PunaError(f"{destination} holds the current directory and cannot be replaced: give another destination")
     parent = destination.parent
@@ -75,13 +75,13 @@ def _remove(path: Path) -> None:
 
 
 def check_free_space(path: str | Path, size: int) -> None:
-    """Raise PunaError unless the disk that holds, or will hold, `path` has `size` bytes free."""
+    """Raise JobFailed unless the disk that holds, or will hold, `path` has `size` bytes free."""
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise PunaError(f"{path} needs {size:,} bytes and its disk has {free:,} free: free some, or write elsewhere")
+        raise JobFailed(f"{path} needs {size:,} bytes and its disk has {free:,} free: free some, or write elsewhere")
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:

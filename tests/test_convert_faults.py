@@ -1,5 +1,6 @@
 """What is wrong with a model's files, or with a request, is said in one line, and nothing is left half-written."""
 
+import errno
 import json
 import os
 import re
@@ -328,7 +329,18 @@ def test_a_model_that_is_not_there(command, path, message):  # noqa: F811
 def test_a_disk_too_small_is_found_out_before_writing(sharded, tmp_path, command, monkeypatch):  # noqa: F811
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     code, _, errors = command("model", sharded, tmp_path / "out", "--to", "hf")
-    assert code == 2 and "bytes and its disk has 1 free" in errors[0]
+    assert code == 1 and "bytes and its disk has 1 free" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT], ids=errno.errorcode.get)
+def test_a_disk_that_fails_while_written_is_no_wrong_request(sharded, tmp_path, command, monkeypatch, number):  # noqa: F811
+    def load(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("convert.lazy.LazyTensor.load", load)
+    code, _, errors = command("model", sharded, tmp_path / "out", "--to", "hf")
+    assert code == 1 and errors[-1] == f"error: {os.strerror(number)}: {tmp_path / 'out'}"
     assert list(tmp_path.iterdir()) == []
 
 
