@@ -83,7 +83,7 @@ def _line(error: BaseException, flags: Mapping[str, tuple[str, str | None]]) -> 
 
 
 def _flags(command: Any) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """Of every option of a command and of those below it: the argument's name, its flag, and the flag that denies it."""
+    """Of every option of a command, or of the commands below it: the argument, its flag, and the one that denies it."""
     for option in command.params:
         if option.opts[0].startswith("--"):
             yield option.name, (option.opts[0], next(iter(option.secondary_opts), None))

@@ -21,13 +21,13 @@ from jax.numpy import dtype as as_dtype
 
 from cli.files import atomic_path, check_apart, check_free_space, copy_files, write_json
 from cli.progress import ProgressBar, no_progress
-from convert.checkpoint import Checkpoint, main_dtype, open_model, write_generation_config
+from convert.checkpoint import Checkpoint, main_dtype, write_generation_config
 from convert.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
+from convert.formats import open_model
 from convert.hf import write_weights
 from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array
 from convert.names import Parameter, check_keys, parameters
 from convert.safetensor import read_safetensors, write_safetensors
-from convert.save import MAX_SHARD_SIZE
 from convert.vocab import INITS, resized
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -79,7 +79,7 @@ def make(
         for param in parameters(new.config)
     }
     with _folder(dst, overwrite, new, kind) as folder:
-        write_weights(folder, deltas, bar, MAX_SHARD_SIZE)
+        write_weights(folder, deltas, bar)
         if missed:
             write_safetensors(folder / MISSED, missed, lambda count: None)
         write_json(folder / RECORD, vars(record))
@@ -126,7 +126,7 @@ def apply(
         for param in parameters(difference.config)
     }
     with _folder(dst, overwrite, difference, record.dtype) as folder:
-        write_weights(folder, tensors, bar, MAX_SHARD_SIZE)
+        write_weights(folder, tensors, bar)
         if total is not None:
             _check_total(math.fsum(totals), total, difference.config)
         write_checksums(folder)

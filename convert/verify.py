@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from cli.progress import progress
-from convert.checkpoint import Checkpoint, open_model
+from convert.checkpoint import Checkpoint
+from convert.formats import open_model
 from convert.lazy import LazyTensor, contiguous
 from convert.load import load_params
 from convert.names import parameters

@@ -10,7 +10,8 @@ import numpy as np
 
 from cli.files import atomic_path, check_apart
 from cli.progress import ProgressBar, no_progress
-from convert.checkpoint import Checkpoint, open_model
+from convert.checkpoint import Checkpoint, WriteOptions
+from convert.formats import open_model
 from convert.lazy import LazyTensor, concatenate, from_array
 from convert.save import write_model
 from model.errors import PunaError
@@ -75,7 +76,7 @@ def resize(
     checkpoint = resized(open_model(model), tok.vocab_size, init, multiple)
     if checkpoint.config.pad_token_id is None:
         checkpoint = replace(checkpoint, config=replace(checkpoint.config, pad_token_id=tok.pad_id))
-    write_model(Path(dst), checkpoint, overwrite, tokenizer=tok, bar=bar)
+    write_model(Path(dst), checkpoint, WriteOptions(tokenizer=tok, bar=bar), overwrite)
     return checkpoint
 
 

@@ -257,7 +257,8 @@ class LlamaConfig:
             ("rope_scaling", scaling != meta_scaling),
         ):
             if cannot:
-                raise PunaError(f"{name} = {getattr(self, name)} cannot be written as Meta's params.json; use --to hf")
+                said = f"{name} = {getattr(self, name)}"
+                raise PunaError(f"{said} cannot be written as Meta's params.json; use format='hf'")
         params = {
             "dim": self.hidden_size,
             "n_layers": self.num_hidden_layers,

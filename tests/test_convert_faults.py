@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from cli import files
 from cli.files import write_json
 from convert import save_model
-from convert.checkpoint import open_model
+from convert.formats import open_model
 from convert.load import load_params
 from model import lora
 from model.json_file import read_json
@@ -260,7 +260,7 @@ def test_a_fault_of_orbax_files(sharded, tmp_path, command, break_it):  # noqa: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "tf"], "format 'tf' is not known; choose hf, orbax or meta"),
+        (["--to", "tf"], "--to tf is not known; choose hf, orbax, meta or gguf"),
         (["--to", "hf", "--dtype", "int3"], "--dtype int3 is not known; choose float32, bfloat16, float16"),
         (["--to", "hf", "--max-shard-size", "huge"], "--max-shard-size 'huge' is no size"),
         (["--to", "meta", "--shards", "3"], "--shards 3: tok_embeddings.weight has 64 .* do not divide"),
@@ -311,7 +311,11 @@ def test_a_header_that_is_json_and_no_header(model, command, header):  # noqa: F
     text = json.dumps(header).encode()
     first_shard(model).write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
     code, _, errors = command("inspect", model)
-    assert code == 2 and len(errors) == 1 and "model is damaged, or says something no such model says" in errors[0]
+    assert (
+        code == 2
+        and len(errors) == 1
+        and "model-00001-of-00006.safetensors is damaged, or says something no such model says" in errors[0]
+    )
 
 
 @pytest.mark.parametrize(

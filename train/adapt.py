@@ -10,7 +10,7 @@ import jax
 from jax import Array
 from jax.sharding import Mesh
 
-from convert.checkpoint import open_model
+from convert.formats import open_model
 from model import lora
 from model.config import LlamaConfig
 from model.linear import weight_shardings

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from convert.checkpoint import find_tokenizer, open_model
+from convert.formats import open_model
 from convert.load import load_params
+from convert.tokenizer_files import find_tokenizer
 from model.config import PRESETS, LlamaConfig, RopeScaling
 from model.errors import PunaError
 from model.params import init_params

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.files import atomic_path
-from convert.checkpoint import find_tokenizer
+from convert.tokenizer_files import find_tokenizer
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import detect_format, messages_of, text_at
