@@ -44,7 +44,11 @@ def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Pa
 
 
 def check_apart(destination: str | Path, *inputs: str | Path) -> None:
-    """Raise PunaError where `destination` is or holds one of the inputs: replacing it would delete what is read."""
+    """Refuse a `destination` that is or holds one of the inputs: replacing it would delete what is read.
+
+    Raises:
+        PunaError: naming the input.
+    """
     place = Path(destination).absolute()
     place = place.parent.resolve() / place.name  # of a link, the link itself is replaced
     for given in inputs:
@@ -75,7 +79,11 @@ def _remove(path: Path) -> None:
 
 
 def check_free_space(path: str | Path, size: int) -> None:
-    """Raise JobFailed unless the disk that holds, or will hold, `path` has `size` bytes free."""
+    """Check that the disk that holds, or will hold, `path` has `size` bytes free.
+
+    Raises:
+        JobFailed: it has less.
+    """
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent

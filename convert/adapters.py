@@ -23,8 +23,18 @@ def apply_adapters(
 ) -> tuple[LlamaConfig, Params]:
     """Stacked parameters with every adapter active, in order, unmerged; a saved embedding replaces the base's.
 
-    Raises PunaError where an adapter does not fit the model: other shapes, missing layers, fewer vocabulary rows, or
-    numbers that are not finite.
+    Args:
+        params: the base's, stacked.
+        config: the base's.
+        adapters: PEFT folders, or what `read_adapter` gave for them.
+        mesh: the devices that hold `params`; None is one.
+
+    Returns:
+        The config and the parameters with the adapters.
+
+    Raises:
+        PunaError: an adapter does not fit the model (other shapes, missing layers, fewer vocabulary rows), or holds
+            numbers that are not finite.
     """
     for given in adapters:
         adapter = given if isinstance(given, Adapter) else read_adapter(given)

@@ -174,12 +174,10 @@ def check_options(name: str, options: WriteOptions) -> None:
     row = format_named(name)
     for option in fields(options):
         value = getattr(options, option.name)
-        if option.name in ("tokenizer", "bar") or value in (option.default, False) or option.name in row.options:
+        if option.name in ("tokenizer", "bar", *row.options) or value == option.default or value is False:
             continue
         others = _listed(f"format={other!r}" for other, its in FORMATS.items() if option.name in its.options)
-        raise PunaError(
-            f"{option.name}={value!r} is no option of format={name!r}: leave it out, or choose {others or 'no such'}"
-        )
+        raise PunaError(f"{option.name}={value!r} is no option of format={name!r}: leave it out, or choose {others}")
     if options.dtype not in (None, *DTYPES):
         raise PunaError(f"dtype={options.dtype!r} is not known; choose {', '.join(DTYPES)}")
     if options.quantize not in (None, *row.quantizations):

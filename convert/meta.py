@@ -76,6 +76,10 @@ def _shard_files(folder: Path) -> list[Path]:
 def _joined(param: Parameter, shards: list[LazyTensor], config: LlamaConfig) -> LazyTensor:
     """One parameter in our layout from its pieces."""
     kind = _kind(param)
+    if any(len(shard.shape) != len(param.shape) for shard in shards):
+        raise PunaError(
+            f"{shards[0].where}: {param.meta} has not {len(param.shape)} axes in every shard; is it LLaMA's?"
+        )
     if len(param.shape) == 1:
         shards = shards[:1]
     if kind in _KEY_VALUE:
@@ -101,6 +105,8 @@ def write(folder: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
     """
     import_torch("writing Meta's .pth files")
     config, tensors, shards = checkpoint.config, checkpoint.as_floats(options.dtype).tensors, options.shards
+    if shards < 1:
+        raise PunaError(f"shards={shards}: give 1 or more")
     write_json(folder / "params.json", config.to_meta())
     write_generation_config(folder, config)
     files: list[dict[str, LazyTensor]] = []

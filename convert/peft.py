@@ -73,8 +73,9 @@ class Adapter:
 def read_adapter(folder: str | Path) -> Adapter:
     """The adapter in `folder`, its tensors unread.
 
-    Raises PunaError for a setting that is active and not supported, and for tensors that are unknown, left without
-    their other half, of rank 0 or of another rank than the settings say, or on modules that the settings leave out.
+    Raises:
+        PunaError: a setting is active and not supported, or tensors are unknown, left without their other half, of
+            rank 0 or of another rank than the settings say, or on modules that the settings leave out.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
@@ -134,6 +135,9 @@ def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
         raise PunaError(
             f"{where}: init_lora_weights {start!r} changes the base weights; convert it to plain LoRA in peft"
         )
+    rate = settings.get("lora_dropout") or 0.0
+    if not isinstance(rate, int | float):
+        raise PunaError(f"{where}: lora_dropout {rate!r} is no number")
     active = {key: value for key, value in settings.items() if value not in (None, False, "", {}, [])}
     if unknown := sorted(active.keys() - _TOLD):
         said = ", ".join(f"{key} = {active[key]!r}" for key in unknown)
@@ -222,11 +226,21 @@ def save_adapter(
     tokenizer: SavesItself | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the adapters of stacked parameters (as `lora.split` gives the trained part joined) as a PEFT folder, with
-    the tokenizer's files where given. With several processes all call this, and the first one writes.
+    """Write the adapters of stacked parameters as a PEFT folder. Ranks and scales that differ become patterns.
 
-    Ranks and scales that differ become patterns; with `rslora` alphas are such that peft divides by sqrt(rank).
-    Raises PunaError for parameters without adapters, or with several over one weight.
+    With several processes all call this, and the first one writes.
+
+    Args:
+        path: the folder to write.
+        params: stacked, with `LoraArray` leaves.
+        modules_to_save: `embed_tokens`, `lm_head`, written whole.
+        rslora: alphas are such that peft divides by sqrt(rank).
+        base_model: the name of the base that the settings give.
+        tokenizer: what saves its files beside the weights.
+        overwrite: replace what stands at `path`.
+
+    Raises:
+        PunaError: parameters without adapters, or with several over one weight.
     """
     adapted = {name: w for name, w in params["layers"].items() if isinstance(w, LoraArray)}
     if not adapted and not modules_to_save:

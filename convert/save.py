@@ -52,9 +52,11 @@ def save_model(
     tensors = {param.name: _leaf(params, param.name, param.shape) for param in parameters(config)}
     quantized = {name: weight for name in tensors if (weight := _quantized_leaf(params, name)) is not None}
     if quantized and not row.keeps_quantized:
-        raise PunaError(f"quantized weights are not written as {format}; dequantize them, or save hf")
+        able = " or ".join(name for name, other in FORMATS.items() if other.keeps_quantized)
+        raise PunaError(f"quantized weights are written as {able}, not as {format}; dequantize them, or save {able}")
     if jax.process_count() > 1 and not row.in_order:
-        raise PunaError(f"several processes write hf, not {format}: convert it with `python -m convert model`")
+        able = " or ".join(name for name, other in FORMATS.items() if other.in_order)
+        raise PunaError(f"several processes write {able}, not {format}: convert it with `python -m convert model`")
     if jax.process_index() > 0:
         for tensor in tensors.values():  # the other half of each gathering read, in the writer's order
             tensor.load()

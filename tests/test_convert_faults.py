@@ -223,7 +223,15 @@ def foreign_meta_tensor(folder):
     return r"consolidated.01.pth has unknown 1 tensor \(vision.weight\)"
 
 
-@pytest.mark.parametrize("break_it", [lose_meta_shard, lose_last_meta_shard, no_params, foreign_meta_tensor])
+def flat_meta_tensor(folder):
+    path = folder / "consolidated.01.pth"
+    torch.save(torch.load(path) | {"layers.0.attention.wo.weight": torch.zeros(2)}, path)
+    return "layers.0.attention.wo.weight has not 2 axes in every shard"
+
+
+@pytest.mark.parametrize(
+    "break_it", [lose_meta_shard, lose_last_meta_shard, no_params, foreign_meta_tensor, flat_meta_tensor]
+)
 def test_a_fault_of_metas_files(meta, tmp_path, command, break_it):  # noqa: F811
     message = break_it(meta)
     code, _, errors = command("inspect", meta)
@@ -311,11 +319,8 @@ def test_a_header_that_is_json_and_no_header(model, command, header):  # noqa: F
     text = json.dumps(header).encode()
     first_shard(model).write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
     code, _, errors = command("inspect", model)
-    assert (
-        code == 2
-        and len(errors) == 1
-        and "model-00001-of-00006.safetensors is damaged, or says something no such model says" in errors[0]
-    )
+    assert code == 2 and len(errors) == 1
+    assert f"{first_shard(model)} is damaged, or says something no such model says" in errors[0]
 
 
 @pytest.mark.parametrize(

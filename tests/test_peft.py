@@ -403,6 +403,8 @@ BROKEN = {
     "patterns that are none": (None, {"rank_pattern": "x"}, "adapter is damaged"),
     "modules that are none": (None, {"modules_to_save": 5}, "adapter is damaged"),
     "no second axis": (lambda t: t.update({A.replace("_A", "_B"): np.zeros(2, np.float32)}), {}, "adapter is damaged"),
+    "no second axis of A": (lambda t: t.update({A: np.zeros(2, np.float32)}), {}, "adapter is damaged"),
+    "dropout text": (None, {"lora_dropout": "0.1"}, "lora_dropout '0.1' is no number"),
     "not a target": (None, {"target_modules": ["v_proj"]}, "adapter of model.layers.0.self_attn.q_proj"),
     "excluded": (None, {"exclude_modules": ["q_proj"]}, "adapter of model.layers.0.self_attn.q_proj"),
     "another layer": (None, {"layers_to_transform": [0, 2]}, "adapter of model.layers.1.self_attn.q_proj"),
