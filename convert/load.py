@@ -18,9 +18,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from convert.checkpoint import Checkpoint, open_model
+from convert.adapters import apply_adapters
+from convert.checkpoint import Checkpoint
+from convert.formats import open_model
 from convert.lazy import Index, LazyTensor, contiguous
-from convert.peft import apply_adapters
 from model.config import LlamaConfig
 from model.layout import Weight
 from model.params import LINEARS, Params, ParamSpec, param_specs

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from convert.command import main
+from cli.command import main
 from infer.generate import check_room, complete
 from infer.load import find, load, sampling, start_mesh
 from model.errors import PunaError

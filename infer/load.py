@@ -9,13 +9,16 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from convert.checkpoint import Checkpoint, find_tokenizer, open_model, read_json
+from convert.adapters import apply_adapters, check_fits
+from convert.checkpoint import Checkpoint
+from convert.formats import open_model
 from convert.load import Quantize, load_params
-from convert.merge import tokenizer_folder
-from convert.peft import Adapter, apply_adapters, check_fits, read_adapter
+from convert.peft import Adapter, read_adapter
+from convert.tokenizer_files import find_tokenizer, tokenizer_folder
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 from model.params import Params
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer

@@ -144,7 +144,11 @@ def add(
         scale = [alpha / (rank**0.5 if rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)]
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         layers[name] = _fresh(own, layers[name], ranks, scale, dropout, dora, specs["layers"][name], mesh, name)
-    return _untie({**params, "layers": layers}, config, modules_to_save)
+    check_saved_modules(modules_to_save)
+    params = {**params, "layers": layers}
+    if not modules_to_save or not config.tie_word_embeddings:
+        return config, params
+    return replace(config, tie_word_embeddings=False), untie(params)
 
 
 def target_weights(targets: Sequence[str] | str) -> list[str]:
@@ -210,12 +214,9 @@ def _column_squares(base: Any) -> Array:
     return jnp.square(dense(base)).sum(axis=0)
 
 
-def _untie(params: Params, config: LlamaConfig, modules: Sequence[str]) -> tuple[LlamaConfig, Params]:
-    """Parameters whose saved modules are arrays of their own: trained apart, a tied head stays behind."""
-    check_saved_modules(modules)
-    if not modules or not config.tie_word_embeddings:
-        return config, params
-    return replace(config, tie_word_embeddings=False), {**params, "lm_head": jnp.array(params["embed"].T)}
+def untie(params: Params) -> Params:
+    """Tied parameters with a head of its own, equal to the embedding; the config must say so too."""
+    return {**params, "lm_head": jnp.array(params["embed"].T)}
 
 
 def split(params: Params, modules_to_save: Sequence[str] = ()) -> tuple[Params, Params]:

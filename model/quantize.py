@@ -97,13 +97,24 @@ def quantizer(
 
     Raises PunaError for a setting that the format does not have.
     """
-    if block not in ((32, 64, 128) if format == "int4" else (64,)):
-        raise PunaError(f"quantize {format} has no blocks of {block}: give int4, and 32, 64 or 128")
-    if double and format != "nf4":
-        raise PunaError(f"quantize {format} has no double quantization: give nf4, or leave it out")
-    if activations != "float" and format != "int8":
-        raise PunaError(f"quantize {format} has no {activations} activations: give int8, or leave them out")
-    return lambda w: replace(quantize(w, format, block, double), activations=activations)
+    known = check_format(format, block, double, activations)
+    return lambda w: replace(quantize(w, known, block, double), activations=activations)
+
+
+def check_format(format: str, block: int = 64, double: bool = False, activations: str = "float") -> Format:
+    """The format of that name. Raises PunaError for another, and for a setting that it does not have."""
+    for known in FORMATS:
+        if format == known:
+            break
+    else:
+        raise PunaError(f"quantize {format!r} is not known; choose {', '.join(FORMATS)}")
+    if block not in ((32, 64, 128) if known == "int4" else (64,)):
+        raise PunaError(f"quantize {known} has no blocks of {block}: give int4, and 32, 64 or 128")
+    if double and known != "nf4":
+        raise PunaError(f"quantize {known} has no double quantization: give nf4, or leave it out")
+    if activations != "float" and known != "int8":
+        raise PunaError(f"quantize {known} has no {activations} activations: give int8, or leave them out")
+    return known
 
 
 @partial(jax.jit, static_argnames=("format", "block", "double"))
@@ -117,12 +128,7 @@ def quantize(w: Array, format: Format, block: int = 64, double: bool = False) ->
     absmax itself.
     Raises PunaError for an unknown format, a block it does not have, or an odd number of inputs at 4 bits.
     """
-    if format not in FORMATS:
-        raise PunaError(f"quantize {format!r} is not known; choose {', '.join(FORMATS)}")
-    if (format == "int4" and block not in (32, 64, 128)) or (format == "nf4" and block != 64):
-        raise PunaError(f"{format} has no blocks of {block!r}; int4 has groups of 32, 64 or 128, nf4 blocks of 64")
-    if double and format != "nf4":
-        raise PunaError(f"double quantization belongs to nf4, not to {format}")
+    check_format(format, block, double)
     if format != "int8" and w.shape[-2] % 2:
         raise PunaError(f"{format} packs pairs of inputs; a weight with {w.shape[-2]} inputs cannot be quantized to it")
     if w.ndim > 2:

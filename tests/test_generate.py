@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 import infer.generate
 from convert import load_model, save_model, vocab
-from convert.checkpoint import open_model
-from convert.gguf import write_gguf
+from convert.formats import open_model
 from convert.merge import merge_adapters
 from convert.peft import save_adapter
+from convert.save import write_model
 from infer.__main__ import app
 from infer.generate import Text, check_room, decode, generate
 from infer.load import sampling, start_mesh
@@ -354,7 +354,7 @@ def test_the_gguf_file_that_is_named_is_the_one_that_speaks(data_dir, command, s
     config, params = load_model(source)
     mute = tmp_path / "mute"
     save_model(mute, config, jax.tree.map(jnp.zeros_like, params), tokenizer=load_tokenizer(source))
-    write_gguf(mute / "a.gguf", open_model(source), "float32")
+    write_model(mute / "a.gguf", replace(open_model(source), format="gguf"))
     shutil.copy(mute / "a.gguf", mute / "b.gguf")
     flags = ["--prompt", "Once upon a time", "--temperature", "0", "--max-new-tokens", "196"]
     assert command(mute / "a.gguf", *flags) == story

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import typer
 from jax import Array
 
-from convert.command import main
+from cli.command import main
 from convert.load import load_model
 from model.config import LlamaConfig
 from model.llama import forward

@@ -19,7 +19,7 @@ import jax
 from jax import Array
 from jax.sharding import Sharding
 
-from convert.command import atomic_path
+from cli.files import atomic_path
 from convert.peft import save_adapter
 from convert.save import save_model
 from model import lora

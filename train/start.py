@@ -5,7 +5,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from convert.checkpoint import Checkpoint, find_tokenizer, open_model
+from convert.checkpoint import Checkpoint
+from convert.formats import open_model
+from convert.tokenizer_files import find_tokenizer
 from model.attention import ATTENTIONS
 from model.config import PRESETS, LlamaConfig, RopeScaling
 from model.errors import PunaError
