@@ -50,7 +50,7 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames=("config", "window"), donate_argnames="state")
-def decode(
+def decode_steps(
     params: Params,
     state: State,
     rows: SamplingRows,
@@ -130,17 +130,17 @@ def generate(
     params = per_layer(params)
     settings = stack_sampling(list(samplings or [Sampling()] * len(prompts)))
     lengths = np.array([len(prompt) for prompt in prompts])
-    state = start(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
+    state = prefill_prompts(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
     eos = jnp.asarray(np.array(eos_ids, np.int32))
-    limit = np.int32(config.vocab_size if vocab_limit is None else vocab_limit)
+    limit = jax.device_put(np.int32(config.vocab_size if vocab_limit is None else vocab_limit))
     made, done = 0, np.zeros(len(prompts), bool)
     while made < max_new_tokens and not done.all():
         steps = min(CHUNK, max_new_tokens - made, max(1, made))  # short chunks first: words appear at once
         window = min(_round_up(int(lengths.max()) + made + steps, WINDOW), state.cache.capacity)
-        state, out = decode(params, state, settings, eos, np.int32(steps), limit, config, window)
+        state, out = decode_steps(params, state, settings, eos, jax.device_put(np.int32(steps)), limit, config, window)
         made += steps
-        yield [[token for token in row if token >= 0] for row in np.asarray(out).tolist()]
-        done = np.asarray(state.done) | [stopped(row) for row in range(len(prompts))]
+        yield [[token for token in row if token >= 0] for row in jax.device_get(out).tolist()]
+        done = jax.device_get(state.done) | [stopped(row) for row in range(len(prompts))]
         state = state._replace(done=_placed(done, mesh))
 
 
@@ -154,16 +154,16 @@ def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: Ll
     if max(prompt) >= config.vocab_size:
         raise PunaError(
             f"{name} holds token {max(prompt)} and the model has {config.vocab_size} (vocab_size): the tokenizer is "
-            f"another model's; give its own with --tokenizer"
+            f"another model's: give its own"
         )
     if len(prompt) + max_new_tokens > context:
         raise PunaError(
             f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together more than the context "
-            f"of {context} (max_position_embeddings): shorten the prompt, or give a smaller --max-new-tokens"
+            f"of {context} (max_position_embeddings): shorten the prompt, or give a smaller max_new_tokens"
         )
 
 
-def start(
+def prefill_prompts(
     params: Params, config: LlamaConfig, prompts: Sequence[Sequence[int]], longest: int, mesh: Mesh | None
 ) -> State:
     """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
@@ -193,7 +193,7 @@ def start(
 
 
 def _placed(array: np.ndarray, mesh: Mesh | None, *axes: str) -> Array:
-    """`array` [B, *axes] committed where `decode` will return it, so that it compiles once."""
+    """`array` [B, *axes] committed where `decode_steps` will return it, so that it compiles once."""
     if mesh is None:
         return jax.device_put(array, jax.local_devices()[0])
     return jax.device_put(array, named_sharding(mesh, (None, *axes), array.shape, "state"))
@@ -204,7 +204,7 @@ def _round_up(length: int, least: int) -> int:
     return max(least, 1 << (length - 1).bit_length())
 
 
-class Text:
+class TextStream:
     """The text of one continuation: whole characters only, and nothing of a stop string.
 
     Text that may yet turn out to begin a stop string is held back. The stop string that is complete first wins,
@@ -261,7 +261,7 @@ def complete(
 ) -> Iterator[list[str]]:
     """Continues text prompts as one batch, yielding each row's new text as it becomes certain. See `generate`."""
     ids = [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts]
-    texts = [Text(tokenizer, row, stop) for row in ids]
+    texts = [TextStream(tokenizer, row, stop) for row in ids]
     stopped, known = (lambda row: texts[row].stopped), tokenizer.vocab_size
     new = generate(params, config, ids, max_new_tokens, samplings, eos_ids, stopped, mesh, known)
     for tokens in new:

@@ -44,7 +44,7 @@ class ModelSource(NamedTuple):
         return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
 
 
-def find(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> ModelSource:
+def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> ModelSource:
     """The model that a folder, a GGUF file or a Hub id names, with `adapters` for it. Its tokenizer is `tokenizer`
     (file, folder or Hub id), or the one that merging the adapters would give it, or lies with it.
 
