@@ -152,6 +152,8 @@ def convert(result: dict[str, Any]) -> str:
             rate = [f"{figures[way]['gb_s']:.2f}", f"{figures[way]['of_copy']:.2f}", f"{figures[way]['peak_gib']:.2f}"]
             rows.append([way, figures["layers"], figures["gigabytes"], *rate])
     load, quantize = result["load"]["figures"], result["quantize"]["figures"]
+    layout = result["layout"]["figures"]
+    apart, stacked = layout["per_layer"], layout["by way of the stack"]
     sizes = [
         [model, kind, f"{row['seconds']:.0f}", f"{row['disk_gib']:.2f}", f"{row['peak_gib']:.2f}"]
         for model, kinds in result["sizes"]["figures"].items()
@@ -165,6 +167,8 @@ def convert(result: dict[str, Any]) -> str:
         f"`load_model` of {load['gigabytes']} GB takes {load['copies']:.1f} times a plain copy; of "
         f"{quantize['gigabytes']} GB as nf4 it holds {quantize['held_gib']:.2f} GiB, "
         f"{quantize['peak_gib']:.2f} at the peak.",
+        f"Eight such layers loaded for decoding keep {apart['kept_gib']:.2f} GiB and take {apart['peak_gib']:.2f} at the "
+        f"peak, a table of {apart['largest_gib']:.2f} among it ({stacked['peak_gib']:.2f} by way of the stack).",
         table(["converted", "to", "seconds", "GiB on disk", "anonymous memory, GiB"], sizes),
     )
 
