@@ -167,8 +167,8 @@ def convert(result: dict[str, Any]) -> str:
         f"`load_model` of {load['gigabytes']} GB takes {load['copies']:.1f} times a plain copy; of "
         f"{quantize['gigabytes']} GB as nf4 it holds {quantize['held_gib']:.2f} GiB, "
         f"{quantize['peak_gib']:.2f} at the peak.",
-        f"Eight such layers loaded for decoding keep {apart['kept_gib']:.2f} GiB and take {apart['peak_gib']:.2f} at the "
-        f"peak, a table of {apart['largest_gib']:.2f} among it ({stacked['peak_gib']:.2f} by way of the stack).",
+        f"Eight such layers loaded for decoding keep {apart['kept_gib']:.2f} GiB and take {apart['peak_gib']:.2f} at "
+        f"the peak, a table of {apart['largest_gib']:.2f} among it ({stacked['peak_gib']:.2f} by way of the stack).",
         table(["converted", "to", "seconds", "GiB on disk", "anonymous memory, GiB"], sizes),
     )
 
