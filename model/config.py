@@ -71,7 +71,8 @@ class RopeScaling:
     def from_hf(cls, settings: dict[str, Any], max_position_embeddings: int) -> "RopeScaling | None":
         """Reads `rope_scaling` or `rope_parameters` (less its theta); None for the default RoPE.
 
-        Raises PunaError for an unknown type, a number the type needs and lacks, or one it does not know.
+        Raises:
+            PunaError: for an unknown type, a number the type needs and lacks, or one it does not know.
         """
         given = {key: value for key, value in settings.items() if value is not None}
         names = {given.pop(key) for key in ("type", "rope_type") if key in given}
@@ -170,7 +171,10 @@ class LlamaConfig:
         """Reads the object of a `config.json` as transformers 4 or 5 writes it.
 
         `quantization_config` is a property of the files, not of the model: the reader of the files takes it away
-        first. Raises PunaError naming any field that would change the model and is not known here.
+        first.
+
+        Raises:
+            PunaError: naming any field that would change the model and is not known here.
         """
         given = {key: value for key, value in config.items() if value is not None}
         pieces = given.pop("puna", None)
@@ -259,7 +263,11 @@ class LlamaConfig:
         )
 
     def to_meta(self) -> dict[str, Any]:
-        """The object of a `params.json`. Raises PunaError naming what Meta's format cannot say."""
+        """The object of a `params.json`.
+
+        Raises:
+            PunaError: naming what Meta's format cannot say.
+        """
         scaling = self.rope_scaling
         meta_scaling = scaling and RopeScaling("llama3", scaling.factor, 8192, 1.0, 4.0)
         for name, cannot in (

@@ -8,7 +8,11 @@ from model.errors import PunaError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the UTF-8 file `path`. Raises PunaError where it is missing, no JSON, or no object."""
+    """The JSON object in the UTF-8 file `path`.
+
+    Raises:
+        PunaError: it is missing, no JSON, or no object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -160,9 +160,11 @@ def hidden(
     slots, window: see `LayerCache`. dtype: what is computed in; None for the embedding's.
     block, norm: the decoder layer and the final norm, as functions; None for those of the config's `pieces`.
     remat: none, dots or full, what the backward pass recomputes.
-    A token id outside the vocabulary gives NaN, not another token. Raises PunaError for an unknown remat, and for a
-    cache that reaches beyond the original context of a model with dynamic RoPE (its frequencies would have changed
-    under the keys already written).
+    A token id outside the vocabulary gives NaN, not another token.
+
+    Raises:
+        PunaError: for an unknown remat, and for a cache that reaches beyond the original context of a model with
+            dynamic RoPE (its frequencies would have changed under the keys already written).
     """
     if remat not in REMAT:
         raise PunaError(f"remat {remat!r} is not known; choose {', '.join(REMAT)}")

@@ -118,8 +118,10 @@ def add(
     targets: names as `q_proj`, or "all-linear". scale: alpha / rank, or alpha / sqrt(rank) with rslora. The patterns
     give modules whose name `model.layers.0.self_attn.q_proj` ends in a key (a regular expression) another rank or
     alpha. modules_to_save: `embed_tokens`, `lm_head`, trained whole; this unties them. The config returned says so.
-    Raises PunaError for a rank below 1 or above the weight's sides, an alpha that is not finite, an unknown target or
-    module, or a pattern that matches nothing.
+
+    Raises:
+        PunaError: for a rank below 1 or above the weight's sides, an alpha that is not finite, an unknown target or
+            module, or a pattern that matches nothing.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     weights = target_weights(targets)
@@ -152,7 +154,11 @@ def add(
 
 
 def target_weights(targets: Sequence[str] | str) -> list[str]:
-    """Our names of the weights that `targets` name. Raises PunaError for a name that is no linear of a LLaMA."""
+    """Our names of the weights that `targets` name.
+
+    Raises:
+        PunaError: for a name that is no linear of a LLaMA.
+    """
     if targets == "all-linear":
         return list(LINEARS)
     targets = [targets] if isinstance(targets, str) else list(targets)

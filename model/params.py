@@ -104,7 +104,11 @@ def init_params(config: LlamaConfig, key: Array, dtype: DTypeLike = jnp.float32,
 
 
 def param_shardings(config: LlamaConfig, mesh: Mesh) -> Params:
-    """The `NamedSharding` of every parameter. Raises PunaError where an axis does not divide over `mesh`."""
+    """The `NamedSharding` of every parameter.
+
+    Raises:
+        PunaError: an axis does not divide over `mesh`.
+    """
     return map_specs(lambda name, spec: named_sharding(mesh, spec.axes, spec.shape, name), config)
 
 

@@ -95,14 +95,19 @@ def quantizer(
     """The function from a weight to its quantized form. block: 32, 64 or 128 weights that share a scale, for int4;
     double: double quantization, for nf4; activations: "int8" or "float", for int8.
 
-    Raises PunaError for a setting that the format does not have.
+    Raises:
+        PunaError: for a setting that the format does not have.
     """
     known = check_format(format, block, double, activations)
     return lambda w: replace(quantize(w, known, block, double), activations=activations)
 
 
 def check_format(format: str, block: int = 64, double: bool = False, activations: str = "float") -> Format:
-    """The format of that name. Raises PunaError for another, and for a setting that it does not have."""
+    """The format of that name.
+
+    Raises:
+        PunaError: for another, and for a setting that it does not have.
+    """
     for known in FORMATS:
         if format == known:
             break
@@ -126,7 +131,9 @@ def quantize(w: Array, format: Format, block: int = 64, double: bool = False) ->
     The error of one weight is at most, in units of its block's absmax: int8 1/254 (and float16's rounding); int4
     (1 + 2**-8) / 14; nf4 half the widest gap of its table, (1 - 0.6962) / 2; double quantization adds the error of
     absmax itself.
-    Raises PunaError for an unknown format, a block it does not have, or an odd number of inputs at 4 bits.
+
+    Raises:
+        PunaError: for an unknown format, a block it does not have, or an odd number of inputs at 4 bits.
     """
     check_format(format, block, double)
     if format != "int8" and w.shape[-2] % 2:

@@ -35,7 +35,8 @@ RULES: dict[str | None, tuple[str, ...]] = {
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `devices` (all of them by default); one size may be -1 for "the rest".
 
-    Raises PunaError where the sizes do not multiply to the number of devices.
+    Raises:
+        PunaError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -62,7 +63,8 @@ def ways(mesh: Mesh, axis: str | None) -> int:
 def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> PartitionSpec:
     """Where RULES put an array of `shape` whose dimensions mean `axes`. Mesh axes of size 1 are left out.
 
-    Raises PunaError naming the parameter, the axis and the sizes where a dimension does not divide.
+    Raises:
+        PunaError: naming the parameter, the axis and the sizes where a dimension does not divide.
     """
     spec = []
     for dim, (axis, size) in enumerate(zip(axes, shape, strict=True)):

@@ -67,7 +67,8 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """The ids of `text`, which never hold a special one but those asked for.
 
-        Raises PunaError for a lone surrogate, and where the tokenizer has no such token to add.
+        Raises:
+            PunaError: for a lone surrogate, and where the tokenizer has no such token to add.
         """
         try:
             text.encode()
@@ -105,7 +106,11 @@ class Tokenizer:
         return self._special_ids
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token spells; none for a special one. Raises PunaError for an id outside the vocabulary."""
+        """The bytes that a token spells; none for a special one.
+
+        Raises:
+            PunaError: for an id outside the vocabulary.
+        """
         if not 0 <= id < self.vocab_size:
             raise PunaError(f"token id {id} is outside the tokenizer's vocab_size of {self.vocab_size}")
         return self._pieces[id]
@@ -153,7 +158,10 @@ class Stream:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, with what its companion files add, or of a single file standing alone.
 
-    The kind of file is found from its content. Raises PunaError where there is none, or of no kind we know.
+    The kind of file is found from its content.
+
+    Raises:
+        PunaError: there is none, or of no kind we know.
     """
     path = Path(path)
     if not path.exists():

@@ -102,7 +102,11 @@ def added_token(entry: dict[str, Any]) -> AddedToken:
 
 
 def parse_sentencepiece(data: bytes, path: str | Path) -> Any:
-    """SentencePiece's ModelProto message. Raises PunaError where `data` holds none."""
+    """SentencePiece's ModelProto message.
+
+    Raises:
+        PunaError: `data` holds none.
+    """
     descriptor = sentencepiece_model_pb2.DESCRIPTOR.message_types_by_name["ModelProto"]
     proto: Any = message_factory.GetMessageClass(descriptor)()
     try:

@@ -113,7 +113,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step whose files are as they were written; None where nothing was saved.
 
-        Damage is named on stderr. Raises CheckpointError where steps were saved and none can be trusted.
+        Damage is named on stderr.
+
+        Raises:
+            CheckpointError: steps were saved and none can be trusted.
         """
         step = self._newest()
         found = step is not None

@@ -195,7 +195,8 @@ MAY_CHANGE = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file, then `section.key=value` overrides, whose values are TOML (or plain text where that fails).
 
-    Raises PunaError naming every unknown key (with the nearest known one) and every value of the wrong type.
+    Raises:
+        PunaError: naming every unknown key (with the nearest known one) and every value of the wrong type.
     """
     try:
         table = tomllib.loads(Path(path).read_text("utf-8"))

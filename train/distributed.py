@@ -152,7 +152,8 @@ def preflight(run_dir: str | Path, batch_sharding: Sharding, batch_shape: tuple[
     Every row of the batch is fed by some process and no two processes overlap in part of their rows; all read the
     same data (`data_key` names it: a cache key, a seed); a file that process 0 writes in `run_dir` is read by all.
 
-    Raises PunaError naming the hosts that differ.
+    Raises:
+        PunaError: naming the hosts that differ.
     """
     hosts = _gather_text(socket.gethostname())
     _check_data_key(hosts, _gather_text(data_key))

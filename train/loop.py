@@ -47,8 +47,12 @@ ROWS_NAMED = 20
 
 
 def run(config: Config) -> None:
-    """Trains what `config` says in its output_dir, or resumes what that holds. Raises PunaError for wrong requests,
-    NonFinite where the updates stop being numbers, and Preempted after SIGTERM, with the step saved."""
+    """Trains what `config` says in its output_dir, or resumes what that holds.
+
+    Raises:
+        PunaError: for wrong requests, NonFinite where the updates stop being numbers, and Preempted after SIGTERM,
+            with the step saved.
+    """
     if config.run.deterministic:
         _make_deterministic(Path(config.run.output_dir))
     distributed.initialize()

@@ -12,7 +12,11 @@ from model.errors import PunaError
 
 
 def read(cls: Any, table: dict[str, Any]) -> Any:
-    """The `cls` that a parsed TOML table means. Raises PunaError naming everything that is wrong with it."""
+    """The `cls` that a parsed TOML table means.
+
+    Raises:
+        PunaError: naming everything that is wrong with it.
+    """
     reader = _Reader(tuple(_settings(cls)))
     record = reader.table(cls, table, "")
     if reader.problems:

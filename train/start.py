@@ -42,7 +42,8 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None, base: Checkpoin
     """The shape that [model] describes; without a vocab_size, and for special tokens, it follows `tokenizer`.
     `base` is what `base_of` gave, opened here where it is not given.
 
-    Raises PunaError where [model] says too little, contradicts its checkpoint, or cannot hold the data.
+    Raises:
+        PunaError: [model] says too little, contradicts its checkpoint, or cannot hold the data.
     """
     wanted = config.model
     if wanted.path is not None:

@@ -156,7 +156,11 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
-    """Open what `tokenize_into` wrote. Raises PunaError where it is damaged."""
+    """Open what `tokenize_into` wrote.
+
+    Raises:
+        PunaError: it is damaged.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
         index = np.load(folder / "index.npz")

@@ -27,7 +27,11 @@ ROLES = {
 
 
 def detect_format(record: Mapping[str, Any]) -> str:
-    """The format whose keys `record` has. Raises PunaError naming the keys it has, where there is none."""
+    """The format whose keys `record` has.
+
+    Raises:
+        PunaError: naming the keys it has, where there is none.
+    """
     for name, keys in KEYS.items():
         if all(key in record for key in keys):
             return name
@@ -39,7 +43,11 @@ def detect_format(record: Mapping[str, Any]) -> str:
 
 
 def rename(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """`record` with its columns under our keys. Raises PunaError for a column that it lacks."""
+    """`record` with its columns under our keys.
+
+    Raises:
+        PunaError: for a column that it lacks.
+    """
     missing = [column for column in columns.values() if column not in record]
     if missing:
         raise PunaError(f"column {missing[0]!r}, named in data.columns, is missing")
@@ -47,7 +55,11 @@ def rename(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str
 
 
 def text_at(record: Mapping[str, Any], key: str) -> str:
-    """The text under `key`. Raises PunaError where it is missing or something else."""
+    """The text under `key`.
+
+    Raises:
+        PunaError: it is missing or something else.
+    """
     if key not in record:
         raise PunaError(f"key {key!r} is missing; the record has {', '.join(map(repr, record)) or 'no keys'}")
     if not isinstance(record[key], str):

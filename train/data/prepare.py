@@ -196,7 +196,11 @@ def chosen_steps(
     max_length: int | None,
     tokenizer: Path | None,
 ) -> list[Step]:
-    """The steps that the command's options ask for, in order. Raises PunaError where one needs another."""
+    """The steps that the command's options ask for, in order.
+
+    Raises:
+        PunaError: one needs another.
+    """
     if (max_length is None) != (tokenizer is None):
         raise PunaError("--max-length counts a tokenizer's tokens: give --max-length and --tokenizer together")
     steps: list[Step] = [clean] if cleaned else []

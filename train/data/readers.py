@@ -299,7 +299,11 @@ def read_hub(path: str) -> Iterator[SourceRecord]:
 
 
 def load_hub(path: str) -> Any:
-    """The data set as the datasets library has it. Raises PunaError where it cannot be loaded."""
+    """The data set as the datasets library has it.
+
+    Raises:
+        PunaError: it cannot be loaded.
+    """
     import datasets
 
     found = _HUB_ID.fullmatch(path)

@@ -31,7 +31,8 @@ def write(config: Config) -> None:
 
     Records are of data.format: instruction, conversations, or else prompts with their completions.
 
-    Raises PunaError where the configuration does not name them so.
+    Raises:
+        PunaError: the configuration does not name them so.
     """
     if not (isinstance(config.data.path, str) and config.data.eval_path and config.model.tokenizer):
         raise PunaError("train.data.toy:write needs data.path, data.eval_path and model.tokenizer: name files to make")
