@@ -103,5 +103,8 @@ def test_a_float32_cache_holds_16_bit_keys_exactly():
 
 def test_cudnn_is_never_silently_replaced():
     q, k, v = qkv()
-    with pytest.raises(PunaError, match="attention 'cudnn' needs an NVIDIA GPU, not cpu; choose 'xla'"):
+    with pytest.raises(PunaError, match="attention 'cudnn' computes in bfloat16 or float16, not float32; choose 'xla'"):
+        attend_cudnn(q, k, v, Mask())
+    q, k, v = (jnp.pad(x.astype(jnp.bfloat16), ((0, 0),) * 3 + ((0, 1),)) for x in (q, k, v))
+    with pytest.raises(PunaError, match="takes a head_dim that is a multiple of 8 up to 256, not 17; choose 'xla'"):
         attend_cudnn(q, k, v, Mask())

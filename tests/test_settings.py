@@ -108,8 +108,6 @@ UNREAD = [  # the value, what makes that nothing reads it, and the remedy
     ("optim.adam_epsilon", 1e-6, {"optim": {"optimizer": "adafactor"}}),
     ("optim.decay_ratio", 0.2, {}),
     ("optim.min_lr_ratio", 0.2, {"optim": {"lr_scheduler_type": "constant"}}),
-    ("optim.warmup_ratio", 0.2, {"optim": {"warmup_steps": 3}}),
-    ("run.num_train_epochs", 2.0, {"run": {"max_steps": 3}}),
     ("run.eval_steps", 5, {}),
     ("run.keep_every", 5, {"run": {"save_steps": 0}}),
     ("data.seed", 5, {}),

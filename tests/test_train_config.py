@@ -165,6 +165,12 @@ def test_a_block_without_the_keyword_of_a_setting_is_refused(monkeypatch):
         make_objective(config, model, mesh_of(config))
 
 
+def test_cudnn_attention_is_refused_on_other_devices():
+    config = read(model={"preset": "llama2-7b", "attention": "cudnn"})
+    with pytest.raises(PunaError, match="model.attention 'cudnn' needs an NVIDIA GPU, not cpu; choose 'xla'"):
+        make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
+
+
 def test_a_config_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe[run]")
     with pytest.raises(PunaError, match=r"c.toml: not TOML: 'utf-8' codec"):

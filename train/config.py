@@ -298,7 +298,8 @@ def _check(config: Config) -> None:
 
 def _refuse_unread(config: Config) -> None:
     """Refuses settings that nothing in this run would read. A setting at its default says nothing, so that a config
-    written out in full (config.toml of a run) can be read again."""
+    written out in full (config.toml of a run) can be read again. Where one setting wins over another, as max_steps over
+    num_train_epochs, both may be given: an override on the command line is then a word, not two."""
     optim, model, run, data = config.optim, config.model, config.run, config.data
     unread = {
         "model.loss": (model.loss is not None, ("optim.z_loss", "model.loss_chunk")),
@@ -308,8 +309,6 @@ def _refuse_unread(config: Config) -> None:
         ),
         "optim.lr_scheduler_type": (optim.lr_scheduler_type != "wsd", ("optim.decay_ratio",)),
         "optim.lr_scheduler_type ": (optim.lr_scheduler_type == "constant", ("optim.min_lr_ratio",)),
-        "optim.warmup_steps": (optim.warmup_steps > 0, ("optim.warmup_ratio",)),
-        "run.max_steps": (run.max_steps > 0, ("run.num_train_epochs",)),
         "data.eval_path": (data.eval_path is None and not data.validation_split, ("run.eval_steps",)),
         "data.validation_split": (not data.validation_split, ("data.seed",)),
         "mesh.tensor": (config.mesh.tensor == 1, ("mesh.sequence_parallel",)),
