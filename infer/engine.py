@@ -1,8 +1,8 @@
 """Many requests on one model at once: continuous batching over the rows of one cache.
 
-The engine is a loop of steps. A step takes requests from the queue into free rows, writes one piece of one prompt, starts
-one token for every live row, and only then reads the tokens that the step before started; so the device computes while
-the host looks at text. `infer generate`, `chat`, `serve` and `batch` all run on it.
+The engine is a loop of steps. A step takes requests from the queue into free rows, writes one piece of one prompt,
+starts one token for every live row, and only then reads the tokens that the step before started: the device computes
+while the host looks at text.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class Request:
         stop_ids: tokens that end the text; the one that did is its last. At most `STOPS`.
         stop: strings that end the text, which leaves them out.
         logprobs: log-probabilities of this many likeliest tokens beside each token's own; None for none at all.
-        score_prompt: log-probabilities of the prompt's tokens too; needs `logprobs`.
+        score_prompt: log-probabilities of the prompt's tokens too, from the second on.
         deadline: seconds on `time.monotonic`'s clock after which it ends, done or not.
     """
 
@@ -73,7 +73,7 @@ class Progress:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     reused: int = 0
     finish: str | None = None
     error: BaseException | None = None
@@ -251,28 +251,24 @@ class Engine:
         assert row.progress is not None
         request = row.progress.request
         prompt, first = request.prompt, len(row.cached)
-        stop = min(first + self.chunk, len(prompt) - (0 if request.score_prompt else 1))
+        stop = min(first + self.chunk, len(prompt) - 1)
         if stop > first:
             width = _power_of_two(stop - first, 16)
             tokens = np.zeros((1, width), np.int32)
             positions = np.full((1, width), self.length, np.int32)
+            following = np.zeros(width, np.int32)
             tokens[0, : stop - first], positions[0, : stop - first] = prompt[first:stop], range(first, stop)
+            following[: stop - first] = prompt[first + 1 : stop + 1]
             self._slots, made = extend(
-                self.params, self._slots, tokens, positions, np.int32(row.index), self.config,
+                self.params, self._slots, tokens, positions, following, np.int32(row.index), self.config,
                 self._window(stop), request.score_prompt,
             )  # fmt: skip
             row.cached = list(prompt[:stop])
             if made is not None:
-                self._score_prompt(row.progress, made, first, stop)
+                scores = jax.device_get(made)
+                row.progress.prompt_logprobs += [_logprobs(scores, i, request.logprobs) for i in range(stop - first)]
         if len(row.cached) >= len(prompt) - 1:
             self._admit(row, request)
-
-    def _score_prompt(self, progress: Progress, made: Made, first: int, stop: int) -> None:
-        prompt = progress.request.prompt
-        if first == 0:
-            progress.prompt_logprobs.append(None)  # nothing comes before it
-        last = min(stop, len(prompt) - 1)
-        raise NotImplementedError((progress, made, last))
 
     def _admit(self, row: _Row, request: Request) -> None:
         prompt = request.prompt
@@ -298,9 +294,7 @@ class Engine:
         scored = any(row.progress.request.logprobs is not None for row in live if row.progress)
         rows = min(_power_of_two(max(row.index for row in live) + 1, 1), len(self._rows))
         window = self._window(max(row.position for row in live))
-        self._slots, made = decode(
-            self.params, self._slots, kept, self._limit, self.config, rows, window, scored
-        )
+        self._slots, made = decode(self.params, self._slots, kept, self._limit, self.config, rows, window, scored)
         return made, live, [row.progress for row in live if row.progress]
 
     def _finish_tokens(self) -> None:
@@ -322,12 +316,7 @@ class Engine:
         row.cached.append(before)
         progress.tokens.append(token)
         if request.logprobs is not None:
-            assert made.logprob is not None and made.top_ids is not None and made.top_logprobs is not None
-            i = row.index
-            top = zip(made.top_ids[i].tolist(), made.top_logprobs[i].tolist(), strict=True)
-            progress.logprobs.append(
-                TokenLogprobs(token, float(made.logprob[i]), tuple(itertools.islice(top, request.logprobs)))
-            )
+            progress.logprobs.append(_logprobs(made, row.index, request.logprobs))
         stopped = token in request.stop_ids
         if row.text is not None and not stopped:
             progress.text += row.text.push([token])
@@ -362,6 +351,12 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Progre
     while engine.busy:
         engine.step()
         yield progress
+
+
+def _logprobs(made: Made, i: int, count: int | None) -> TokenLogprobs:
+    assert made.logprob is not None and made.top_ids is not None and made.top_logprobs is not None
+    top = zip(made.top_ids[i, :count].tolist(), made.top_logprobs[i, :count].tolist(), strict=True)
+    return TokenLogprobs(int(made.token[i]), float(made.logprob[i]), tuple(top))
 
 
 def _over(progress: Progress, now: float) -> str | None:

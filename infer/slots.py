@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from infer.sample import SamplingRows, penalize, sample
+from infer.sample import SamplingRows, sample
 from model.cache import KVCache
 from model.config import LlamaConfig
 from model.llama import hidden, logits
@@ -41,8 +41,9 @@ class Slots(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What one step made, a row an entry: `token` [N], -1 where the row rested; where asked for, its log-probability
-    [N] under the model itself (no temperature, no filter), and the ids and log-probabilities [N, TOP] of the likeliest."""
+    """What one step made, a row an entry: `token` [N], -1 where the row rested. Where asked for: its log-probability
+    [N] under the model itself (no temperature, no filter), and the ids and log-probabilities [N, TOP] of the likeliest.
+    """
 
     token: Array
     logprob: Array | None = None
@@ -72,7 +73,14 @@ def empty_slots(cache: KVCache, settings: SamplingRows, vocab_size: int) -> Slot
 
 @partial(jax.jit, donate_argnames="slots")
 def admit(
-    slots: Slots, row: Array, token: Array, position: Array, last: Array, stops: Array, in_prompt: Array, own: SamplingRows
+    slots: Slots,
+    row: Array,
+    token: Array,
+    position: Array,
+    last: Array,
+    stops: Array,
+    in_prompt: Array,
+    own: SamplingRows,
 ) -> Slots:
     """Row `row` goes on from `token` at `position`, with its own stops [STOPS], prompt mask [V] and settings [1]."""
 
@@ -94,20 +102,25 @@ def admit(
 
 @partial(jax.jit, static_argnames=("config", "window", "scored"), donate_argnames="slots")
 def extend(
-    params: Params, slots: Slots, tokens: Array, positions: Array, row: Array, config: LlamaConfig, window: int, scored: bool
+    params: Params,
+    slots: Slots,
+    tokens: Array,
+    positions: Array,
+    following: Array,
+    row: Array,
+    config: LlamaConfig,
+    window: int,
+    scored: bool,
 ) -> tuple[Slots, Made | None]:
     """Writes tokens [1, T] into row `row` at positions [1, T]; padding stands at the cache's capacity.
 
-    scored: also what each token makes of the next: entries [T], of which the last is about a token not given here.
+    scored: also how likely the tokens `following` [T] were, each after its own.
     """
-    x, cache = hidden(
-        params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window
-    )
+    x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window)
     assert cache is not None
     slots = slots._replace(cache=cache)
     if not scored:
         return slots, None
-    following = jnp.roll(tokens[0], -1)
     return slots, _scored(logits(params, x[0], config), following)
 
 
@@ -125,7 +138,14 @@ def copy_row(slots: Slots, source: Array, target: Array) -> Slots:
 
 @partial(jax.jit, static_argnames=("config", "rows", "window", "scored"), donate_argnames="slots")
 def decode(
-    params: Params, slots: Slots, kept: Array, vocab_limit: Array, config: LlamaConfig, rows: int, window: int, scored: bool
+    params: Params,
+    slots: Slots,
+    kept: Array,
+    vocab_limit: Array,
+    config: LlamaConfig,
+    rows: int,
+    window: int,
+    scored: bool,
 ) -> tuple[Slots, Made]:
     """One token for every live row of the first `rows`; a row that is not `kept` [N] ends first.
 
@@ -140,7 +160,7 @@ def decode(
     raw = jnp.where(jnp.arange(config.vocab_size) < vocab_limit, logits(params, x[:, 0], config), -jnp.inf)
     settings = jax.tree.map(lambda a: a[:rows], slots.settings)
     counts = slots.counts[:rows]
-    new = sample(raw, settings, slots.in_prompt[:rows] | (counts > 0), position + 1)
+    new = sample(raw, settings, slots.in_prompt[:rows] | (counts > 0), position + 1, counts)
     new = jnp.where(live, new, slots.token[:rows])
     moved = jnp.where(live, slots.position[:rows] + 1, slots.position[:rows])
     ended = jnp.any(new[:, None] == slots.stops[:rows], axis=1) | (moved >= slots.last[:rows])
