@@ -95,6 +95,7 @@ class _Row:
     progress: Progress | None = None
     text: Text | None = None
     position: int = 0
+    begun: bool = False
     reading: bool = False
     used: int = 0
 
@@ -195,6 +196,28 @@ class Engine:
             row.cached = []
         self._slots = self._fresh()
 
+    def warm_up(self, scored: bool = False) -> int:
+        """Compiles everything that requests will need (log-probabilities with `scored`); returns how many programs."""
+        rows = {min(1 << i, len(self._rows)) for i in range(len(self._rows).bit_length() + 1)}
+        windows = {self._window(1 << i) for i in range(self.length.bit_length() + 1)}
+        widths = {_power_of_two(n, 16) for n in range(1, self.chunk + 1)}
+        resting = np.zeros(len(self._rows), bool)
+        for window in sorted(windows):
+            for width in sorted(widths):
+                nowhere = np.full((1, width), self.length, np.int32)
+                tokens = np.zeros((1, width), np.int32)
+                self._extend(tokens, nowhere, tokens[0], 0, window, False)
+            for count in sorted(rows):
+                for with_scores in {False, scored}:
+                    self._slots, _ = decode(
+                        self.params, self._slots, resting, self._limit, self.config, count, window, with_scores
+                    )
+        self._slots = copy_row(self._slots, np.int32(0), np.int32(0))
+        self._place(0, 0, 0, 0, (), (), Sampling())
+        self._slots = self._fresh()
+        programs: tuple[Any, ...] = (decode, extend, copy_row, admit)
+        return sum(program._cache_size() for program in programs)
+
     # --- the loop
 
     def step(self) -> None:
@@ -228,19 +251,20 @@ class Engine:
                     return
                 progress = self._waiting.popleft()
             prompt = progress.request.prompt
-            best = max(self._rows, key=lambda row: _common(row.cached, prompt))
-            shared = min(_common(best.cached, prompt), len(prompt) - 1)
-            if progress.request.score_prompt:
-                shared = 0  # each token of it is to be scored
-            own = max(free, key=lambda row: (_common(row.cached, prompt), -row.used, -row.index))
-            if best is not own and shared >= _common(own.cached, prompt) + SHORTEST_REUSE:
-                self._slots = copy_row(self._slots, np.int32(best.index), np.int32(own.index))
-            else:
-                shared = min(shared, _common(own.cached, prompt))
-            own.cached = list(prompt[:shared])
-            own.progress, own.reading, own.used = progress, True, next(self._clock)
-            own.text = Text(self.tokenizer, prompt, progress.request.stop) if self.tokenizer else None
-            progress.reused = shared
+            row = max(free, key=lambda row: (_common(row.cached, prompt), -row.used, -row.index))
+            row.progress, row.begun, row.reading, row.used = progress, False, True, next(self._clock)
+            row.text = Text(self.tokenizer, prompt, progress.request.stop) if self.tokenizer else None
+
+    def _begin(self, row: _Row, progress: Progress) -> None:
+        """Keeps what the row's cache has of the prompt, or copies what another row has."""
+        prompt = progress.request.prompt
+        most = 0 if progress.request.score_prompt else len(prompt) - 1  # each token that is scored is computed
+        best = max(self._rows, key=lambda row: _common(row.cached, prompt))
+        own, shared = (min(_common(row.cached, prompt), most) for row in (row, best))
+        if shared >= own + SHORTEST_REUSE:
+            self._slots = copy_row(self._slots, np.int32(best.index), np.int32(row.index))
+            own = shared
+        row.begun, row.cached, progress.reused = True, list(prompt[:own]), own
 
     def _read_prompt(self) -> None:
         """One piece of the prompt of the request that came first; the last piece makes its row live."""
@@ -249,6 +273,8 @@ class Engine:
             return
         row = min(reading, key=lambda row: row.used)
         assert row.progress is not None
+        if not row.begun:
+            self._begin(row, row.progress)
         request = row.progress.request
         prompt, first = request.prompt, len(row.cached)
         stop = min(first + self.chunk, len(prompt) - 1)
@@ -259,10 +285,7 @@ class Engine:
             following = np.zeros(width, np.int32)
             tokens[0, : stop - first], positions[0, : stop - first] = prompt[first:stop], range(first, stop)
             following[: stop - first] = prompt[first + 1 : stop + 1]
-            self._slots, made = extend(
-                self.params, self._slots, tokens, positions, following, np.int32(row.index), self.config,
-                self._window(stop), request.score_prompt,
-            )  # fmt: skip
+            made = self._extend(tokens, positions, following, row.index, self._window(stop), request.score_prompt)
             row.cached = list(prompt[:stop])
             if made is not None:
                 scores = jax.device_get(made)
@@ -270,18 +293,32 @@ class Engine:
         if len(row.cached) >= len(prompt) - 1:
             self._admit(row, request)
 
+    def _extend(
+        self, tokens: np.ndarray, positions: np.ndarray, following: np.ndarray, row: int, window: int, scored: bool
+    ) -> Made | None:
+        self._slots, made = extend(
+            self.params, self._slots, tokens, positions, following, np.int32(row), self.config, window, scored
+        )
+        return made
+
     def _admit(self, row: _Row, request: Request) -> None:
-        prompt = request.prompt
+        position = len(request.prompt) - 1
+        row.cached, row.position, row.reading = list(request.prompt[:position]), position, False
+        self._place(
+            row.index, request.prompt[-1], position, position + request.max_new_tokens, request.stop_ids,
+            request.prompt, request.sampling,
+        )  # fmt: skip
+
+    def _place(
+        self, row: int, token: int, position: int, last: int, stop_ids: Sequence[int], prompt: Sequence[int],
+        sampling: Sampling,
+    ) -> None:  # fmt: skip
         stops = np.full(STOPS, -1, np.int32)
-        stops[: len(request.stop_ids)] = request.stop_ids
+        stops[: len(stop_ids)] = stop_ids
         in_prompt = np.zeros(self.config.vocab_size, bool)
         in_prompt[list(prompt)] = True
-        position = len(prompt) - 1
-        row.cached, row.position, row.reading = list(prompt[:position]), position, False
-        self._slots = admit(
-            self._slots, np.int32(row.index), np.int32(prompt[-1]), np.int32(position),
-            np.int32(position + request.max_new_tokens), stops, in_prompt, stack_sampling([request.sampling]),
-        )  # fmt: skip
+        numbers = (np.int32(number) for number in (row, token, position, last))
+        self._slots = admit(self._slots, *numbers, stops, in_prompt, stack_sampling([sampling]))
 
     def _start_tokens(self) -> tuple[Made, list[_Row], list[Progress]] | None:
         live = [row for row in self._rows if row.progress is not None and not row.reading]
