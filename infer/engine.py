@@ -51,6 +51,7 @@ class Request:
         stop: strings that end the text, which leaves them out.
         logprobs: log-probabilities of this many likeliest tokens beside each token's own; None for none at all.
         score_prompt: log-probabilities of the prompt's tokens too, from the second on.
+        adapter: which of the engine's adapters to use; -1 is the model without any.
         deadline: seconds on `time.monotonic`'s clock after which it ends, done or not.
     """
 
@@ -61,6 +62,7 @@ class Request:
     stop: Sequence[str] = ()
     logprobs: int | None = None
     score_prompt: bool = False
+    adapter: int = -1
     deadline: float | None = None
 
 
@@ -92,6 +94,7 @@ class _Row:
 
     index: int
     cached: list[int] = field(default_factory=list)
+    adapter: int = -1
     progress: Progress | None = None
     text: Text | None = None
     position: int = 0
@@ -206,14 +209,14 @@ class Engine:
             for width in sorted(widths):
                 nowhere = np.full((1, width), self.length, np.int32)
                 tokens = np.zeros((1, width), np.int32)
-                self._extend(tokens, nowhere, tokens[0], 0, window, False)
+                self._extend(tokens, nowhere, tokens[0], self._rows[0], window, False)
             for count in sorted(rows):
                 for with_scores in {False, scored}:
                     self._slots, _ = decode(
                         self.params, self._slots, resting, self._limit, self.config, count, window, with_scores
                     )
         self._slots = copy_row(self._slots, np.int32(0), np.int32(0))
-        self._place(0, 0, 0, 0, (), (), Sampling())
+        self._place(0, 0, 0, 0, (), -1, (), Sampling())
         self._slots = self._fresh()
         programs: tuple[Any, ...] = (decode, extend, copy_row, admit)
         return sum(program._cache_size() for program in programs)
@@ -251,7 +254,7 @@ class Engine:
                     return
                 progress = self._waiting.popleft()
             prompt = progress.request.prompt
-            row = max(free, key=lambda row: (_common(row.cached, prompt), -row.used, -row.index))
+            row = max(free, key=lambda row: (_shared(row, progress.request), -row.used, -row.index))
             row.progress, row.begun, row.reading, row.used = progress, False, True, next(self._clock)
             row.text = Text(self.tokenizer, prompt, progress.request.stop) if self.tokenizer else None
 
@@ -259,12 +262,13 @@ class Engine:
         """Keeps what the row's cache has of the prompt, or copies what another row has."""
         prompt = progress.request.prompt
         most = 0 if progress.request.score_prompt else len(prompt) - 1  # each token that is scored is computed
-        best = max(self._rows, key=lambda row: _common(row.cached, prompt))
-        own, shared = (min(_common(row.cached, prompt), most) for row in (row, best))
+        best = max(self._rows, key=lambda row: _shared(row, progress.request))
+        own, shared = (min(_shared(row, progress.request), most) for row in (row, best))
         if shared >= own + SHORTEST_REUSE:
             self._slots = copy_row(self._slots, np.int32(best.index), np.int32(row.index))
             own = shared
         row.begun, row.cached, progress.reused = True, list(prompt[:own]), own
+        row.adapter = progress.request.adapter
 
     def _read_prompt(self) -> None:
         """One piece of the prompt of the request that came first; the last piece makes its row live."""
@@ -285,7 +289,7 @@ class Engine:
             following = np.zeros(width, np.int32)
             tokens[0, : stop - first], positions[0, : stop - first] = prompt[first:stop], range(first, stop)
             following[: stop - first] = prompt[first + 1 : stop + 1]
-            made = self._extend(tokens, positions, following, row.index, self._window(stop), request.score_prompt)
+            made = self._extend(tokens, positions, following, row, self._window(stop), request.score_prompt)
             row.cached = list(prompt[:stop])
             if made is not None:
                 scores = jax.device_get(made)
@@ -294,10 +298,19 @@ class Engine:
             self._admit(row, request)
 
     def _extend(
-        self, tokens: np.ndarray, positions: np.ndarray, following: np.ndarray, row: int, window: int, scored: bool
+        self, tokens: np.ndarray, positions: np.ndarray, following: np.ndarray, row: _Row, window: int, scored: bool
     ) -> Made | None:
         self._slots, made = extend(
-            self.params, self._slots, tokens, positions, following, np.int32(row), self.config, window, scored
+            self.params,
+            self._slots,
+            tokens,
+            positions,
+            following,
+            np.int32(row.index),
+            np.int32(row.adapter),
+            self.config,
+            window,
+            scored,
         )
         return made
 
@@ -306,19 +319,19 @@ class Engine:
         row.cached, row.position, row.reading = list(request.prompt[:position]), position, False
         self._place(
             row.index, request.prompt[-1], position, position + request.max_new_tokens, request.stop_ids,
-            request.prompt, request.sampling,
+            request.adapter, request.prompt, request.sampling,
         )  # fmt: skip
 
     def _place(
-        self, row: int, token: int, position: int, last: int, stop_ids: Sequence[int], prompt: Sequence[int],
-        sampling: Sampling,
+        self, row: int, token: int, position: int, last: int, stop_ids: Sequence[int], adapter: int,
+        prompt: Sequence[int], sampling: Sampling,
     ) -> None:  # fmt: skip
         stops = np.full(STOPS, -1, np.int32)
         stops[: len(stop_ids)] = stop_ids
         in_prompt = np.zeros(self.config.vocab_size, bool)
         in_prompt[list(prompt)] = True
         numbers = (np.int32(number) for number in (row, token, position, last))
-        self._slots = admit(self._slots, *numbers, stops, in_prompt, stack_sampling([sampling]))
+        self._slots = admit(self._slots, *numbers, stops, np.int32(adapter), in_prompt, stack_sampling([sampling]))
 
     def _start_tokens(self) -> tuple[Made, list[_Row], list[Progress]] | None:
         live = [row for row in self._rows if row.progress is not None and not row.reading]
@@ -400,6 +413,11 @@ def _over(progress: Progress, now: float) -> str | None:
     if progress.cancelled:
         return "cancelled"
     return "deadline" if progress.request.deadline is not None and now > progress.request.deadline else None
+
+
+def _shared(row: _Row, request: Request) -> int:
+    """How many tokens of the request's prompt the row has in its cache, under the same adapter."""
+    return _common(row.cached, request.prompt) if row.adapter == request.adapter else 0
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

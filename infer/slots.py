@@ -17,6 +17,7 @@ from model.cache import KVCache
 from model.config import LlamaConfig
 from model.llama import hidden, logits
 from model.params import Params
+from model.selected import select
 
 STOPS = 8  # token ids that may end a row, at most
 TOP = 20  # log-probabilities of the likeliest tokens that a request may ask for, at most
@@ -26,6 +27,7 @@ class Slots(NamedTuple):
     """N rows. `token` [N] stands at `position` [N] and is not in the cache yet; a row that is not `live` [N] rests.
 
     A row ends after a token of its `stops` [N, STOPS] (-1 is none), or when its token stands at `last` [N].
+    `adapter` [N] is the one that it uses, -1 none.
     `in_prompt` bool [N, V] and `counts` int32 [N, V] are the tokens of the prompt, and how often each was made.
     """
 
@@ -35,6 +37,7 @@ class Slots(NamedTuple):
     last: Array
     live: Array
     stops: Array
+    adapter: Array
     in_prompt: Array
     counts: Array
     settings: SamplingRows
@@ -65,6 +68,7 @@ def empty_slots(cache: KVCache, settings: SamplingRows, vocab_size: int) -> Slot
         last=zeros(),
         live=jnp.zeros(n, bool),
         stops=jnp.full((n, STOPS), -1, jnp.int32),
+        adapter=jnp.full(n, -1, jnp.int32),
         in_prompt=jnp.zeros((n, vocab_size), bool),
         counts=jnp.zeros((n, vocab_size), jnp.int32),
         settings=settings,
@@ -79,6 +83,7 @@ def admit(
     position: Array,
     last: Array,
     stops: Array,
+    adapter: Array,
     in_prompt: Array,
     own: SamplingRows,
 ) -> Slots:
@@ -94,6 +99,7 @@ def admit(
         last=put(slots.last, last),
         live=put(slots.live, jnp.array(True)),
         stops=put(slots.stops, stops),
+        adapter=put(slots.adapter, adapter),
         in_prompt=put(slots.in_prompt, in_prompt),
         counts=put(slots.counts, jnp.zeros_like(slots.counts[0])),
         settings=jax.tree.map(lambda all, one: all.at[row].set(one[0]), slots.settings, own),
@@ -108,6 +114,7 @@ def extend(
     positions: Array,
     following: Array,
     row: Array,
+    adapter: Array,
     config: LlamaConfig,
     window: int,
     scored: bool,
@@ -116,6 +123,7 @@ def extend(
 
     scored: also how likely the tokens `following` [T] were, each after its own.
     """
+    params = select(params, adapter[None])
     x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window)
     assert cache is not None
     slots = slots._replace(cache=cache)
@@ -151,6 +159,7 @@ def decode(
 
     Tokens from the id `vocab_limit` on are never chosen. scored: see `Made`.
     """
+    params = select(params, slots.adapter[:rows])
     live = (slots.live & kept)[:rows]
     position = jnp.where(live, slots.position[:rows], slots.cache.capacity)
     x, cache = hidden(

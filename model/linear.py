@@ -16,6 +16,7 @@ from model.lora import LoraArray
 from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
 from model.quantize import QuantizedArray
 from model.quantized_matmul import FEW, chunk_rows, quantized_matmul
+from model.selected import SelectedLora, selected
 from model.sharding import named_sharding
 
 
@@ -35,7 +36,7 @@ class TransposedArray:
         return self.rows.shape[::-1]
 
 
-Weight = Array | TransposedArray | QuantizedArray | LoraArray
+Weight = Array | TransposedArray | QuantizedArray | LoraArray | SelectedLora
 
 
 def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | None = None) -> Array:
@@ -56,6 +57,8 @@ def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
             return quantized_matmul(x, w).astype(out_dtype or x.dtype)
         case LoraArray():
             return lora.adapted(x, w, lambda x: product(x, w.base, out_dtype))
+        case SelectedLora():
+            return selected(x, w, lambda x: product(x, w.base, out_dtype))
         case TransposedArray() if len(x) <= FEW:
             return _times_rows(x, w.rows, out_dtype or x.dtype)
         case TransposedArray():

@@ -17,7 +17,11 @@ from infer.generate import generate
 from infer.sample import Sampling, sample, stack_sampling
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
-from model.linear import decode_layout
+from model.linear import decode_layout, product
+from model.lora import LoraArray, add
+from model.params import LINEARS
+from model.quantize import quantize
+from model.selected import side_by_side
 
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -141,6 +145,41 @@ def test_after_warming_up_nothing_compiles(params, engine):
         list(run_all(engine, ask(seed)))
     functions = (slots.decode, slots.extend, slots.admit, slots.copy_row)
     assert sum(function._cache_size() for function in functions) == programs
+
+
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_rows_of_one_batch_use_their_own_adapters(params, form):
+    base = params if form is None else quantized_linears(params)
+    trees = []
+    for seed, dora in enumerate([False, True, False]):
+        _, tree = add(
+            base, CONFIG, jax.random.key(seed), rank=2 + seed, alpha=8, dora=dora, targets=["q_proj", "down_proj"]
+        )
+        trees.append(jax.tree.map(partial(trained, seed), tree, is_leaf=lambda node: isinstance(node, LoraArray)))
+    per_layer = [decode_layout(tree) for tree in trees]
+    engine = Engine(side_by_side(per_layer, product), CONFIG, rows=4, chunk=16, least_window=64)
+    asked = [Request(OPENINGS[0][:20], 15, Sampling(), adapter=i) for i in (-1, 0, 1, 2)]
+    together = list(run_all(engine, asked))[-1]
+    texts = []
+    for progress, tree in zip(together, [decode_layout(base), *per_layer], strict=True):
+        alone = sum((rows[0] for rows in generate(tree, CONFIG, [progress.request.prompt], 15)), [])
+        assert progress.tokens == alone
+        texts.append(tuple(alone))
+    assert len(set(texts)) == 4
+    again = list(run_all(engine, asked[::-1]))[-1]  # prefixes are used again only under the same adapter
+    assert [progress.tokens for progress in again[::-1]] == [progress.tokens for progress in together]
+
+
+def trained(seed, leaf):
+    """An adapter that does something."""
+    if not isinstance(leaf, LoraArray):
+        return leaf
+    return replace(leaf, b=jax.random.normal(jax.random.key(seed + 9), leaf.b.shape))
+
+
+def quantized_linears(params):
+    layers = {name: quantize(w, "nf4") if name in LINEARS else w for name, w in params["layers"].items()}
+    return params | {"layers": layers}
 
 
 def test_a_request_that_ends_early_frees_its_row(params):
