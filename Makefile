@@ -1,14 +1,22 @@
-# Every target works on a fresh clone with nothing but Python 3.11 or newer; the environment lives in .venv.
+# Every target works on a fresh clone with nothing but Python 3.11 or newer. The environment lives in .venv; that of
+# `make ... PYTHON=python3.12` in .venv-3.12, beside it.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(patsubst python%,%,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
+# The interpreter itself. pyenv's stand-in for one that is not switched on refuses to run, but pyenv knows where it is.
+INTERPRETER = $(shell $(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null || \
+	pyenv whence --path $(PYTHON) 2>/dev/null | tail -n 1)
+FOUND = $(or $(INTERPRETER),$(error no Python answers to "$(PYTHON)": install it, or name another with PYTHON=))
+# What tests ran with, where requirements/ has it for this Python; another Python takes the newest of everything.
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+lock = $(addprefix --constraint ,$(wildcard requirements/test-$(call version,$(1)).txt))
 # Two pytests, each with up to 5 GB of memory, which take whole files in turn.
 IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 # XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
 TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
 
-.PHONY: demo test check lint types fast-tests soak bench clean
+.PHONY: demo test check lint types fast-tests soak bench figures wheel-check interpreter lock clean
 
 # A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
 demo: $(VENV)/.core
@@ -36,7 +44,7 @@ lint:
 	$(BIN)/ruff format --check
 
 types:
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fast-tests:
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow and not soak"
@@ -47,19 +55,39 @@ soak: $(VENV)/.dev
 bench: $(VENV)/.dev
 	for name in decode train quantized lora checkpoint convert; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
+# docs/figures.md, from what the benchmarks wrote.
+figures:
+	$(FOUND) benchmarks/figures.py
+
+# The wheel as a stranger has it: built, installed into an empty environment, used from another folder.
+wheel-check:
+	.ci/wheel-check $(FOUND) $(call lock,$(FOUND))
+
+# Succeeds where PYTHON can be run.
+interpreter:
+	test -n "$(INTERPRETER)"
+
+# Writes requirements/test-VERSION.txt anew: the versions that a fresh environment gets today. The part of a version
+# after "+" names one build of it (torch's for CPUs alone), not what is in it.
+lock:
+	rm -rf build/lock && $(FOUND) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --no-compile ".[dev]"
+	build/lock/bin/python -m pip freeze --exclude puna | sed 's/+.*//' \
+		> requirements/test-$(call version,$(FOUND)).txt
+
 clean:
-	rm -rf $(VENV) build demo *.egg-info
+	rm -rf .venv .venv-* build demo *.egg-info
 
 $(BIN)/python:
-	@echo "Making the environment $(VENV) with $(PYTHON)"
-	$(PYTHON) -m venv $(VENV)
+	@echo "Making the environment $(VENV) with $(FOUND)"
+	$(FOUND) -m venv $(VENV)
 
-$(VENV)/.core: pyproject.toml | $(BIN)/python
+$(VENV)/.core: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
 	@echo "Installing Puna and its core dependencies into $(VENV)"
-	$(BIN)/python -m pip install --quiet --no-compile --editable .
+	$(BIN)/python -m pip install --quiet --no-compile $(call lock,$(BIN)/python) --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
 	@echo "Installing Puna with what its tests need (torch and transformers among it) into $(VENV)"
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile $(call lock,$(BIN)/python) --editable ".[dev]"
 	@touch $(VENV)/.core $@

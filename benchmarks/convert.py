@@ -4,9 +4,10 @@ A synthetic bfloat16 LLaMA in Hugging Face's format goes to Orbax and back, and 
 `python -m convert model` of its own whose anonymous memory (RssAnon of /proc) is sampled. A quarter of the layers is
 done first: the peaks must be the same. Then `load_model` of a 1B-shaped folder is timed, a 7B-shaped folder is loaded
 as nf4 with double quantization, and 7B- and 13B-shaped ones are converted to nf4 and int8 folders for their sizes.
+Loading eight 7B-shaped layers for decoding is held against what it keeps, read layer by layer and by way of the stack.
 Copies and conversions alike are timed until their bytes are on disk.
 
-    python benchmarks/convert.py [--layers 32] [--folder /tmp] [--parts conversions load quantize sizes]
+    python benchmarks/convert.py [--layers 32] [--folder /tmp] [--parts conversions load layout quantize sizes]
 
 prints a table and writes benchmarks/results/convert.json, where the parts not run stay as they were. It needs 42 GB of
 disk; --layers 4 makes do with 7.
@@ -32,7 +33,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "convert.json"
 GIB = 2**30
-PARTS = ("conversions", "load", "quantize", "sizes")
+PARTS = ("conversions", "load", "layout", "quantize", "sizes")
 STEPS = (("hf", "orbax"), ("orbax", "hf"), ("hf", "meta"), ("meta", "hf"))
 
 # Children run from the root: there `convert` is the package and not this file.
@@ -86,6 +87,29 @@ jax.numpy.zeros(())  # the backend starts before the clock
 start = time.perf_counter()
 jax.block_until_ready(load_model(sys.argv[1])[1])
 print(time.perf_counter() - start)
+"""
+
+
+LAYOUT = """
+import sys
+from pathlib import Path
+import jax
+from convert import load_model
+from model.layout import per_layer
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+jax.config.update("jax_platforms", "cpu")
+jax.numpy.zeros(()).block_until_ready()
+before = anonymous()
+if sys.argv[2] == "per_layer":
+    params = load_model(sys.argv[1], layout="per_layer")[1]
+else:
+    params = per_layer(load_model(sys.argv[1])[1])
+leaves = jax.tree.leaves(jax.block_until_ready(params))
+layer = sum(x.nbytes for x in jax.tree.leaves(params["layers"][0]))
+print(before, sum({id(x): x.nbytes for x in leaves}.values()), max(layer, *(x.nbytes for x in leaves)))
 """
 
 
@@ -174,6 +198,26 @@ def loading(work: Path) -> dict[str, float]:
     }
 
 
+def layouts(work: Path) -> dict[str, Any]:
+    """Loading for decoding: GiB kept, GiB of the largest layer or table, and the peak beyond what the process had.
+
+    `of_kept` is the peak, less the largest layer or table, over what is kept.
+    """
+    child("-c", MAKE, str(work / "hf"), "llama-7b", "8")
+    found: dict[str, Any] = {}
+    for way in ("per_layer", "by way of the stack"):
+        _, peak, output = child("-c", LAYOUT, str(work / "hf"), way)
+        before, kept, largest = (int(number) / GIB for number in output.split())
+        found[way] = {
+            "kept_gib": round(kept, 3),
+            "largest_gib": round(largest, 3),
+            "peak_gib": round(peak - before, 3),
+            "of_kept": round((peak - before - largest) / kept, 3),
+        }
+    shutil.rmtree(work / "hf")
+    return found
+
+
 def quantizing(work: Path, layers: int) -> dict[str, float]:
     """`load_model` of a 7B-shaped folder as nf4: seconds, GiB of the result, and the peak of anonymous memory."""
     child("-c", MAKE, str(work / "hf"), "llama-7b", str(layers))
@@ -215,6 +259,7 @@ def main() -> None:
         measures = {
             "conversions": lambda: [round_trips(Path(name), depth) for depth in (max(layers // 4, 1), layers)],
             "load": lambda: loading(Path(name)),
+            "layout": lambda: layouts(Path(name)),
             "quantize": lambda: quantizing(Path(name), layers),
             "sizes": lambda: {p: sizes(Path(name), p, arguments.layers) for p in ("llama-7b", "llama-13b")},
         }
@@ -237,6 +282,10 @@ def show(result: dict[str, Any]) -> None:
     if "load" in result:
         load = result["load"]["figures"]
         print(f"load_model of {load['gigabytes']} GB: {load['load_s']} s, {load['copies']} times a copy")
+    for way, found in result.get("layout", {}).get("figures", {}).items():
+        print(
+            f"loaded for decoding, {way}: " + "keeps {kept_gib} GiB, peak {peak_gib}, {of_kept} of it".format(**found)
+        )
     if "quantize" in result:
         print(
             "loaded as nf4: {seconds} s, {held_gib} GiB held, peak {peak_gib} GiB".format(

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from convert import load_model
 from infer.generate import generate
-from model.linear import decode_layout
+from model.layout import per_layer
 
 transformers = import_module("transformers")  # not for the type checker, which would take 20 s to read it
 PROMPT, NEW = 32, 128
@@ -76,7 +76,7 @@ def peer(model: Any, prompts: np.ndarray) -> Callable[[], list[list[int]]]:
 
 def ours(folder: Path, prompts: np.ndarray) -> Callable[[], list[list[int]]]:
     config, params = load_model(folder)
-    params = decode_layout(params)
+    params = per_layer(params)
 
     def run() -> list[list[int]]:
         chunks = list(generate(params, config, prompts.tolist(), NEW))

@@ -33,9 +33,10 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from convert.checkpoint import open_model
-from convert.gguf import write_gguf
+from convert.checkpoint import WriteOptions
+from convert.formats import open_model
 from convert.load import load_model
+from convert.save import write_model
 from infer.generate import generate
 from model.config import LlamaConfig
 from model.llama import forward
@@ -43,7 +44,12 @@ from model.params import Params
 from model.tokenizer import load_tokenizer
 
 RESULT = Path(__file__).parent / "results" / "gguf.json"
-TYPES = ("float32", "float16", "q8_0", "q4_0")
+TYPES = {
+    "float32": WriteOptions(dtype="float32"),
+    "float16": WriteOptions(dtype="float16"),
+    "q8_0": WriteOptions(quantize="int8"),
+    "q4_0": WriteOptions(quantize="int4"),
+}
 PROMPTS = (
     "Once upon a time",
     "One day, a little girl named Lily",
@@ -107,10 +113,10 @@ def main() -> None:
     rows = []
     model = open_model(arguments.model)
     with tempfile.TemporaryDirectory() as folder:
-        for type in TYPES:
+        for type, options in TYPES.items():
             path, widened = Path(folder) / f"{type}.gguf", Path(folder) / f"{type}_widened.gguf"
-            write_gguf(path, model, type)
-            write_gguf(widened, replace(open_model(path), folder=model.folder), "float32")
+            write_model(path, replace(model, format="gguf"), options)
+            write_model(widened, replace(open_model(path), folder=model.folder), TYPES["float32"])
             with jax.default_matmul_precision("highest"):
                 found = compare(path, widened, arguments.model, arguments.tokens, ENGINES[arguments.engine])
             rows += [{"type": type, **row} for row in found]

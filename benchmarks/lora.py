@@ -29,11 +29,11 @@ import optax
 from benchmarks.quantized import best_times, nbytes, temporaries, write_result
 from convert import save_model
 from model import LlamaConfig, hidden, init_params, make_mesh
+from model.cpu import COMPILER_OPTIONS
 from model.lora import add, join, split
 from model.params import LINEARS, Params
 from model.quantize import quantize
 from train.loss import IGNORE_INDEX, make_loss
-from train.step import CPU_OPTIONS
 
 RESULT = Path(__file__).parent / "results" / "lora.json"
 C15 = LlamaConfig(
@@ -72,7 +72,7 @@ class OurStep:
             updates, state = optimizer.update(gradient, state, trained)
             return optax.apply_updates(trained, updates), state, value
 
-        self.compiled = step.lower(self.trained, self.state, frozen).compile(CPU_OPTIONS)
+        self.compiled = step.lower(self.trained, self.state, frozen).compile(COMPILER_OPTIONS)
 
     def __call__(self) -> jax.Array:
         self.trained, self.state, value = self.compiled(self.trained, self.state, self.frozen)

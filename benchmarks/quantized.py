@@ -27,9 +27,10 @@ import jax.numpy as jnp
 
 from benchmarks.gguf import serve
 from model import PRESETS, LlamaConfig, forward, init_cache
-from model.linear import TransposedArray, linear
+from model.linear import linear
 from model.params import LINEARS, Params, param_specs
 from model.quantize import FORMATS, quantize
+from model.transposed import TransposedArray
 
 RESULT = Path(__file__).parent / "results" / "quantized.json"
 QUANTIZERS: dict[str, Callable[[jax.Array], Any]] = {

@@ -79,17 +79,16 @@ def run_puna(shape: str, remat: str) -> list[float]:
     from model.config import LlamaConfig
     from train.config import read_config
     from train.optim import make_schedule
-    from train.start import first_weights, mesh_of
-    from train.step import init_state, make_step, shardings_of, state_of
+    from train.start import mesh_of
+    from train.state import abstract_state, base_params, init_state, shardings_of
+    from train.step import make_step
 
     wanted = {"model": dims(shape) | {"remat": remat}, "run": {"batch_size": BATCH}}
     config = read_config({"data": {"path": "unread", "max_length": LENGTH}} | wanted)
     model, mesh = LlamaConfig(**dims(shape)), mesh_of(config)
-    parts = first_weights(config, model, mesh)
-    abstract = state_of(config, *parts, mesh)
+    abstract = abstract_state(config, model, mesh)
     step = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardings_of(abstract))
-    state = init_state(config, abstract, *parts)
-    del parts
+    state = init_state(config, model, base_params(config, model, mesh, None), abstract)
     tokens = jnp.asarray(tokens_of(), jnp.int32)
     rows = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "segments": jnp.ones_like(tokens[:, 1:])}
 

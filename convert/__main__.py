@@ -6,23 +6,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import typer
-from jax.numpy import dtype as as_dtype
 
+from cli.command import main
+from cli.progress import progress
 from convert import delta, manifest, merge, vocab
-from convert.bnb import as_format, quantized_checkpoint
-from convert.checkpoint import main_dtype, open_model
-from convert.command import main, progress
+from convert.checkpoint import WriteOptions
 from convert.describe import describe
-from convert.gguf import write_gguf
+from convert.formats import DTYPES, check_options, formats_help, open_model, option_help, quantize_help
 from convert.save import write_model
 from convert.verify import compare
 from model.errors import PunaError
-from model.quantize import quantizer
 
-DTYPES = ("float32", "bfloat16", "float16")
-GGUF_TYPES = {"int8": "q8_0", "int4": "q4_0"}
+_SHARD_SIZE = option_help("max_shard_size", "bytes of one file (5GB if not given), as in 500MB or 2GiB.")
+_SHARDS = option_help("shards", "model-parallel shards.")
+_DTYPE = "float32, bfloat16 or float16; by default "
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
 deltas = typer.Typer(no_args_is_help=True, help="What to add to a base model to give a fine-tuned one.")
@@ -35,70 +33,59 @@ app.add_typer(vocabularies, name="vocab")
 def model(
     source: str = typer.Argument(metavar="SRC", help="A model of any format, or a Hub id org/name[@revision]."),
     destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
-    to: str = typer.Option(..., help="hf, orbax, meta or gguf (for llama.cpp; DST is a file)."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; by default as stored."),
-    quantize: str | None = typer.Option(
-        None, help="hf: int8, int4 or nf4, for the linear weights of the layers. gguf: int8 (Q8_0) or int4 (Q4_0)."
+    format: str = typer.Option(..., "--to", help=formats_help()),
+    dtype: str | None = typer.Option(None, help=_DTYPE + "as stored."),
+    quantize: str | None = typer.Option(None, help=quantize_help()),
+    double_quant: bool | None = typer.Option(
+        None,
+        "--double-quant/--no-double-quant",
+        help=option_help("double_quant", "quantize nf4's scales too (default)."),
     ),
-    double_quant: bool = typer.Option(True, help="nf4: quantize the scales of its blocks too."),
-    block: int | None = typer.Option(None, help="hf and int4: 32, 64 (if not given) or 128 weights to a scale."),
-    max_shard_size: str = typer.Option("5GB", help="Bytes of one safetensors file, as in 500MB or 2GiB."),
-    shards: int = typer.Option(1, min=1, help="Model-parallel shards of Meta's format."),
+    block: int | None = typer.Option(
+        None, help=option_help("block", "32, 64 (if not given) or 128 weights to a scale of int4.")
+    ),
+    max_shard_size: str | None = typer.Option(None, help=_SHARD_SIZE),
+    shards: int = typer.Option(1, min=1, help=_SHARDS),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
 ) -> None:
     """Convert a model. Memory stays at a few layers, whatever the size."""
-    limit = parse_size(max_shard_size)
-    check_dtype(dtype)
-    if block is not None and (quantize is None or to != "hf"):
-        raise PunaError(f"--block {block} is of --to hf --quantize int4: give both, or leave it out")
-    if to == "gguf" and dtype is not None and quantize is not None:
-        raise PunaError(
-            f"--dtype {dtype} and --quantize {quantize} are each a type of GGUF's matrices: give one of them"
-        )
+    options = WriteOptions(
+        dtype=dtype,
+        quantize=quantize,
+        block=block,
+        double_quant=double_quant,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+        shards=shards,
+        bar=partial(progress, f"writing {destination.name}"),
+    )
+    check_options(format, options)
     checkpoint = open_model(source)
     if checkpoint.quantized and quantize is not None:
         print(f"{source} is quantized already: what its numbers stand for is quantized again", file=sys.stderr)
-    if dtype is not None and to != "gguf":
-        kind = np.dtype(as_dtype(dtype))
-        checkpoint = replace(checkpoint, tensors={name: t.cast(kind) for name, t in checkpoint.tensors.items()})
-    if dtype is not None or to != "hf":
-        checkpoint = replace(checkpoint, quantized={})  # of quantized weights, the dequantized numbers are written
-    bar = partial(progress, f"writing {destination.name}")
-    if to == "gguf":
-        stored_as = quantize or dtype or main_dtype(checkpoint.tensors)  # of matrices: vectors stay exact
-        write_gguf(destination, checkpoint, GGUF_TYPES.get(stored_as, stored_as), overwrite, bar)
-        return
-    if quantize is not None:
-        if to != "hf":
-            raise PunaError(f"--quantize {quantize} writes --to hf or gguf only, not {to}")
-        format, double = as_format(quantize), double_quant and quantize == "nf4"
-        quantizer(format, block or 64, double)  # refuses what the format does not have
-        checkpoint = quantized_checkpoint(checkpoint, format, block or 64, double)
-    target = replace(checkpoint, format=to)
-    write_model(destination, target, overwrite, shards=shards, max_shard_size=limit, bar=bar)
+    write_model(destination, replace(checkpoint, format=format), options, overwrite)
 
 
 @app.command("merge")
 def merge_command(
     paths: list[str] = typer.Argument(metavar="BASE ADAPTER... DST", help="The base, adapters in order, and DST."),
-    to: str = typer.Option("hf", help="hf, orbax or meta."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; by default the base's."),
-    max_shard_size: str = typer.Option("5GB", help="Bytes of one safetensors file, as in 500MB or 2GiB."),
-    shards: int = typer.Option(1, min=1, help="Model-parallel shards of Meta's format."),
+    format: str = typer.Option("hf", "--to", help=formats_help()),
+    dtype: str | None = typer.Option(None, help=_DTYPE + "the base's."),
+    max_shard_size: str | None = typer.Option(None, help=_SHARD_SIZE),
+    shards: int = typer.Option(1, min=1, help=_SHARDS),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
 ) -> None:
     """Merge one or several PEFT adapters into a model, in order; vocabularies may grow on the way."""
     if len(paths) < 3:
         raise PunaError(f"merge needs BASE, at least one ADAPTER and DST; {len(paths)} given")
-    limit = parse_size(max_shard_size)
-    check_dtype(dtype)
     base, *adapters, last = paths
     destination = Path(last)
-    bar = partial(progress, f"writing {destination.name}")
-    merged = merge.merge_adapters(
-        base, adapters, destination, format=to, dtype=dtype, overwrite=overwrite, shards=shards,
-        max_shard_size=limit, bar=bar,
-    )  # fmt: skip
+    options = WriteOptions(
+        dtype=dtype,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+        shards=shards,
+        bar=partial(progress, f"writing {destination.name}"),
+    )
+    merged = merge.merge_adapters(base, adapters, destination, format, options, overwrite)
     for name, error in merged.items():
         print(f"{name}: quantized again with a relative error of {error:.2%}", file=sys.stderr)
 
@@ -138,7 +125,7 @@ def verify(
         0.0, min=0.0, help="The largest difference of a tensor that counts as equal; of logits, 1e-4 at least."
     ),
 ) -> None:
-    """Compare two models of any formats: every tensor, and the logits. Exit 1 where they differ."""
+    """Compare two models of any formats: configs, tensors, logits, tokenizers. Exit 1 where they differ."""
     if not compare(a, b, tokens, atol):
         raise typer.Exit(1)
 

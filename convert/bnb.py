@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import Checkpoint, LazyQuantized
+from convert.damage import malformed
 from convert.lazy import Index, LazyTensor, check_finite
 from convert.names import parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import LINEARS
-from model.quantize import FORMATS, NESTED_BLOCK, NF4, Format, QuantizedArray, dequantize, dynamic_map, quantize
+from model.quantize import NESTED_BLOCK, NF4, Format, QuantizedArray, dequantize, dynamic_map, quantize
 
 _STATE = "quant_state.bitsandbytes__nf4"
 _SETTING = re.compile(
@@ -35,14 +36,6 @@ _PAD_CODES = 0x77  # two zeros of NF4
 
 
 # --------------------------------------------------------------------------------------------------------------- write
-
-
-def as_format(name: str) -> Format:
-    """The format of that name. Raises PunaError for another."""
-    for format in FORMATS:
-        if format == name:
-            return format
-    raise PunaError(f"quantize {name!r} is not known; choose {', '.join(FORMATS)}")
 
 
 def quantized_checkpoint(checkpoint: Checkpoint, format: Format, block: int = 64, double: bool = False) -> Checkpoint:
@@ -153,13 +146,15 @@ def _arrays(name: str, q: QuantizedArray) -> dict[str, np.ndarray]:
 
 
 def read_quantized(
-    settings: Mapping[str, Any], tensors: dict[str, LazyTensor], config: LlamaConfig, dtype: str, folder: Path
+    settings: Any, tensors: dict[str, LazyTensor], config: LlamaConfig, dtype: str, folder: Path
 ) -> tuple[dict[str, LazyTensor], dict[str, LazyQuantized]]:
     """Splits what a quantized folder holds: every tensor as floats under its Hugging Face name, [out, in], and the
     quantized weights under ours. `dtype` is what int8 weights were, which their files do not say.
 
     Raises PunaError for another method or type, other tables or block sizes, and tensors that do not fit the config.
     """
+    if not isinstance(settings, Mapping):
+        raise PunaError(f"{folder / 'config.json'}: quantization_config is {settings!r}, and no object")
     _check_method(settings, folder)
     found: dict[str, LazyQuantized] = {}
     left = dict(tensors)
@@ -167,7 +162,8 @@ def read_quantized(
         if param.name.split(".")[-1] not in LINEARS or param.hf not in left:
             continue
         n_in, n_out = param.shape
-        weight = _read_weight(param.hf, left, settings, (n_out, n_in), dtype)
+        with malformed(folder):
+            weight = _read_weight(param.hf, left, settings, (n_out, n_in), dtype)
         if weight is not None:
             found[param.name] = weight
             left[param.hf] = _dequantized(weight, tensors[param.hf].where)
@@ -264,6 +260,7 @@ def _read_nf4(name: str, codes: LazyTensor, own: Mapping[str, LazyTensor], shape
     return _stored(like, load, name, where)
 
 
+@cache
 def _like(shape: tuple[int, int], format: Format, dtype: str, block: int = 64, double: bool = False) -> QuantizedArray:
     """The shapes that quantizing a weight [out, in] gives."""
     make = partial(quantize_rows, format=format, block=block, double=double)

@@ -1,10 +1,10 @@
 """SHA-256 of whole files, in the format of `sha256sum`, so that `sha256sum -c SHA256SUMS` checks a folder too."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from cli.files import sha256_of
 from model.errors import PunaError
 
 CHECKSUMS = "SHA256SUMS"
@@ -12,16 +12,12 @@ CHECKSUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, in lower-case hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_checksums(folder: Path) -> None:
     """Write SHA256SUMS: a line for every file of the folder."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
-    (folder / CHECKSUMS).write_text("".join(f"{digest(folder / name)}  {name}\n" for name in names), encoding="utf-8")
+    (folder / CHECKSUMS).write_text(
+        "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names), encoding="utf-8"
+    )
 
 
 def read_checksums(path: Path) -> dict[str, str]:
@@ -52,5 +48,5 @@ def check_checksums(folder: Path, sums: Mapping[str, str], listed: str | Path, n
     for file, expected in sums.items():
         if not (folder / file).is_file():
             raise PunaError(f"{name} has no {file}, which {listed} lists")
-        if (found := digest(folder / file)) != expected:
+        if (found := sha256_of(folder / file)) != expected:
             raise PunaError(f"{name}: {file} has SHA-256 {found}; {listed} says {expected}")

@@ -19,25 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.numpy import dtype as as_dtype
 
-from convert.checkpoint import (
-    Checkpoint,
-    copy_files,
-    main_dtype,
-    open_model,
-    read_json,
-    write_generation_config,
-    write_json,
-)
+from cli.files import atomic_path, check_apart, check_free_space, copy_files, write_json
+from cli.progress import ProgressBar, no_progress
+from convert.checkpoint import Checkpoint, main_dtype, write_generation_config
 from convert.checksums import CHECKSUMS, check_checksums, read_checksums, write_checksums
-from convert.command import atomic_path, check_apart, check_free_space
-from convert.hf import write_weights
-from convert.lazy import Index, LazyTensor, ProgressBar, check_finite, contiguous, from_array, no_progress
+from convert.damage import malformed
+from convert.formats import open_model
+from convert.hf import stem_of, write_weights
+from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array
 from convert.names import Parameter, check_keys, parameters
 from convert.safetensor import read_safetensors, write_safetensors
-from convert.save import MAX_SHARD_SIZE
 from convert.vocab import INITS, resized
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 from model.rope import frequencies
 from model.tokenizer import TOKENIZER_FILES
 
@@ -68,9 +63,19 @@ def make(
 ) -> None:
     """Write target - base as a Hugging Face folder with the target's tokenizer, a Record and SHA256SUMS.
 
-    dtype: of the subtraction and of the file; None is the target's. Vicuna's deltas are float16, Alpaca's and
-    WizardLM's float32. init: of the rows by which the target's vocabulary is larger, zero (Vicuna v0) or mean (Alpaca,
-    WizardLM); None goes by the dtype. Raises PunaError where the two are not of one shape, or hold NaN or infinity.
+    Args:
+        base: a model folder of any format, or a Hub id.
+        target: the fine-tuned model.
+        dst: the folder to write.
+        dtype: of the subtraction and of the file; None is the target's. Vicuna's deltas are float16, Alpaca's and
+            WizardLM's float32.
+        init: of the rows by which the target's vocabulary is larger, zero (Vicuna v0) or mean (Alpaca, WizardLM);
+            None goes by the dtype.
+        overwrite: replace what stands at `dst`.
+        bar: shows how many bytes are written.
+
+    Raises:
+        PunaError: the two are not of one shape, or hold NaN or infinity.
     """
     check_apart(dst, base, target)
     new = _opened(target)
@@ -85,7 +90,7 @@ def make(
         for param in parameters(new.config)
     }
     with _folder(dst, overwrite, new, kind) as folder:
-        write_weights(folder, deltas, bar, MAX_SHARD_SIZE)
+        write_weights(folder, deltas, bar, stem=stem_of(new.config))
         if missed:
             write_safetensors(folder / MISSED, missed, lambda count: None)
         write_json(folder / RECORD, vars(record))
@@ -102,15 +107,23 @@ def apply(
     overwrite: bool = False,
     bar: ProgressBar = no_progress,
 ) -> None:
-    """Write base + delta as a Hugging Face folder with the delta's tokenizer and SHA256SUMS.
+    """Write base + delta, in the delta's dtype, as a Hugging Face folder with the delta's tokenizer and SHA256SUMS.
 
-    The sum is in the delta's dtype. init: as for `make`, where the delta does not say. total: what all numbers of the
-    result add up to, within TOLERANCE (Alpaca's check; see `_check_total`). sums: a list as sha256sum writes it, which
-    the files written must match and which names all weights. A SHA256SUMS in the folder of the base or of the delta is
-    checked first.
+    A SHA256SUMS in the folder of the base or of the delta is checked first.
 
-    Raises PunaError where the base is not the one that the delta was made from, as far as the delta tells: by names,
-    shapes and dtypes, and by SHA-256 where it has a Record; also for NaN, and where a check fails.
+    Args:
+        base: a model folder of any format, or a Hub id.
+        delta: the folder of a delta.
+        dst: the folder to write.
+        init: as for `make`, where the delta does not say.
+        total: what all numbers of the result add up to, within TOLERANCE (Alpaca's check; see `_check_total`).
+        sums: a list as sha256sum writes it, which the files written must match and which names all weights.
+        overwrite: replace what stands at `dst`.
+        bar: shows how many bytes are written.
+
+    Raises:
+        PunaError: the base is not the one that the delta was made from, as far as the delta tells (by names, shapes
+            and dtypes, and by SHA-256 where it has a Record), or holds NaN, or a check fails.
     """
     if total is not None and not math.isfinite(total):
         raise PunaError(f"sum {total}: give the finite number that all numbers of the result add up to")
@@ -132,7 +145,7 @@ def apply(
         for param in parameters(difference.config)
     }
     with _folder(dst, overwrite, difference, record.dtype) as folder:
-        write_weights(folder, tensors, bar, MAX_SHARD_SIZE)
+        write_weights(folder, tensors, bar, stem=stem_of(difference.config))
         if total is not None:
             _check_total(math.fsum(totals), total, difference.config)
         write_checksums(folder)
@@ -226,7 +239,8 @@ def _added(
         with np.errstate(over="ignore", invalid="ignore"):
             new = old + contiguous(param.swap_layout(delta).load())
         if f"{param.hf}.positions" in missed:
-            new.reshape(-1)[missed[f"{param.hf}.positions"].load()] = missed[f"{param.hf}.values"].load()
+            with malformed(Path(missed[f"{param.hf}.positions"].where)):
+                new.reshape(-1)[missed[f"{param.hf}.positions"].load()] = missed[f"{param.hf}.values"].load()
         check_finite(new, param.hf, delta.where)
         if record.target and record.target.get(param.hf) != _digest(new):
             raise PunaError(f"{delta.where}: {param.hf} does not give the target it was made for: the file is damaged")
@@ -274,10 +288,10 @@ def _read_record(delta: Checkpoint) -> Record:
     if not path.is_file():
         return Record(dtype, _init(None, dtype))
     said: dict[str, Any] = read_json(path)
-    try:
-        record = Record(**said)
-    except TypeError:
-        raise PunaError(f"{path} is not as `convert delta make` writes it: fetch it again") from None
+    fields_known = said.keys() <= {"dtype", "init", "base", "target"} and {"dtype", "init"} <= said.keys()
+    if not fields_known or not all(isinstance(said.get(key, {}), dict) for key in ("base", "target")):
+        raise PunaError(f"{path} is not as `convert delta make` writes it: fetch it again")
+    record = Record(**said)
     if record.dtype != dtype:
         raise PunaError(f"{delta.folder} holds {dtype} weights; its {RECORD} says {record.dtype}")
     return record

@@ -1,12 +1,12 @@
 """What a model folder holds, as lines for a person or a script."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 
+from cli.files import sha256_of
+from cli.progress import progress
 from convert.checkpoint import Checkpoint
-from convert.command import progress
 from model.params import param_count
 from model.quantize import QuantizedArray
 
@@ -16,7 +16,8 @@ def describe(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     config = checkpoint.config
     yield "format", checkpoint.format
     for field in fields(config):
-        yield field.name, str(getattr(config, field.name))
+        if field.name != "pieces" or config.pieces:
+            yield field.name, str(getattr(config, field.name))
     yield "parameters", f"{param_count(config):,}"
     yield "bytes", f"{checkpoint.nbytes:,}"
     quantized = checkpoint.quantized
@@ -28,9 +29,7 @@ def describe(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     files = [checkpoint.file] if checkpoint.file else sorted(x for x in checkpoint.folder.rglob("*") if x.is_file())
     with progress("hashing", sum(path.stat().st_size for path in files)) as advance:
         for path in files:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            size = path.stat().st_size
+            digest, size = sha256_of(path), path.stat().st_size
             advance(size)
             yield str(path.relative_to(checkpoint.folder)), f"{size:,} sha256 {digest}"
 

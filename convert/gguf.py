@@ -7,19 +7,22 @@ have the type asked for, or F16 where it cannot cut their rows into blocks; vect
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from convert.checkpoint import Checkpoint
-from convert.command import atomic_path, check_apart, check_free_space
+from cli.progress import ProgressBar
+from convert.checkpoint import Checkpoint, WriteOptions, main_dtype
+from convert.damage import malformed
 from convert.gguf_tokenizer import add_tokenizer
-from convert.lazy import Index, LazyTensor, ProgressBar, contiguous, from_array, no_progress
-from convert.meta import pairs_to_halves
-from convert.names import Parameter, check_keys, check_shape, parameters
+from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array
+from convert.names import Parameter, check_keys, check_shape, pairs_to_halves, parameters
 from model.config import LlamaConfig, RopeScaling
 from model.errors import PunaError
 from model.params import param_count
@@ -32,6 +35,9 @@ TYPES = {  # our names: GGUF's of the tensor type, and of the file
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
     "q4_0": ("Q4_0", "MOSTLY_Q4_0"),
 }
+QUANTIZATIONS = {"int8": "q8_0", "int4": "q4_0"}
+SIGNS = ("*.gguf",)
+
 _ARRAYS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _ROPE_FREQS = "rope_freqs.weight"
 _PERMUTED = ("wq", "wk", "bq", "bk")
@@ -54,44 +60,75 @@ class _Entry:
     type: str
 
 
-def write_gguf(
-    path: Path, checkpoint: Checkpoint, type: str, overwrite: bool = False, bar: ProgressBar = no_progress
-) -> None:
-    """Write the checkpoint and the tokenizer in its folder as one file, renamed when complete.
+def write(path: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
+    """Write the model, with the tokenizer that lies in its folder or that the options give, as one file.
 
-    type: a key of TYPES. Raises PunaError for a config or a tokenizer that llama.cpp could not run as they are, for
-    numbers beyond the type's range, and where `path` exists or is what is read.
+    Raises:
+        PunaError: a config or a tokenizer that llama.cpp could not run as it is, or numbers beyond the type's range.
     """
+    gguf = import_gguf("writing GGUF")
+    config, type = checkpoint.config, _main_type(checkpoint, options)
+    entries = _entries(gguf, checkpoint, type)
+    writer = gguf.GGUFWriter(path, "llama")
+    try:
+        writer.add_type("model")
+        writer.add_name(checkpoint.folder.name)
+        writer.add_size_label(gguf.size_label(param_count(config), param_count(config), 0, 0))
+        writer.add_file_type(gguf.LlamaFileType[TYPES[type][1]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_config(gguf, writer, config)
+        with _tokenizer(checkpoint, options) as folder:
+            add_tokenizer(writer, folder, config.vocab_size)
+        _write_tensors(gguf, writer, entries, options.bar)
+    finally:
+        writer.close()
+
+
+def nbytes(checkpoint: Checkpoint, options: WriteOptions) -> int:
+    """Bytes of the tensors that `write` will write."""
+    gguf = import_gguf("writing GGUF")
+    entries = _entries(gguf, checkpoint, _main_type(checkpoint, options))
+    return sum(_nbytes(gguf, entry) for entry in entries.values())
+
+
+def _main_type(checkpoint: Checkpoint, options: WriteOptions) -> str:
+    """The key of TYPES that matrices are written in; vectors stay exact."""
+    if options.dtype is not None and options.quantize is not None:
+        raise PunaError(
+            f"dtype={options.dtype!r} and quantize={options.quantize!r} are each a type of GGUF's matrices: give one "
+            "of them"
+        )
+    type = QUANTIZATIONS[options.quantize] if options.quantize else options.dtype or main_dtype(checkpoint.tensors)
     if type not in TYPES:
-        raise PunaError(f"GGUF type {type!r} is not known; choose {', '.join(TYPES)}")
-    if path.is_dir():
-        raise PunaError(f"{path} is a folder: give the file to write, as {path / 'model.gguf'}")
-    check_apart(path, checkpoint.file or checkpoint.folder)
-    gguf = import_gguf(f"writing {path}")
-    config = checkpoint.config
+        raise PunaError(f"{checkpoint.folder}: weights in {type} have no type of GGUF's; give dtype='float32'")
+    return type
+
+
+def _entries(gguf: Any, checkpoint: Checkpoint, type: str) -> dict[str, _Entry]:
+    """Every tensor to write by llama.cpp's name."""
+    config, tensors = checkpoint.config, checkpoint.tensors
+    if config.pieces:
+        said = ", ".join(config.pieces.names().values())
+        raise PunaError(f"{checkpoint.folder} computes with {said}, which llama.cpp does not have: choose hf or orbax")
     names = _names(gguf, config)
     entries = {
-        names[param.name]: _Entry(
-            _theirs(param, checkpoint.tensors[param.name], config), _type(gguf, param, TYPES[type][0])
-        )
+        names[param.name]: _Entry(_theirs(param, tensors[param.name], config), _type(gguf, param, TYPES[type][0]))
         for param in parameters(config)
     }
     if config.rope_scaling and config.rope_scaling.rope_type == "llama3":
         entries = {_ROPE_FREQS: _Entry(from_array(_rope_factors(config), "the config"), "F32"), **entries}
-    with atomic_path(path, overwrite) as temporary:
-        check_free_space(path, sum(_nbytes(gguf, entry) for entry in entries.values()))
-        writer = gguf.GGUFWriter(temporary, "llama")
-        try:
-            writer.add_type("model")
-            writer.add_name(checkpoint.folder.name)
-            writer.add_size_label(gguf.size_label(param_count(config), param_count(config), 0, 0))
-            writer.add_file_type(gguf.LlamaFileType[TYPES[type][1]])
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            _add_config(gguf, writer, config)
-            add_tokenizer(writer, checkpoint.folder, config.vocab_size)
-            _write_tensors(gguf, writer, entries, bar)
-        finally:
-            writer.close()
+    return entries
+
+
+@contextmanager
+def _tokenizer(checkpoint: Checkpoint, options: WriteOptions) -> Iterator[Path]:
+    """The folder with the tokenizer's files."""
+    if options.tokenizer is None:
+        yield checkpoint.folder
+        return
+    with TemporaryDirectory() as folder:
+        options.tokenizer.save(Path(folder))
+        yield Path(folder)
 
 
 def _names(gguf: Any, config: LlamaConfig) -> dict[str, str]:
@@ -167,7 +204,9 @@ def _add_config(gguf: Any, writer: Any, config: LlamaConfig) -> None:
             writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast or 32.0)
             writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow or 1.0)
         case scaling:
-            raise PunaError(f"rope_scaling {scaling.to_hf()} cannot be said in GGUF as llama.cpp reads it; use --to hf")
+            raise PunaError(
+                f"rope_scaling {scaling.to_hf()} cannot be said in GGUF as llama.cpp reads it; use format='hf'"
+            )
 
 
 def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], bar: ProgressBar) -> None:
@@ -188,8 +227,7 @@ def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], bar: Prog
 
 def _converted(gguf: Any, name: str, entry: _Entry) -> np.ndarray:
     array = contiguous(entry.tensor.load())
-    if (wrong := array.size - int(np.isfinite(array).sum())) > 0:
-        raise PunaError(f"{entry.tensor.where}: {wrong} numbers of {name} are NaN or infinite: the file is damaged")
+    check_finite(array, name, entry.tensor.where)
     try:
         with np.errstate(over="raise"):
             if entry.type in _ARRAYS:
@@ -199,7 +237,7 @@ def _converted(gguf: Any, name: str, entry: _Entry) -> np.ndarray:
         raise PunaError(f"{entry.tensor.where}: {name} has numbers beyond float16, which {entry.type} uses") from None
 
 
-def read_gguf(path: Path) -> Checkpoint:
+def read(path: Path) -> Checkpoint:
     """The model in a GGUF file, or in the one of a folder: quantized types read as their dequantized float32.
 
     The tokenizer inside is not read; files beside it are taken for the model's. Raises PunaError where the file is
@@ -209,10 +247,11 @@ def read_gguf(path: Path) -> Checkpoint:
     gguf = import_gguf(f"reading {path}")
     try:
         reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise PunaError(f"{path} is truncated or no GGUF file: {error}; fetch it again") from None
-    tensors = {tensor.name: _read_tensor(gguf, tensor, path) for tensor in reader.tensors}
-    config = _read_config(reader, tensors, path)
+    with malformed(path):
+        tensors = {tensor.name: _read_tensor(gguf, tensor, path) for tensor in reader.tensors}
+        config = _read_config(reader, tensors, path)
     names = _names(gguf, config)
     check_keys(names.values(), tensors.keys() - {_ROPE_FREQS}, str(path))
     for param in parameters(config):

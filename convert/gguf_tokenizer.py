@@ -4,14 +4,13 @@ llama.cpp has two tokenizers for LLaMA: "llama" merges SentencePiece pieces by s
 rank. What its own converter (conversion/base.py) writes for each, this writes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import read_json
 from model.errors import PunaError
+from model.json_file import read_json
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.vocabulary import LLAMA3_SPLIT, byte_level_alphabet, is_ranks, parse_sentencepiece
 
@@ -102,7 +101,7 @@ def _ranks(tokens: list[bytes]) -> Tokens:
 
 def _merges(path: Path) -> Tokens:
     """The BPE of a tokenizer.json, byte-level (Llama 3) or with byte fallback (converted from SentencePiece)."""
-    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec = read_json(path)
     model = spec["model"]
     ids: Mapping[str, int] = model["vocab"]
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]

@@ -3,24 +3,34 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from convert.bnb import as_tensors, quantization_config, read_quantized
-from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
-from convert.lazy import LazyTensor, ProgressBar, same_bytes
+from cli.files import write_json
+from cli.progress import ProgressBar
+from convert.bnb import as_tensors, quantization_config, quantized_checkpoint, read_quantized
+from convert.checkpoint import Checkpoint, WriteOptions, main_dtype, write_generation_config
+from convert.damage import malformed
+from convert.lazy import LazyTensor, same_bytes
 from convert.names import from_foreign, is_buffer, parameters
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
 from model.params import LINEARS
+from model.quantize import check_format
+
+PUNA_STEM = "puna"  # of the weights of a model with replaced pieces: who would read model.safetensors finds none
+SIGNS = ("model*.safetensors", f"{PUNA_STEM}*.safetensors", "pytorch_model*.bin", "*.index.json")
+MAX_SHARD_SIZE = 5 * 10**9  # bytes of a safetensors file, as transformers has it
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
-def read_hf(folder: Path) -> Checkpoint:
+def read(folder: Path) -> Checkpoint:
     """The model in an HF folder. Safetensors win over pickled weights where both are there, as in transformers."""
     said = read_json(folder / "config.json")
     quantization = said.pop("quantization_config", None)
-    config = LlamaConfig.from_hf(said)
+    with malformed(folder / "config.json"):
+        config = LlamaConfig.from_hf(said)
     tensors = read_weights(folder)
     quantized = {}
     if quantization is not None:
@@ -38,6 +48,7 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     """Every tensor of the folder under its own name. Raises PunaError where index and files disagree."""
     for stem, suffix, read in (
         ("model", "safetensors", read_safetensors),
+        (PUNA_STEM, "safetensors", read_safetensors),
         ("pytorch_model", "bin", read_pickled),
     ):
         index = folder / f"{stem}.{suffix}.index.json"
@@ -50,9 +61,12 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
 
 
 def _read_indexed(index: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    weight_map: dict[str, str] = read_json(index).get("weight_map", {})
-    names = sorted(set(weight_map.values()))
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
+    said = read_json(index)
+    with malformed(index):
+        weight_map: dict[str, str] = dict(said.get("weight_map", {}))
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
         raise PunaError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names: fetch the missing shard")
     files = {name: read(index.parent / name) for name in names}
     for tensor, name in weight_map.items():
@@ -83,9 +97,10 @@ def _drop_tied_head(tensors: dict[str, LazyTensor], folder: Path) -> None:
         )
 
 
-def write_hf(folder: Path, checkpoint: Checkpoint, bar: ProgressBar, max_shard_size: int) -> None:
+def write(folder: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
     """Write config.json, generation_config.json and safetensors: one file, or shards of at most `max_shard_size`
     bytes (a tensor larger than that has a file of its own) with their index. Quantized weights stay so."""
+    checkpoint = _prepared(checkpoint, options)
     config, quantized = checkpoint.config, checkpoint.quantized
     said = config.to_hf(main_dtype(checkpoint.tensors))
     if quantized:
@@ -100,10 +115,40 @@ def write_hf(folder: Path, checkpoint: Checkpoint, bar: ProgressBar, max_shard_s
             tensors |= as_tensors(param.hf, quantized[param.name])
         else:
             tensors[param.hf] = param.swap_layout(checkpoint.tensors[param.name])
-    write_weights(folder, tensors, bar, max_shard_size)
+    write_weights(folder, tensors, options.bar, options.max_shard_size or MAX_SHARD_SIZE, stem_of(config))
 
 
-def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], bar: ProgressBar, max_shard_size: int) -> None:
+def stem_of(config: LlamaConfig) -> str:
+    """How the names of the files of weights begin."""
+    return PUNA_STEM if config.pieces else "model"
+
+
+def nbytes(checkpoint: Checkpoint, options: WriteOptions) -> int:
+    """Bytes of the weights that `write` will write."""
+    return _prepared(checkpoint, options).nbytes
+
+
+def _prepared(checkpoint: Checkpoint, options: WriteOptions) -> Checkpoint:
+    """The checkpoint as it will be written: in another dtype, or with its layers' linear weights quantized."""
+    if options.quantize is None and (options.block is not None or options.double_quant):
+        said = f"block={options.block}" if options.block is not None else "double_quant=True"
+        raise PunaError(f"{said} says how to quantize: give quantize too, or leave it out")
+    if options.dtype is not None:
+        checkpoint = checkpoint.as_floats(options.dtype)
+    if options.quantize is None:
+        return checkpoint
+    double = options.quantize == "nf4" if options.double_quant is None else options.double_quant
+    block = options.block or 64
+    return quantized_checkpoint(checkpoint, check_format(options.quantize, block, double), block, double)
+
+
+def write_weights(
+    folder: Path,
+    tensors: Mapping[str, LazyTensor],
+    bar: ProgressBar,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    stem: str = "model",
+) -> None:
     """Write tensors under their own names as safetensors, with an index where they take several files."""
     shards: list[dict[str, LazyTensor]] = [{}]
     room = max_shard_size
@@ -113,14 +158,14 @@ def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], bar: Progress
             room = max_shard_size
         shards[-1][name] = tensor
         room -= tensor.nbytes
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    files = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     total = sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) == 1:
-        files = ["model.safetensors"]
+        files = [f"{stem}.safetensors"]
     else:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / f"{stem}.safetensors.index.json", index)
     with bar(total) as advance:
         for file, shard in zip(files, shards, strict=True):
             write_safetensors(folder / file, shard, advance)

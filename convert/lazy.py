@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,16 +15,9 @@ import numpy as np
 from model.errors import PunaError
 
 Index = tuple[slice, ...]
-Advance = Callable[[int], None]  # hears of bytes done
-ProgressBar = Callable[[int], AbstractContextManager[Advance]]  # given all the bytes to come, shows how many are done
 
 _ROWS = 16  # of a transposed array copied together: whole cache lines of the copy, few enough to stay in the cache
 _THREADED_BYTES = 1 << 22
-
-
-def no_progress(total: int) -> AbstractContextManager[Advance]:
-    """The `ProgressBar` that shows nothing."""
-    return nullcontext(lambda count: None)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Reading a model into memory: straight into the shards that each device holds, one layer at a time.
 
-The stacked parameters are allocated empty on their devices; each layer is read from its file, only the slices that
-local devices hold, and written into its place. So loading needs the parameters' memory and one layer more.
+For training the stacked parameters are allocated empty on their devices, and each layer is read from its file, only the
+slices that local devices hold, and written into its place. For decoding each layer is read into arrays of its own, as
+they will be multiplied. Either way loading needs the parameters' memory and one layer more.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial, reduce
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +18,20 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from convert.checkpoint import Checkpoint, open_model
+from convert.adapters import apply_adapters
+from convert.checkpoint import Checkpoint
+from convert.formats import open_model
 from convert.lazy import Index, LazyTensor, contiguous
-from convert.peft import apply_adapters
 from model.config import LlamaConfig
+from model.layout import Weight
 from model.params import LINEARS, Params, ParamSpec, param_specs
 from model.quantize import Format, QuantizedArray, quantized_shardings
 from model.quantize import quantize as quantize_array
 from model.sharding import named_sharding
+from model.transposed import TransposedArray
 
 Quantize = Callable[[jax.Array], QuantizedArray]
+Layout = Literal["stacked", "per_layer"]
 
 
 def load_model(
@@ -34,18 +40,20 @@ def load_model(
     mesh: Mesh | None = None,
     quantize: Format | Quantize | None = None,
     adapters: Sequence[str | Path] = (),
+    layout: Layout = "stacked",
 ) -> tuple[LlamaConfig, Params]:
-    """The config and the stacked parameters of the model at `path`: a folder of any format we read, or a Hub id.
+    """The config and the parameters of the model at `path`: a folder of any format we read, or a Hub id.
 
     dtype: what to convert all weights to, quantized ones too; None keeps what is stored. mesh: the devices to load onto
     (sharded as model.sharding.RULES say); None is the first device. quantize: int8, int4 or nf4, or a function from a
     weight to a quantized one, for the layers' linear weights; each is quantized as it is read. adapters: PEFT folders,
     all active, in order, unmerged; one that saved a larger vocabulary changes the config.
+    layout: "stacked" for training; "per_layer" for decoding, with transposed linear weights (`model.layout.per_layer`).
     Raises PunaError naming what is wrong with the files.
     """
     checkpoint = open_model(path)
     as_floats = checkpoint if dtype is None else replace(checkpoint, quantized={})
-    params = load_params(as_floats, dtype, mesh, quantize)
+    params = load_params(as_floats, dtype, mesh, quantize, layout)
     return apply_adapters(params, checkpoint.config, adapters, mesh)
 
 
@@ -54,8 +62,9 @@ def load_params(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     quantize: Format | Quantize | None = None,
+    layout: Layout = "stacked",
 ) -> Params:
-    """The stacked parameters of an open checkpoint; see `load_model`. Here `dtype` is that of its floats: weights that
+    """The parameters of an open checkpoint; see `load_model`. Here `dtype` is that of its floats: weights that
     are stored quantized stay so, unless others are asked for with `quantize`."""
     specs = param_specs(checkpoint.config)
     layers = specs.pop("layers")
@@ -68,9 +77,16 @@ def load_params(
         tensor = checkpoint.tensors[name]
         return _placed(tensor.cast(np.dtype(dtype or tensor.dtype)), _sharding(name, spec, mesh))
 
-    def weight(name: str, key: str, spec: ParamSpec) -> jax.Array | QuantizedArray:
+    def read_transposed(name: str, spec: ParamSpec, dtype: DTypeLike | None) -> TransposedArray:
+        tensor = checkpoint.tensors[name].transposed()  # as most files have it
+        reverse = ParamSpec(spec.shape[::-1], spec.axes[::-1], spec.init)
+        return TransposedArray(_placed(tensor.cast(np.dtype(dtype or tensor.dtype)), _sharding(name, reverse, mesh)))
+
+    def weight(name: str, key: str, spec: ParamSpec) -> Weight:
         if key in whole and quantize is None:
             return _placed_quantized(checkpoint.quantized[name](), key, spec, mesh)
+        if key in LINEARS and quantize is None and layout == "per_layer":
+            return read_transposed(name, spec, dtypes[key])
         array = read(name, spec, dtypes[key])
         if quantize is None or key not in LINEARS:
             return array
@@ -80,6 +96,12 @@ def load_params(
         each = {key: ParamSpec(spec.shape[1:], spec.axes[1:], spec.init) for key, spec in layers.items()}
         return {key: weight(f"layers.{number}.{key}", key, spec) for key, spec in each.items()}
 
+    if layout == "per_layer":
+        head = specs.pop("lm_head", None)
+        params: Params = {name: _owned(read(name, spec, dtype)) for name, spec in specs.items()}
+        tied = TransposedArray(params["embed"])
+        params["lm_head"] = tied if head is None else _owned(read_transposed("lm_head", head, dtype))
+        return params | {"layers": tuple(jax.block_until_ready(_owned(layer(number))) for number in range(depth))}
     params = {name: _owned(read(name, spec, dtype)) for name, spec in specs.items()}
     first = layer(0)
     stacked = _put(_empty(first, depth), first, 0)
@@ -149,6 +171,6 @@ def _put(stacked: Params, layer: Params, number: int) -> Params:
 
 
 @jax.jit
-def _owned(array: jax.Array) -> jax.Array:
-    """A copy: on the CPU the array may be the mapped file itself, which must not change under it."""
-    return jnp.copy(array)
+def _owned(tree: Any) -> Any:
+    """A copy: on the CPU an array may be the mapped file itself, which must not change under it."""
+    return jax.tree.map(jnp.copy, tree)

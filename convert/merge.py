@@ -5,7 +5,7 @@ wider one that is asked for. Into a quantized base all updates are added to the 
 quantized again, once.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cli.files import check_apart, copy_files
+from convert.adapters import adapted_config, say_left_out
 from convert.bnb import quantize_rows
-from convert.checkpoint import Checkpoint, LazyQuantized, copy_files, has_tokenizer, open_model
-from convert.command import check_apart
-from convert.lazy import Index, LazyTensor, ProgressBar, no_progress
-from convert.peft import Adapter, Factors, check_fits, is_untied_by, load_finite, read_adapter, say_left_out
-from convert.save import MAX_SHARD_SIZE, write_model
+from convert.checkpoint import Checkpoint, LazyQuantized, WriteOptions
+from convert.formats import check_options, format_named, open_model
+from convert.lazy import Index, LazyTensor
+from convert.peft import Adapter, Factors, load_finite, read_adapter
+from convert.save import write_model
+from convert.tokenizer_files import has_tokenizer, tokenizer_folder
 from convert.vocab import resized
 from model.errors import PunaError
 from model.lora import LoraArray, dense
@@ -30,29 +33,39 @@ def merge_adapters(
     base: str | Path,
     adapters: Sequence[str | Path],
     destination: Path,
-    *,
     format: str = "hf",
-    dtype: str | None = None,
+    options: WriteOptions = WriteOptions(),
     overwrite: bool = False,
-    shards: int = 1,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    bar: ProgressBar = no_progress,
 ) -> dict[str, float]:
     """Writes `base` with every adapter merged, in order, and the last tokenizer that came with any of them. A tokenizer
     with more tokens than the model has rows gives it new ones, the mean of the old.
 
-    Returns, for weights quantized again, the relative error that cost (Frobenius norm), by name.
-    Raises PunaError where an adapter does not fit what the ones before it made, or the tokenizer of a grown vocabulary
-    is smaller than the one before it; nothing is written then.
+    Args:
+        base: a model folder of any format, or a Hub id.
+        adapters: PEFT folders.
+        destination: the folder (or file) to write.
+        format: a key of `FORMATS`.
+        options: how to write; the tokenizer is chosen here. With a dtype, sums are in it where it is wider.
+        overwrite: replace what stands at `destination`.
+
+    Returns:
+        Of each weight quantized again, the relative error that cost (Frobenius norm), by name.
+
+    Raises:
+        PunaError: an adapter does not fit what the ones before it made, or the tokenizer of a grown vocabulary is
+            smaller than the one before it; nothing is written then.
     """
+    row, dtype = format_named(format), options.dtype
+    check_options(format, options)
     if (destination / "adapter_config.json").is_file():
         raise PunaError(f"{destination} holds an adapter: give the folder to write as the last of BASE ADAPTER... DST")
     check_apart(destination, *adapters)
     checkpoint = open_model(base)
-    if format != "hf" or dtype is not None:
-        checkpoint = replace(checkpoint, quantized={})
+    if dtype is not None or not row.keeps_quantized:
+        checkpoint = checkpoint.as_floats()
     if dtype is not None:
-        checkpoint = _cast(checkpoint, lambda own: np.dtype(jnp.promote_types(own, dtype)))
+        tensors = {name: t.cast(np.dtype(jnp.promote_types(t.dtype, dtype))) for name, t in checkpoint.tensors.items()}
+        checkpoint = replace(checkpoint, tensors=tensors)
     tokens, seen = checkpoint.folder, []
     touched: set[str] = set()
     for folder in adapters:
@@ -66,8 +79,6 @@ def merge_adapters(
     if tokens != checkpoint.folder:
         size = load_tokenizer(tokens).vocab_size
         checkpoint = resized(checkpoint, max(size, checkpoint.config.vocab_size))
-    if dtype is not None:
-        checkpoint = _cast(checkpoint, lambda own: np.dtype(jnp.dtype(dtype)))
     errors: dict[str, float] = {}
     again = {
         name: _requantized(name, checkpoint.tensors[name], weight.like, errors)
@@ -75,15 +86,8 @@ def merge_adapters(
         if name in touched
     }
     target = replace(checkpoint, format=format, quantized={**checkpoint.quantized, **again})
-    write_model(
-        destination,
-        target,
-        overwrite,
-        shards=shards,
-        max_shard_size=max_shard_size,
-        tokenizer=None if tokens == checkpoint.folder else _Files(tokens),
-        bar=bar,
-    )
+    own = None if tokens == checkpoint.folder else _Files(tokens)
+    write_model(destination, target, replace(options, tokenizer=own), overwrite)
     return errors
 
 
@@ -97,31 +101,12 @@ class _Files:
         copy_files(TOKENIZER_FILES, self.folder, folder)
 
 
-def _cast(checkpoint: Checkpoint, kind: Callable[[np.dtype], np.dtype]) -> Checkpoint:
-    return replace(checkpoint, tensors={name: t.cast(kind(t.dtype)) for name, t in checkpoint.tensors.items()})
-
-
-def tokenizer_folder(base: Path, adapters: Iterable[Path]) -> Path:
-    """Where the tokenizer of a base with adapters lies: with the last of them that has at least as many tokens as
-    those before it, for peft leaves the base's own beside an adapter that did not grow it."""
-    place, size = base, None
-    for folder in adapters:
-        if not has_tokenizer(folder):
-            continue
-        if size is None:
-            size = load_tokenizer(base).vocab_size if has_tokenizer(base) else 0
-        if (own := load_tokenizer(folder).vocab_size) >= size:
-            place, size = folder, own
-    return place
-
-
 def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """The checkpoint whose `tensors` are merged with one adapter's when read; `quantized` stays as it is.
 
     Raises PunaError where the adapter does not fit.
     """
-    config = checkpoint.config
-    check_fits(adapter, config)
+    config = adapted_config(adapter, checkpoint.config)
     say_left_out(adapter, config)
     for name, factors in adapter.factors.items():
         for part in (factors.a, factors.b, *(() if factors.magnitude is None else (factors.magnitude,))):
@@ -129,19 +114,12 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     tensors = dict(checkpoint.tensors)
     for name, factors in adapter.factors.items():
         tensors[name] = _merged(tensors[name], factors)
-    untied = is_untied_by(adapter, config)
-    if untied:
+    if config.tie_word_embeddings != checkpoint.config.tie_word_embeddings:
         tensors["lm_head"] = tensors["embed"].transposed()
     dtype = tensors["embed"].dtype
     for name, tensor in adapter.saved.items():
         load_finite(tensor, name)
-        if name in tensors:
-            tensors[name] = (tensor if name == "embed" else tensor.transposed()).cast(dtype)
-    config = replace(
-        config,
-        vocab_size=tensors["embed"].shape[0],
-        tie_word_embeddings=config.tie_word_embeddings and not untied,
-    )
+        tensors[name] = (tensor if name == "embed" else tensor.transposed()).cast(dtype)
     return replace(checkpoint, config=config, tensors=tensors)
 
 

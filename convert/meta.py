@@ -7,18 +7,22 @@ halves, so that the rows of wq and wk are in another order within each head.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, read_json, write_generation_config, write_json
-from convert.lazy import LazyTensor, ProgressBar, concatenate, shares_memory
-from convert.names import Parameter, check_keys, parameters
+from cli.files import write_json
+from convert.checkpoint import Checkpoint, WriteOptions, write_generation_config
+from convert.damage import malformed
+from convert.lazy import LazyTensor, concatenate, shares_memory
+from convert.names import Parameter, check_keys, pairs_to_halves, parameters
 from convert.pickled import distinct, import_torch, read_pickled, write_pickled
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
+
+SIGNS = ("consolidated.*.pth",)
 
 _COLUMNS = ("wo", "w_down")
 _KEY_VALUE = ("wk", "wv")
@@ -30,12 +34,7 @@ def _kind(param: Parameter) -> str:
     return param.name.rpartition(".")[2]
 
 
-def pairs_to_halves(size: int, head_dim: int) -> np.ndarray:
-    """For each row of a weight in our order, the row of Meta's that holds it."""
-    return np.arange(size).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
-
-
-def read_meta(folder: Path) -> Checkpoint:
+def read(folder: Path) -> Checkpoint:
     """The model in one of Meta's folders.
 
     `params.json` does not say whether embeddings are tied. They are where the output is absent, or shares the
@@ -46,10 +45,12 @@ def read_meta(folder: Path) -> Checkpoint:
     embeddings = [shard["tok_embeddings.weight"] for shard in shards if "tok_embeddings.weight" in shard]
     if len(embeddings) < len(shards):
         raise PunaError(f"{folder}: a consolidated.*.pth lacks tok_embeddings.weight; these are no LLaMA shards")
-    dim = params.get("model", params).get("dim")
-    is_by_rows = embeddings[0].shape[1] == dim
-    vocab_size = sum(part.shape[0] for part in embeddings) if is_by_rows else embeddings[0].shape[0]
-    config = LlamaConfig.from_meta(params, vocab_size=vocab_size)
+    if any(len(part.shape) != 2 for part in embeddings):
+        raise PunaError(f"{folder}: tok_embeddings.weight has shape {embeddings[0].shape}; it is a table of two axes")
+    with malformed(folder / "params.json"):
+        is_by_rows = embeddings[0].shape[1] == params.get("model", params).get("dim")
+        vocab_size = sum(part.shape[0] for part in embeddings) if is_by_rows else embeddings[0].shape[0]
+        config = LlamaConfig.from_meta(params, vocab_size=vocab_size)
     config = replace(config, tie_word_embeddings=all(_is_tied(shard) for shard in shards))
     table = parameters(config)
     for path, shard in zip(_shard_files(folder), shards, strict=True):
@@ -75,6 +76,10 @@ def _shard_files(folder: Path) -> list[Path]:
 def _joined(param: Parameter, shards: list[LazyTensor], config: LlamaConfig) -> LazyTensor:
     """One parameter in our layout from its pieces."""
     kind = _kind(param)
+    if any(len(shard.shape) != len(param.shape) for shard in shards):
+        raise PunaError(
+            f"{shards[0].where}: {param.meta} has not {len(param.shape)} axes in every shard; is it LLaMA's?"
+        )
     if len(param.shape) == 1:
         shards = shards[:1]
     if kind in _KEY_VALUE:
@@ -92,15 +97,16 @@ def _joined(param: Parameter, shards: list[LazyTensor], config: LlamaConfig) -> 
     return param.swap_layout(tensor)
 
 
-def write_meta(
-    folder: Path, config: LlamaConfig, tensors: Mapping[str, LazyTensor], bar: ProgressBar, shards: int
-) -> None:
-    """Write params.json and `shards` files consolidated.NN.pth.
+def write(folder: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
+    """Write params.json and `options.shards` files consolidated.NN.pth.
 
     Rows of the vocabulary that do not divide are the last shard's. Raises PunaError where another dimension does not
     divide over the shards, and where Meta's format cannot say what the config does.
     """
     import_torch("writing Meta's .pth files")
+    config, tensors, shards = checkpoint.config, checkpoint.as_floats(options.dtype).tensors, options.shards
+    if shards < 1:
+        raise PunaError(f"shards={shards}: give 1 or more")
     write_json(folder / "params.json", config.to_meta())
     write_generation_config(folder, config)
     files: list[dict[str, LazyTensor]] = []
@@ -109,7 +115,7 @@ def write_meta(
         if config.tie_word_embeddings:  # Meta's code has an output in any case; here it is the same storage
             pieces["output.weight"] = pieces["tok_embeddings.weight"]
         files.append(pieces)
-    with bar(sum(piece.nbytes for pieces in files for piece in distinct(pieces))) as advance:
+    with options.bar(sum(piece.nbytes for pieces in files for piece in distinct(pieces))) as advance:
         for shard, pieces in enumerate(files):
             write_pickled(folder / f"consolidated.{shard:02}.pth", pieces, advance)
 
@@ -131,9 +137,7 @@ def _piece(param: Parameter, tensor: LazyTensor, config: LlamaConfig, shard: int
             shard, shards = shard * units // shards, units
     is_vocabulary = tensor.shape[axis] == config.vocab_size and kind in ("embed", "lm_head")
     if units % shards and not is_vocabulary:
-        raise PunaError(
-            f"--shards {shards}: {param.meta} has {units} rows or heads to split, which do not divide by it"
-        )
+        raise PunaError(f"shards={shards}: {param.meta} has {units} rows or heads to split, which do not divide by it")
     share = tensor.shape[axis] // shards
     stop = tensor.shape[axis] if shard == shards - 1 else (shard + 1) * share
     return tensor.narrow(axis, shard * share, stop)

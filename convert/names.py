@@ -1,12 +1,14 @@
 """One table from our parameters to other people's tensor names, and the account of every tensor, both ways.
 
 Unstacked, our parameters are named `embed`, `layers.3.wq`, `final_norm`. Linear weights are `[in, out]` here and
-`[out, in]` everywhere else; Meta's query and key rows are also in another order (see meta.py).
+`[out, in]` everywhere else; Meta's query and key rows are also in another order (`pairs_to_halves`).
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 from convert.lazy import LazyTensor
 from model.config import LlamaConfig
@@ -78,6 +80,12 @@ def parameters(config: LlamaConfig) -> list[Parameter]:
 def is_buffer(name: str) -> bool:
     """Whether a foreign tensor is known to be computed, not trained, so that it may be left where it is."""
     return _BUFFERS.search(name) is not None
+
+
+def pairs_to_halves(size: int, head_dim: int) -> np.ndarray:
+    """For each row of a query or key weight in our order, the row of Meta's that holds it: Meta and llama.cpp rotate
+    adjacent pairs of a head's entries, we its halves."""
+    return np.arange(size).reshape(-1, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def check_keys(expected: Iterable[str], found: Iterable[str], where: str) -> None:

@@ -5,28 +5,34 @@ way into the accelerator. Orbax (its v0 API, in this module only) writes the tre
 reads slices of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 
-from convert.checkpoint import Checkpoint, main_dtype, read_json, write_generation_config, write_json
-from convert.lazy import Index, LazyTensor, ProgressBar, contiguous
+from cli.files import write_json
+from convert.checkpoint import Checkpoint, WriteOptions, main_dtype, write_generation_config
+from convert.damage import malformed
+from convert.lazy import Index, LazyTensor, contiguous
 from convert.names import check_keys, check_shape, parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.json_file import read_json
+
+SIGNS = ("params/",)
 
 _CHUNK_BYTES = 16 << 20  # what a slice reads at least
 _REST = "rest"
 
 
-def read_orbax(folder: Path) -> Checkpoint:
-    """The model in an Orbax folder that `write_orbax` made."""
-    config = LlamaConfig.from_hf(read_json(folder / "config.json"))
+def read(folder: Path) -> Checkpoint:
+    """The model in an Orbax folder that `write` made."""
+    said = read_json(folder / "config.json")
+    with malformed(folder / "config.json"):
+        config = LlamaConfig.from_hf(said)
     table = parameters(config)
     trees: dict[str, dict[str, LazyTensor]] = {}
     for param in table:
@@ -85,8 +91,11 @@ def _readable(path: Path) -> Iterator[None]:
         raise PunaError(f"{path} is no complete Orbax tree: {reason}; copy it again") from None
 
 
-def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, LazyTensor], bar: ProgressBar) -> None:
+def write(folder: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
     """Write config.json and the trees; while Orbax writes one layer, the next is read."""
+    import orbax.checkpoint as ocp  # takes a second
+
+    config, tensors = checkpoint.config, checkpoint.as_floats(options.dtype).tensors
     write_json(folder / "config.json", config.to_hf(main_dtype(tensors)))
     write_generation_config(folder, config)
     trees: dict[str, dict[str, LazyTensor]] = {}
@@ -95,7 +104,7 @@ def write_orbax(folder: Path, config: LlamaConfig, tensors: Mapping[str, LazyTen
         trees.setdefault(tree, {})[name] = tensors[param.name]
     total = sum(tensor.nbytes for tensor in tensors.values())
     checkpointer = ocp.PyTreeCheckpointer(use_zarr3=True, use_compression=False)
-    with bar(total) as advance, ThreadPoolExecutor(1) as writer:  # Orbax's own asynchronous save copies first
+    with options.bar(total) as advance, ThreadPoolExecutor(1) as writer:  # Orbax's own asynchronous save copies first
         saving: Future[None] | None = None
         for tree, leaves in trees.items():
             arrays = {name: contiguous(leaf.load()) for name, leaf in leaves.items()}

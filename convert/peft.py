@@ -4,30 +4,29 @@ Tensors say which modules are adapted and at what rank; the settings say how the
 active setting is honoured or refused by name.
 """
 
-import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from convert.checkpoint import malformed, read_json, write_json
-from convert.command import atomic_path
-from convert.lazy import LazyTensor, contiguous, from_array
+from cli.files import atomic_path, write_json
+from convert.checkpoint import SavesItself
+from convert.damage import malformed
+from convert.lazy import LazyTensor, check_finite, contiguous, from_array
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
-from convert.save import SavesItself, gathered
-from model.config import LlamaConfig
+from convert.save import gathered
 from model.errors import PunaError
-from model.lora import MODULES, SAVED_MODULES, LoraArray, lora_shardings, module_value, with_magnitude
-from model.params import Params, param_shardings, param_specs
+from model.json_file import read_json
+from model.lora import MODULES, SAVED_MODULES, LoraArray, module_value
+from model.params import Params
+from model.pieces import Pieces
 
 _KEY = re.compile(
     r"model\.layers\.(0|[1-9]\d*)\.([\w.]+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
@@ -43,7 +42,7 @@ _TOLD = frozenset(
     """
     peft_type r lora_alpha use_rslora use_dora rank_pattern alpha_pattern modules_to_save lora_dropout bias
     target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights task_type inference_mode
-    base_model_name_or_path revision auto_mapping peft_version megatron_core qalora_group_size runtime_config
+    base_model_name_or_path revision puna auto_mapping peft_version megatron_core qalora_group_size runtime_config
     """.split()
 )
 _REWRITES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializations that also change the base weights
@@ -75,20 +74,22 @@ class Adapter:
 def read_adapter(folder: str | Path) -> Adapter:
     """The adapter in `folder`, its tensors unread.
 
-    Raises PunaError for a setting that is active and not supported, and for tensors that are unknown, left without
-    their other half, of rank 0 or of another rank than the settings say, or on modules that the settings leave out.
+    Raises:
+        PunaError: a setting is active and not supported, or tensors are unknown, left without their other half, of
+            rank 0 or of another rank than the settings say, or on modules that the settings leave out.
     """
     folder = Path(folder)
-    with malformed(folder):
-        return _read_adapter(folder)
-
-
-def _read_adapter(folder: Path) -> Adapter:
     if not (folder / "adapter_config.json").is_file():
         raise PunaError(f"{folder} has no adapter_config.json: give the folder of a PEFT adapter")
     settings = read_json(folder / "adapter_config.json")
-    _check_settings(settings, folder)
     tensors = _read_tensors(folder)
+    with malformed(folder):
+        return _understood(folder, settings, tensors)
+
+
+def _understood(folder: Path, settings: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Adapter:
+    """What settings and tensors say together."""
+    _check_settings(settings, folder)
     parts: dict[str, dict[str, LazyTensor]] = {}
     saved: dict[str, LazyTensor] = {}
     unknown = []
@@ -105,9 +106,9 @@ def _read_adapter(folder: Path) -> Adapter:
     if unknown:
         raise PunaError(f"{folder}: {', '.join(sorted(unknown)[:8])} belong to no part of a LLaMA that can be adapted")
     for name in parts:
-        if not _is_targeted(_module(name), settings):
+        if not is_targeted(module_name(name), settings):
             raise PunaError(
-                f"{folder} holds an adapter of {_module(name)}, which target_modules, exclude_modules and "
+                f"{folder} holds an adapter of {module_name(name)}, which target_modules, exclude_modules and "
                 "layers_to_transform leave out, so that peft would not use it: correct adapter_config.json"
             )
     if lost := [
@@ -126,7 +127,7 @@ def _plain(name: str) -> str:
 
 def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
     where = f"{folder}/adapter_config.json"
-    if (kind := settings.get("peft_type", "LORA")) != "LORA":
+    if (kind := settings.get("peft_type", "LORA")) != ("PUNA_LORA" if "puna" in settings else "LORA"):
         raise PunaError(f"{where}: peft_type {kind!r} is not supported; Puna reads LORA")
     if settings.get("bias", "none") != "none":
         raise PunaError(f"{where}: bias {settings['bias']!r} is not supported; only 'none' is")
@@ -135,13 +136,16 @@ def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
         raise PunaError(
             f"{where}: init_lora_weights {start!r} changes the base weights; convert it to plain LoRA in peft"
         )
+    rate = settings.get("lora_dropout") or 0.0
+    if not isinstance(rate, int | float):
+        raise PunaError(f"{where}: lora_dropout {rate!r} is no number")
     active = {key: value for key, value in settings.items() if value not in (None, False, "", {}, [])}
     if unknown := sorted(active.keys() - _TOLD):
         said = ", ".join(f"{key} = {active[key]!r}" for key in unknown)
         raise PunaError(f"{where}: {said} is active and not supported")
 
 
-def _is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
+def is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
     """Whether peft puts an adapter on this module, by the names and layers of the settings, where they say any."""
     targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
     if _is_named(module, settings.get("exclude_modules") or ()):
@@ -173,20 +177,23 @@ def _read_tensors(folder: Path) -> dict[str, LazyTensor]:
 
 def _factors(name: str, part: Mapping[str, LazyTensor], settings: Mapping[str, Any], folder: Path) -> Factors:
     if missing := {"lora_A", "lora_B"} - part.keys():
-        raise PunaError(f"{folder}: {_module(name)} lacks its {' and '.join(sorted(missing))}")
+        raise PunaError(f"{folder}: {module_name(name)} lacks its {' and '.join(sorted(missing))}")
     a, b, magnitude = part["lora_A"], part["lora_B"], part.get("lora_magnitude_vector")
     if magnitude is not None and max(magnitude.shape, default=0) == math.prod(magnitude.shape):
         magnitude = replace(magnitude, shape=(max(magnitude.shape),), read=_flat(magnitude))
     if (magnitude is not None) != bool(settings.get("use_dora")):
-        raise PunaError(f"{folder}: {_module(name)}: use_dora and lora_magnitude_vector must come together")
-    rank = module_value(settings.get("rank_pattern") or {}, _module(name), settings.get("r", 8))
-    alpha = module_value(settings.get("alpha_pattern") or {}, _module(name), settings.get("lora_alpha", 8))
+        raise PunaError(f"{folder}: {module_name(name)}: use_dora and lora_magnitude_vector must come together")
+    rank = module_value(settings.get("rank_pattern") or {}, module_name(name), settings.get("r", 8))
+    alpha = module_value(settings.get("alpha_pattern") or {}, module_name(name), settings.get("lora_alpha", 8))
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise PunaError(f"{folder}: lora_alpha of {_module(name)} is {alpha!r}: an adapter's alpha is a finite number")
-    if a.shape[0] != b.shape[1] or a.shape[0] != rank or rank < 1:
         raise PunaError(
-            f"{folder}: {_module(name)} has factors of rank {a.shape[0]} and {b.shape[1]}; the settings say {rank}. "
-            "An adapter has one rank of at least 1"
+            f"{folder}: lora_alpha of {module_name(name)} is {alpha!r}: an adapter's alpha is a finite number"
+        )
+    (a_rank, _), (_, b_rank) = a.shape, b.shape
+    if a_rank != b_rank or a_rank != rank or rank < 1:
+        raise PunaError(
+            f"{folder}: {module_name(name)} has factors of rank {a_rank} and {b_rank}; the settings say "
+            f"{rank}. An adapter has one rank of at least 1"
         )
     return Factors(a, b, magnitude, alpha / (rank**0.5 if settings.get("use_rslora") else rank))
 
@@ -195,144 +202,17 @@ def _flat(tensor: LazyTensor) -> Any:
     return lambda index: tensor.load().reshape(-1)[index]
 
 
-def _module(name: str) -> str:
+def module_name(name: str) -> str:
+    """peft's name of the module of our weight `layers.3.wq`."""
     _, number, weight = name.split(".")
     return f"model.layers.{number}.{MODULES[weight]}"
 
 
-# --------------------------------------------------------------------------------------------------------------- apply
-
-
-def apply_adapters(
-    params: Params, config: LlamaConfig, adapters: Iterable[Adapter | str | Path], mesh: Mesh | None = None
-) -> tuple[LlamaConfig, Params]:
-    """Stacked parameters with every adapter active, in order, unmerged; a saved embedding replaces the base's.
-
-    Raises PunaError where an adapter does not fit the model: other shapes, missing layers, fewer vocabulary rows, or
-    numbers that are not finite.
-    """
-    for given in adapters:
-        adapter = given if isinstance(given, Adapter) else read_adapter(given)
-        check_fits(adapter, config)
-        say_left_out(adapter, config)
-        specs = param_specs(config)
-        layers = dict(params["layers"])
-        for name in dict.fromkeys(name.split(".")[2] for name in adapter.factors):
-            layers[name] = _stacked(adapter, name, layers[name], specs["layers"][name].axes, mesh)
-        params = {**params, "layers": layers}
-        config, params = _replace_saved(params, config, adapter, mesh)
-    return config, params
-
-
-def check_fits(adapter: Adapter, config: LlamaConfig) -> None:
-    """Raises PunaError unless the adapter's shapes are those of adapters for this model."""
-    shapes = param_specs(config)["layers"]
-    for name, factors in adapter.factors.items():
-        _, number, weight = name.split(".")
-        _, n_in, n_out = shapes[weight].shape
-        found = (factors.a.shape[1], factors.b.shape[0])
-        if int(number) >= config.num_hidden_layers or found != (n_in, n_out):
-            raise PunaError(
-                f"{adapter.folder}: {_module(name)} adapts {found[0]} inputs and {found[1]} outputs; this base has "
-                f"{n_in} and {n_out} in {config.num_hidden_layers} layers. The adapter belongs to another base"
-            )
-        if factors.magnitude is not None and factors.magnitude.shape != (n_out,):
-            raise PunaError(
-                f"{adapter.folder}: {_module(name)} has {factors.magnitude.shape} magnitudes for {n_out} outputs"
-            )
-    vocab, width = config.vocab_size, config.hidden_size
-    for name, tensor in adapter.saved.items():
-        if len(tensor.shape) != 2 or tensor.shape[1] != width or tensor.shape[0] < vocab:
-            raise PunaError(
-                f"{adapter.folder}: its {name} is {tensor.shape} and the base's {(vocab, width)}: rows may grow only"
-            )
-    if len({tensor.shape[0] for tensor in adapter.saved.values()}) > 1:
-        raise PunaError(f"{adapter.folder}: embed_tokens and lm_head have different numbers of rows")
-    grown = any(tensor.shape[0] > vocab for tensor in adapter.saved.values())
-    if grown and len(adapter.saved) < 2 and (not config.tie_word_embeddings or "embed" not in adapter.saved):
-        raise PunaError(f"{adapter.folder}: the vocabulary grows, and only one of embed_tokens and lm_head was saved")
-
-
-def say_left_out(adapter: Adapter, config: LlamaConfig) -> None:
-    """Warns of modules that the settings name and no tensor adapts."""
-    if adapter.settings.get("target_modules") is None:
-        return
-    names = [f"layers.{i}.{name}" for name in MODULES for i in range(config.num_hidden_layers)]
-    unadapted = [_module(name) for name in names if name not in adapter.factors]
-    if left := [module for module in unadapted if _is_targeted(module, adapter.settings)]:
-        said = "%s holds no adapter of %s%s, which its target_modules names: the base is used there as it is"
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        logging.getLogger(__name__).warning(said, adapter.folder, left[0], more)
-
-
-def is_untied_by(adapter: Adapter, config: LlamaConfig) -> bool:
-    """Whether a tied model has two tables after this adapter: the head saved, or the embedding alone trained."""
-    trained = "embed_tokens" in (adapter.settings.get("modules_to_save") or ())
-    grown = any(tensor.shape[0] > config.vocab_size for tensor in adapter.saved.values())
-    return config.tie_word_embeddings and ("lm_head" in adapter.saved or (trained and not grown))
-
-
 def load_finite(tensor: LazyTensor, what: str) -> np.ndarray:
-    """The tensor in memory. Raises PunaError where it holds a NaN or an infinity."""
+    """The tensor in memory, row-major. Raises PunaError where it holds a NaN or an infinity."""
     array = contiguous(tensor.load())
-    if not np.isfinite(array.astype(np.float32)).all():
-        raise PunaError(f"{tensor.where}: {what} holds numbers that are not finite; the adapter's training diverged")
+    check_finite(array, what, tensor.where)
     return array
-
-
-def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: Mesh | None) -> LoraArray:
-    """All layers' adapters of one weight, ranks padded with zeros to the largest."""
-    L, n_in, n_out = base.shape
-    found = [adapter.factors.get(f"layers.{i}.{name}") for i in range(L)]
-    ranks = tuple(factors.rank if factors else 0 for factors in found)
-    a, b = np.zeros((L, n_in, max(ranks)), np.float32), np.zeros((L, max(ranks), n_out), np.float32)
-    for i, factors in enumerate(found):
-        if factors is not None:
-            a[i, :, : ranks[i]] = load_finite(factors.a, f"{name} lora_A of layer {i}").astype(np.float32).T
-            b[i, : ranks[i]] = load_finite(factors.b, f"{name} lora_B of layer {i}").astype(np.float32).T
-    scale = jnp.array([factors.scale if factors else 0.0 for factors in found], jnp.float32)
-    rate = float(adapter.settings.get("lora_dropout") or 0.0)
-    w = LoraArray(base, jnp.asarray(a), jnp.asarray(b), scale, ranks=ranks, dropout=rate)
-    if adapter.settings.get("use_dora"):
-        w = with_magnitude(w, None)
-        own = [
-            None if factors is None or factors.magnitude is None else load_finite(factors.magnitude, name)
-            for factors in found
-        ]
-        rows = np.stack([np.zeros(n_out, np.float32) if row is None else row.astype(np.float32) for row in own])
-        has_own = np.array([row is not None for row in own])[:, None]
-        # A layer without adapter keeps the base's norms, which change nothing.
-        w = replace(w, magnitude=jnp.where(has_own, rows, jnp.asarray(w.magnitude)))
-    if mesh is None:
-        return w
-    where = lora_shardings(w, axes, mesh, f"layers/{name}", None)
-    return replace(jax.device_put(replace(w, base=None), where), base=base)
-
-
-def _replace_saved(
-    params: Params, config: LlamaConfig, adapter: Adapter, mesh: Mesh | None
-) -> tuple[LlamaConfig, Params]:
-    if not adapter.saved:
-        return config, params
-    dtype = params["embed"].dtype
-    params = dict(params)
-    untied = is_untied_by(adapter, config)
-    if untied:
-        params["lm_head"] = jnp.array(params["embed"].T)
-    for name, tensor in adapter.saved.items():
-        if name == "lm_head" and config.tie_word_embeddings and not untied:
-            continue
-        array = load_finite(tensor, name)
-        params[name] = jnp.asarray(array if name == "embed" else array.T).astype(dtype)
-    config = replace(
-        config,
-        vocab_size=params["embed"].shape[0],
-        tie_word_embeddings=config.tie_word_embeddings and not untied,
-    )
-    if mesh is not None:
-        where = param_shardings(config, mesh)
-        params |= {name: jax.device_put(params[name], where[name]) for name in ("embed", "lm_head") if name in params}
-    return config, params
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -346,12 +226,24 @@ def save_adapter(
     base_model: str | None = None,
     tokenizer: SavesItself | None = None,
     overwrite: bool = False,
+    pieces: Pieces | None = None,
 ) -> None:
-    """Write the adapters of stacked parameters (as `lora.split` gives the trained part joined) as a PEFT folder, with
-    the tokenizer's files where given. With several processes all call this, and the first one writes.
+    """Write the adapters of stacked parameters as a PEFT folder. Ranks and scales that differ become patterns.
 
-    Ranks and scales that differ become patterns; with `rslora` alphas are such that peft divides by sqrt(rank).
-    Raises PunaError for parameters without adapters, or with several over one weight.
+    With several processes all call this, and the first one writes.
+
+    Args:
+        path: the folder to write.
+        params: stacked, with `LoraArray` leaves.
+        modules_to_save: `embed_tokens`, `lm_head`, written whole.
+        rslora: alphas are such that peft divides by sqrt(rank).
+        base_model: the name of the base that the settings give.
+        tokenizer: what saves its files beside the weights.
+        overwrite: replace what stands at `path`.
+        pieces: what replaced parts of the model in training; the adapter names them, under a type that peft refuses.
+
+    Raises:
+        PunaError: parameters without adapters, or with several over one weight.
     """
     adapted = {name: w for name, w in params["layers"].items() if isinstance(w, LoraArray)}
     if not adapted and not modules_to_save:
@@ -382,6 +274,8 @@ def save_adapter(
     settings = _settings(adapted, ranks, alphas)
     settings |= {"modules_to_save": list(dict.fromkeys(modules_to_save)) or None, "use_rslora": rslora}
     settings |= {"base_model_name_or_path": base_model}
+    if pieces:
+        settings |= {"peft_type": "PUNA_LORA", "puna": pieces.to_hf()}
     with atomic_path(path, overwrite) as folder:
         folder.mkdir()
         write_json(folder / "adapter_config.json", settings)

@@ -15,9 +15,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.lazy import Advance, LazyTensor, from_array, loaded
+from cli.progress import Advance
+from convert.lazy import LazyTensor, from_array, loaded
 from model.errors import PunaError
 
+# What torch raises, and a pickle of anything but tensors makes us raise, while the file is parsed.
+_DAMAGED = (
+    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile),
+    *(AttributeError, TypeError, ValueError, LookupError, ArithmeticError),
+)
 _ALIGNMENT = 64  # of the tensors inside the zip, as torch has it, so that they can be mapped
 _STORAGES = {
     "float64": "DoubleStorage",
@@ -47,7 +53,7 @@ def read_pickled(path: Path) -> dict[str, LazyTensor]:
     try:
         weights = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
         return {name: from_array(_as_numpy(tensor), str(path)) for name, tensor in weights.items()}
-    except (RuntimeError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except _DAMAGED as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PunaError(f"{path} is truncated or no file of PyTorch weights: {reason}; fetch it again") from None
 

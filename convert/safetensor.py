@@ -12,7 +12,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.lazy import Advance, LazyTensor, from_array, loaded
+from cli.progress import Advance
+from convert.damage import malformed
+from convert.lazy import LazyTensor, from_array, loaded
 from model.errors import PunaError
 
 DTYPES = {
@@ -44,22 +46,23 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
             raise PunaError(f"{path} is truncated or not a safetensors file: {size:,} bytes; fetch it again")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise PunaError(f"{path} is not a safetensors file: its header is no JSON; fetch it again") from None
-    header.pop("__metadata__", None)
     data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
     tensors = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        if stop > len(data):
-            end = 8 + length + stop
-            raise PunaError(f"{path} is truncated: {name} ends at byte {end:,} of {size:,}; fetch it again")
-        if entry["dtype"] not in DTYPES:
-            raise PunaError(f"{path}: {name} has dtype {entry['dtype']}; known: {', '.join(DTYPES)}")
-        dtype = DTYPES[entry["dtype"]]
-        if math.prod(entry["shape"]) * dtype.itemsize != stop - start:
-            raise PunaError(f"{path}: {name} of shape {entry['shape']} does not fill its {stop - start:,} bytes")
-        tensors[name] = from_array(data[start:stop].view(dtype).reshape(entry["shape"]), str(path))
+    with malformed(path):
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            if stop > len(data):
+                end = 8 + length + stop
+                raise PunaError(f"{path} is truncated: {name} ends at byte {end:,} of {size:,}; fetch it again")
+            if entry["dtype"] not in DTYPES:
+                raise PunaError(f"{path}: {name} has dtype {entry['dtype']}; known: {', '.join(DTYPES)}")
+            dtype = DTYPES[entry["dtype"]]
+            if math.prod(entry["shape"]) * dtype.itemsize != stop - start:
+                raise PunaError(f"{path}: {name} of shape {entry['shape']} does not fill its {stop - start:,} bytes")
+            tensors[name] = from_array(data[start:stop].view(dtype).reshape(entry["shape"]), str(path))
     return tensors
 
 

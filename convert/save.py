@@ -3,31 +3,22 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.checkpoint import Checkpoint, LazyQuantized, copy_files
-from convert.command import atomic_path, check_apart, check_free_space
-from convert.hf import write_hf
-from convert.lazy import Index, LazyTensor, ProgressBar, no_progress
-from convert.meta import write_meta
+from cli.files import atomic_path, check_apart, check_free_space, copy_files
+from convert.checkpoint import Checkpoint, LazyQuantized, SavesItself, WriteOptions
+from convert.formats import FORMATS, check_options, format_named
+from convert.lazy import Index, LazyTensor
 from convert.names import parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params
 from model.quantize import QuantizedArray, dequantize
 from model.tokenizer import TOKENIZER_FILES
-
-MAX_SHARD_SIZE = 5 * 10**9  # bytes of a safetensors file, as transformers has it
-
-
-class SavesItself(Protocol):
-    """What a tokenizer is here."""
-
-    def save(self, folder: Path) -> None: ...
 
 
 def save_model(
@@ -39,76 +30,79 @@ def save_model(
     shards: int = 1,
     overwrite: bool = False,
 ) -> None:
-    """Write `params`, stacked or not, as an `hf`, `orbax` or `meta` folder, with the tokenizer's files where given.
+    """Write `params`, stacked or not, in the format of that name, with the tokenizer's files where given.
 
-    `shards` is the number of Meta's consolidated files. With several processes all call this, and the first one
-    writes, and hf only: Meta's format reads in another order. Quantized weights are written as they are, to hf only.
-    Raises PunaError for LoRA leaves, and for an existing `path` unless `overwrite`.
+    With several processes all call this, and the first one writes.
+
+    Args:
+        path: the folder (or file) to write.
+        config: the model's numbers.
+        params: its parameters. Quantized weights are written as they are.
+        format: a key of `FORMATS`.
+        tokenizer: what saves its files beside the weights.
+        shards: the number of Meta's consolidated files.
+        overwrite: replace what stands at `path`.
+
+    Raises:
+        PunaError: LoRA leaves, an existing `path` without `overwrite`, or a format that cannot hold these weights or
+            be written by several processes.
     """
+    row, options = format_named(format), WriteOptions(shards=shards, tokenizer=tokenizer)
+    check_options(format, options)
     tensors = {param.name: _leaf(params, param.name, param.shape) for param in parameters(config)}
     quantized = {name: weight for name in tensors if (weight := _quantized_leaf(params, name)) is not None}
-    if quantized and format != "hf":
-        raise PunaError(f"quantized weights are written as hf, not as {format}; dequantize them, or save hf")
-    if jax.process_count() > 1 and format != "hf":
-        raise PunaError(f"several processes write hf, not {format}: convert it with `python -m convert model`")
+    if quantized and not row.keeps_quantized:
+        able = " or ".join(name for name, other in FORMATS.items() if other.keeps_quantized)
+        raise PunaError(f"quantized weights are written as {able}, not as {format}; dequantize them, or save {able}")
+    if jax.process_count() > 1 and not row.in_order:
+        able = " or ".join(name for name, other in FORMATS.items() if other.in_order)
+        raise PunaError(f"several processes write {able}, not {format}: convert it with `python -m convert model`")
     if jax.process_index() > 0:
         for tensor in tensors.values():  # the other half of each gathering read, in the writer's order
             tensor.load()
         return
     checkpoint = Checkpoint(config, tensors, Path(path), format, quantized)
-    with _new_folder(Path(path), checkpoint.nbytes, overwrite) as folder:
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        _write(folder, checkpoint, shards, MAX_SHARD_SIZE, no_progress)
+    with _new(Path(path), checkpoint, options, overwrite) as place:
+        if tokenizer is not None and not row.is_file:
+            tokenizer.save(place)
+        row.write(place, checkpoint, options)
 
 
 def write_model(
-    path: Path,
-    checkpoint: Checkpoint,
-    overwrite: bool = False,
-    *,
-    shards: int = 1,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    tokenizer: SavesItself | None = None,
-    bar: ProgressBar = no_progress,
+    path: Path, checkpoint: Checkpoint, options: WriteOptions = WriteOptions(), overwrite: bool = False
 ) -> None:
-    """Write the checkpoint in its `format`, with the files beside it (of another `tokenizer` where given), under a
-    temporary name, renamed when complete.
+    """Write the checkpoint in its `format`, with the files beside it (or of the options' tokenizer), under a temporary
+    name, renamed when complete.
 
-    Raises PunaError where `path` exists or holds what is read, the disk is too small, or the format cannot hold the
-    model.
+    Raises:
+        PunaError: `path` exists or holds what is read, the disk is too small, an option is not one of the format, or
+            the format cannot hold the model.
     """
+    row = format_named(checkpoint.format)
+    check_options(checkpoint.format, options)
     check_apart(path, checkpoint.file or checkpoint.folder)
-    with _new_folder(path, checkpoint.nbytes, overwrite) as folder:
-        copy_files(["generation_config.json"], checkpoint.folder, folder)
-        if tokenizer is None:
-            copy_files(TOKENIZER_FILES, checkpoint.folder, folder)
-        else:
-            tokenizer.save(folder)
-        _write(folder, checkpoint, shards, max_shard_size, bar)
+    with _new(path, checkpoint, options, overwrite) as place:
+        if not row.is_file:
+            copy_files(["generation_config.json"], checkpoint.folder, place)
+            if options.tokenizer is None:
+                copy_files(TOKENIZER_FILES, checkpoint.folder, place)
+            else:
+                options.tokenizer.save(place)
+        row.write(place, checkpoint, options)
 
 
 @contextmanager
-def _new_folder(path: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
-    with atomic_path(path, overwrite) as folder:
+def _new(path: Path, checkpoint: Checkpoint, options: WriteOptions, overwrite: bool) -> Iterator[Path]:
+    """A folder, or the name of a file, to write to, for which the disk has room."""
+    row = FORMATS[checkpoint.format]
+    if row.is_file and path.is_dir():
+        raise PunaError(f"{path} is a folder: give the file to write, as {path / row.signs[0].replace('*', 'model')}")
+    nbytes = row.nbytes(checkpoint, options)
+    with atomic_path(path, overwrite) as place:
         check_free_space(path, nbytes)
-        folder.mkdir()
-        yield folder
-
-
-def _write(folder: Path, checkpoint: Checkpoint, shards: int, max_shard_size: int, bar: ProgressBar) -> None:
-    config, tensors = checkpoint.config, checkpoint.tensors
-    match checkpoint.format:
-        case "hf":
-            write_hf(folder, checkpoint, bar, max_shard_size)
-        case "meta":
-            write_meta(folder, config, tensors, bar, shards)
-        case "orbax":
-            from convert.orbax import write_orbax  # Orbax takes a second to import
-
-            write_orbax(folder, config, tensors, bar)
-        case unknown:
-            raise PunaError(f"format {unknown!r} is not known; choose hf, orbax or meta")
+        if not row.is_file:
+            place.mkdir()
+        yield place
 
 
 def _find(params: Params, name: str) -> tuple[Any, Any]:

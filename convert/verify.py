@@ -1,4 +1,5 @@
-"""Whether two models are one and the same: every tensor, and the logits at the highest matrix product precision."""
+"""Whether two models are one and the same: their configs, every tensor, the logits at the highest matrix product
+precision, and their tokenizers."""
 
 import gc
 from dataclasses import fields
@@ -7,34 +8,78 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert.checkpoint import Checkpoint, open_model
-from convert.command import progress
+from cli.progress import progress
+from convert.checkpoint import Checkpoint
+from convert.formats import FORMATS, open_model
 from convert.lazy import LazyTensor, contiguous
 from convert.load import load_params
 from convert.names import parameters
+from convert.verify_tokenizer import compare_tokenizers
+from model.config import LlamaConfig
 from model.llama import forward
+from model.rope import frequencies
 
 LOGITS_ATOL = 1e-4  # of logits of about 10: equal weights in another layout are summed in another order
 _STRIPE_BYTES = 1 << 26
 
 
 def compare(a: str | Path, b: str | Path, tokens: int = 32, atol: float = 0.0) -> bool:
-    """Print how far the models at `a` and `b` are from each other, tensor by tensor and in their logits over `tokens`
-    random tokens; True where nothing differs by more than `atol`, or logits by LOGITS_ATOL.
+    """Print how far the models at `a` and `b` are from each other.
 
-    Tied embeddings count as a head of their own.
+    Args:
+        a: a model of any format, or a Hub id.
+        b: the other one.
+        tokens: the length of the random text whose logits are compared; 0 compares none.
+        atol: the largest difference of a tensor that counts as equal; of logits it is LOGITS_ATOL at least.
+
+    Returns:
+        True where no tensor, no logit, no field of the config that says how the model computes, starts or stops, and
+        nothing of the tokenizers differs. Tied embeddings count as a head of their own.
     """
     first, second = open_model(a), open_model(b)
-    for field in fields(first.config):
-        if (one := getattr(first.config, field.name)) != (other := getattr(second.config, field.name)):
-            print(f"config {field.name}: {one} and {other}")
-    same = _compare_tensors(first, second, atol)
+    same = _compare_configs(first, second)
+    same = _compare_tensors(first, second, atol) and same
     if tokens and first.config.vocab_size == second.config.vocab_size:
         difference = float(np.abs(_logits(first, tokens) - _logits(second, tokens)).max())
         print(f"logits of {tokens} tokens: largest difference {difference:g}")
         same = same and difference <= max(atol, LOGITS_ATOL)
+    same = compare_tokenizers(first.folder, second.folder) and same
     print("same" if same else "different")
     return same
+
+
+def _compare_configs(first: Checkpoint, second: Checkpoint) -> bool:
+    same = True
+    for field in fields(first.config):
+        one, other = getattr(first.config, field.name), getattr(second.config, field.name)
+        if one == other:
+            continue
+        silent = [x.format for x in (first, second) if field.name in FORMATS[x.format].unsaid]
+        why = f"{silent[0]} does not say it" if silent else _harmless(field.name, first.config, second.config)
+        print(f"config {field.name}: {one} and {other}{f' ({why})' if why else ''}")
+        same = same and why is not None
+    return same
+
+
+def _harmless(field: str, first: LlamaConfig, second: LlamaConfig) -> str | None:
+    """Why a difference in this field makes no other model; None where it makes one."""
+    is_dynamic = any(x.rope_scaling is not None and x.rope_scaling.rope_type == "dynamic" for x in (first, second))
+    match field:
+        case "initializer_range":
+            return "only new parameters are drawn with it"
+        case "tie_word_embeddings":
+            return "the tensors tell"
+        case "max_position_embeddings" if not is_dynamic:
+            return "changes no logit"
+        case "rope_scaling" if not is_dynamic and _same_rotations(first, second):
+            return "the same rotations"
+        case _:
+            return None
+
+
+def _same_rotations(first: LlamaConfig, second: LlamaConfig) -> bool:
+    (one, factor), (other, other_factor) = frequencies(first), frequencies(second)
+    return factor == other_factor and np.array_equal(one, other)
 
 
 def _compare_tensors(first: Checkpoint, second: Checkpoint, atol: float) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, open_model
-from convert.command import atomic_path, check_apart
-from convert.lazy import LazyTensor, ProgressBar, concatenate, from_array, no_progress
+from cli.files import atomic_path, check_apart
+from cli.progress import ProgressBar, no_progress
+from convert.checkpoint import Checkpoint, WriteOptions
+from convert.formats import open_model
+from convert.lazy import LazyTensor, concatenate, from_array
 from convert.save import write_model
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
@@ -41,7 +43,9 @@ def merge_vocabularies(
 
     New pieces are appended in their order with score 0 and the default type, as Chinese-LLaMA-Alpaca did
     (scripts/merge_tokenizer): ids of `base` stay, and merging the same files gives the same bytes.
-    Raises PunaError where an input is no SentencePiece model, or `dst` exists and `overwrite` is false.
+
+    Raises:
+        PunaError: an input is no SentencePiece model, or `dst` exists and `overwrite` is false.
     """
     proto, other = _read(base), _read(extra)
     before = len(proto.pieces)
@@ -67,14 +71,27 @@ def resize(
 ) -> Checkpoint:
     """Write `model` to `dst`, in its own format, with embeddings for every token of `tokenizer` and with its files.
 
-    Returns what was written. Raises PunaError as `resized` does, and as reading and writing models do.
+    Args:
+        model: a model folder of any format, or a Hub id.
+        dst: the folder to write.
+        tokenizer: a file or folder.
+        init: of new rows, mean (of the old ones) or zero.
+        multiple: the number of rows is padded to a multiple of this.
+        overwrite: replace what stands at `dst`.
+        bar: shows how many bytes are written.
+
+    Returns:
+        What was written.
+
+    Raises:
+        PunaError: as `resized` does, and as reading and writing models do.
     """
     check_apart(dst, tokenizer)
     tok = load_tokenizer(tokenizer)
     checkpoint = resized(open_model(model), tok.vocab_size, init, multiple)
     if checkpoint.config.pad_token_id is None:
         checkpoint = replace(checkpoint, config=replace(checkpoint.config, pad_token_id=tok.pad_id))
-    write_model(Path(dst), checkpoint, overwrite, tokenizer=tok, bar=bar)
+    write_model(Path(dst), checkpoint, WriteOptions(tokenizer=tok, bar=bar), overwrite)
     return checkpoint
 
 
@@ -82,7 +99,9 @@ def resized(checkpoint: Checkpoint, vocab_size: int, init: str = "mean", multipl
     """The checkpoint with input and output rows for `vocab_size` tokens, padded to a multiple; nothing else is read.
 
     New rows, padding included, are the mean of the old ones (Stanford Alpaca) or zero (Vicuna's first delta).
-    Raises PunaError for fewer tokens than rows, which would lose some.
+
+    Raises:
+        PunaError: fewer tokens than rows, which would lose some.
     """
     if init not in INITS:
         raise PunaError(f"init {init!r} is not known; choose {' or '.join(INITS)}")

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from convert.command import main
+from cli.command import main
 from infer.generate import check_room, complete
-from infer.load import find, load, sampling, start_mesh
+from infer.load import find_model, load, sampling, start_mesh
 from model.errors import PunaError
 from model.quantize import Format, quantizer
 
@@ -52,7 +52,7 @@ def generate(
         raise PunaError("--block, --double-quant and --int8-activations are of --quantize: give it too")
     activations = "int8" if int8_activations else "float"
     form = None if quantize is None else quantizer(quantize, block or 64, double_quant, activations)
-    source = find(model, tokenizer, adapter or [])
+    source = find_model(model, tokenizer, adapter or [])
     settings = sampling(
         source.generation,
         temperature=temperature,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from infer.generate import Text, check_room
+from infer.generate import TextStream, check_room
 from infer.sample import Sampling, stack_sampling
 from infer.slots import STOPS, Made, admit, copy_row, decode, empty_slots, extend
 from model.cache import init_cache
@@ -96,7 +96,7 @@ class _Row:
     cached: list[int] = field(default_factory=list)
     adapter: int = -1
     progress: Progress | None = None
-    text: Text | None = None
+    text: TextStream | None = None
     position: int = 0
     begun: bool = False
     reading: bool = False
@@ -256,7 +256,7 @@ class Engine:
             prompt = progress.request.prompt
             row = max(free, key=lambda row: (_shared(row, progress.request), -row.used, -row.index))
             row.progress, row.begun, row.reading, row.used = progress, False, True, next(self._clock)
-            row.text = Text(self.tokenizer, prompt, progress.request.stop) if self.tokenizer else None
+            row.text = TextStream(self.tokenizer, prompt, progress.request.stop) if self.tokenizer else None
 
     def _begin(self, row: _Row, progress: Progress) -> None:
         """Keeps what the row's cache has of the prompt, or copies what another row has."""

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from infer.sample import Sampling, SamplingRows, sample, stack_sampling
+from model import cpu
 from model.cache import KVCache, init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.linear import decode_layout
+from model.layout import per_layer
 from model.llama import hidden, logits
 from model.params import Params
 from model.sharding import named_sharding
@@ -50,7 +50,7 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames=("config", "window"), donate_argnames="state")
-def decode(
+def decode_steps(
     params: Params,
     state: State,
     rows: SamplingRows,
@@ -113,7 +113,7 @@ def generate(
     """Continues token prompts as one batch, yielding each row's new tokens as they come; at the end rows yield none.
 
     Args:
-        params: stacked or unstacked; a caller that comes again gives them as `decode_layout` makes stacked ones.
+        params: stacked or unstacked; a caller that comes again gives them as `per_layer` makes stacked ones.
         prompts: at least one token each, of any lengths.
         samplings: one for each prompt; greedy when not given.
         eos_ids: tokens that end a row; the one that ended it is its last.
@@ -127,20 +127,20 @@ def generate(
     """
     for number, prompt in enumerate(prompts, 1):
         check_room(f"prompt {number}", prompt, max_new_tokens, config)
-    params = decode_layout(params)
+    params = per_layer(params)
     settings = stack_sampling(list(samplings or [Sampling()] * len(prompts)))
     lengths = np.array([len(prompt) for prompt in prompts])
-    state = start(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
+    state = prefill_prompts(params, config, prompts, int(lengths.max()) + max_new_tokens, mesh)
     eos = jnp.asarray(np.array(eos_ids, np.int32))
-    limit = np.int32(config.vocab_size if vocab_limit is None else vocab_limit)
+    limit = jax.device_put(np.int32(config.vocab_size if vocab_limit is None else vocab_limit))
     made, done = 0, np.zeros(len(prompts), bool)
     while made < max_new_tokens and not done.all():
         steps = min(CHUNK, max_new_tokens - made, max(1, made))  # short chunks first: words appear at once
         window = min(_round_up(int(lengths.max()) + made + steps, WINDOW), state.cache.capacity)
-        state, out = decode(params, state, settings, eos, np.int32(steps), limit, config, window)
+        state, out = decode_steps(params, state, settings, eos, jax.device_put(np.int32(steps)), limit, config, window)
         made += steps
-        yield [[token for token in row if token >= 0] for row in np.asarray(out).tolist()]
-        done = np.asarray(state.done) | [stopped(row) for row in range(len(prompts))]
+        yield [[token for token in row if token >= 0] for row in jax.device_get(out).tolist()]
+        done = jax.device_get(state.done) | [stopped(row) for row in range(len(prompts))]
         state = state._replace(done=_placed(done, mesh))
 
 
@@ -154,21 +154,23 @@ def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: Ll
     if max(prompt) >= config.vocab_size:
         raise PunaError(
             f"{name} holds token {max(prompt)} and the model has {config.vocab_size} (vocab_size): the tokenizer is "
-            f"another model's; give its own with --tokenizer"
+            f"another model's: give its own"
         )
     if len(prompt) + max_new_tokens > context:
         raise PunaError(
             f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together more than the context "
-            f"of {context} (max_position_embeddings): shorten the prompt, or give a smaller --max-new-tokens"
+            f"of {context} (max_position_embeddings): shorten the prompt, or give a smaller max_new_tokens"
         )
 
 
-def start(
+def prefill_prompts(
     params: Params, config: LlamaConfig, prompts: Sequence[Sequence[int]], longest: int, mesh: Mesh | None
 ) -> State:
     """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
     capacity = min(_round_up(longest, WINDOW), config.max_position_embeddings)
-    cache = init_cache(config, len(prompts), capacity, _cache_dtype(params), mesh).unstack()
+    dtype = params["embed"].dtype
+    dtype = cpu.cache_dtype(dtype) if cpu.platform_of(params) == cpu.PLATFORM else dtype
+    cache = init_cache(config, len(prompts), capacity, dtype, mesh).unstack()
     cache = jax.device_put(cache, jax.local_devices()[0]) if mesh is None else cache
     width = _round_up(max(len(prompt) for prompt in prompts), 16)
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -190,14 +192,8 @@ def start(
     return State(cache, *rest)
 
 
-def _cache_dtype(params: Params) -> DTypeLike:
-    """What keys and values are kept in: the embedding's dtype, or float32 on CPU, where XLA would widen a 16-bit cache
-    at every token, for its scatter and for attention."""
-    return jnp.float32 if jax.default_backend() == "cpu" else params["embed"].dtype
-
-
 def _placed(array: np.ndarray, mesh: Mesh | None, *axes: str) -> Array:
-    """`array` [B, *axes] committed where `decode` will return it, so that it compiles once."""
+    """`array` [B, *axes] committed where `decode_steps` will return it, so that it compiles once."""
     if mesh is None:
         return jax.device_put(array, jax.local_devices()[0])
     return jax.device_put(array, named_sharding(mesh, (None, *axes), array.shape, "state"))
@@ -208,7 +204,7 @@ def _round_up(length: int, least: int) -> int:
     return max(least, 1 << (length - 1).bit_length())
 
 
-class Text:
+class TextStream:
     """The text of one continuation: whole characters only, and nothing of a stop string.
 
     Text that may yet turn out to begin a stop string is held back. The stop string that is complete first wins,
@@ -265,7 +261,7 @@ def complete(
 ) -> Iterator[list[str]]:
     """Continues text prompts as one batch, yielding each row's new text as it becomes certain. See `generate`."""
     ids = [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts]
-    texts = [Text(tokenizer, row, stop) for row in ids]
+    texts = [TextStream(tokenizer, row, stop) for row in ids]
     stopped, known = (lambda row: texts[row].stopped), tokenizer.vocab_size
     new = generate(params, config, ids, max_new_tokens, samplings, eos_ids, stopped, mesh, known)
     for tokens in new:

@@ -9,14 +9,16 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from convert.checkpoint import Checkpoint, find_tokenizer, open_model, read_json
+from convert.adapters import apply_adapters, check_fits
+from convert.checkpoint import Checkpoint
+from convert.formats import open_model
 from convert.load import Quantize, load_params
-from convert.merge import tokenizer_folder
-from convert.peft import Adapter, apply_adapters, check_fits, read_adapter
+from convert.peft import Adapter, read_adapter
+from convert.tokenizer_files import find_tokenizer, tokenizer_folder
 from infer.sample import Sampling
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.linear import decode_layout
+from model.json_file import read_json
 from model.params import Params
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ class ModelSource(NamedTuple):
         return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
 
 
-def find(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> ModelSource:
+def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> ModelSource:
     """The model that a folder, a GGUF file or a Hub id names, with `adapters` for it. Its tokenizer is `tokenizer`
     (file, folder or Hub id), or the one that merging the adapters would give it, or lies with it.
 
@@ -73,9 +75,8 @@ def load(
 ) -> tuple[LlamaConfig, Params]:
     """The weights as decoding wants them, and the config as adapters leave it. See `load_model`."""
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
-        params = load_params(source.checkpoint, dtype, mesh, quantize)
-        config, params = apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
-        return config, decode_layout(params)
+        params = load_params(source.checkpoint, dtype, mesh, quantize, layout="per_layer")
+        return apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
 
 
 def sampling(generation: dict[str, Any], **given: Any) -> Sampling:

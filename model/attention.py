@@ -4,16 +4,17 @@ A mask is made of positions and segments, never of a mode: training, packing, pr
 which of them are given.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
+from model import cpu
 from model.errors import PunaError
 
 MASKED = -1e30  # finite: a query that may see nothing (padding) averages instead of giving NaN
-SHORTEST_BLOCK, MOST_BLOCKS = 128, 4  # of queries: four save 3/8 of the work, eight would save 7/16
 
 
 class Mask(NamedTuple):
@@ -49,20 +50,12 @@ class Mask(NamedTuple):
 
 
 def attend(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """Softmax attention in XLA, grouped-query: q [B, T, H, d], k and v [B, K, S, d] -> [B, T, H, d] in q's dtype.
-
-    Where the mask is causal by index, queries go in blocks, each against the keys up to its end: half of the work
-    of long rows is in scores that nobody sees.
-    """
+    """Softmax attention in XLA, grouped-query: q [B, T, H, d], k and v [B, K, S, d] -> [B, T, H, d] in q's dtype."""
     T, S = q.shape[1], k.shape[2]
-    count = max(1, min(MOST_BLOCKS, T // SHORTEST_BLOCK)) if mask.by_index(T, S) else 1
-    if count == 1:
-        return _attend(q, k, v, mask.dense(T, S))
-    ends = [T * (i + 1) // count for i in range(count)]
-    blocks = zip([0, *ends], ends, strict=False)
     seen = mask.dense(T, S)
-    parts = [_attend(q[:, i:j], k[:, :, :j], v[:, :, :j], seen[:, i:j, :j]) for i, j in blocks]
-    return jnp.concatenate(parts, axis=1)
+    if not mask.by_index(T, S):
+        return _attend(q, k, v, seen)
+    return lax.platform_dependent(q, k, v, seen, cpu=partial(cpu.in_query_blocks, _attend), default=_attend)
 
 
 def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
@@ -88,11 +81,12 @@ def attend_cudnn(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     """The same through cuDNN's fused kernel on NVIDIA GPUs (bfloat16 or float16, head_dim a multiple of 8 up to 256).
 
     Plain causal passes need no mask in memory; segments and explicit positions are passed as one, [B, 1, T, S].
-    Raises PunaError where the kernel does not apply: it is chosen by name and never silently replaced.
+    Other platforms have no such kernel: a program with it does not compile there.
+
+    Raises:
+        PunaError: the kernel does not apply: it is chosen by name and never silently replaced.
     """
     d = q.shape[-1]
-    if jax.default_backend() != "gpu":
-        raise PunaError(f"attention 'cudnn' needs an NVIDIA GPU, not {jax.default_backend()}; choose 'xla'")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise PunaError(f"attention 'cudnn' computes in bfloat16 or float16, not {q.dtype}; choose 'xla' or a dtype")
     if d % 8 or d > 256:

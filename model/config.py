@@ -270,7 +270,8 @@ class LlamaConfig:
             ("pieces", bool(self.pieces)),
         ):
             if cannot:
-                raise PunaError(f"{name} = {getattr(self, name)} cannot be written as Meta's params.json; use --to hf")
+                said = f"{name} = {getattr(self, name)}"
+                raise PunaError(f"{said} cannot be written as Meta's params.json; use format='hf'")
         params = {
             "dim": self.hidden_size,
             "n_layers": self.num_hidden_layers,

@@ -60,15 +60,18 @@ def attention(
     def heads(weight: str, bias: str) -> Array:
         return linear(x, layer[weight], layer.get(bias)).reshape(B, T, -1, config.head_dim)
 
-    q = rotate(heads("wq", "bq"), context.cos, context.sin)
-    k = rotate(heads("wk", "bk"), context.cos, context.sin)
-    v = heads("wv", "bv")
+    with jax.named_scope("qkv"):
+        q, k, v = heads("wq", "bq"), heads("wk", "bk"), heads("wv", "bv")
+    with jax.named_scope("rope"):
+        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
     if cache is None:
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     else:
         k, v, cache = cache.extend(k, v, context.positions)
-    out = attend(q, k, v, context.mask).reshape(B, T, -1)
-    return linear(out, layer["wo"], layer.get("bo")), cache
+    with jax.named_scope("attend"):
+        out = attend(q, k, v, context.mask).reshape(B, T, -1)
+    with jax.named_scope("out"):
+        return linear(out, layer["wo"], layer.get("bo")), cache
 
 
 def block(
@@ -88,9 +91,12 @@ def block(
     One constraint on the residual stream keeps FSDP gathering one layer's weights instead of exchanging activations.
     """
     x = constrain(x, residual)
-    mixed, cache = attention(norm(x, layer["attn_norm"], config.rms_norm_eps), layer, config, context, cache, attend)
+    with jax.named_scope("attention"):
+        normed = norm(x, layer["attn_norm"], config.rms_norm_eps)
+        mixed, cache = attention(normed, layer, config, context, cache, attend)
     x = x + mixed
-    return x + mlp(norm(x, layer["mlp_norm"], config.rms_norm_eps), layer), cache
+    with jax.named_scope("mlp"):
+        return x + mlp(norm(x, layer["mlp_norm"], config.rms_norm_eps), layer), cache
 
 
 def norm_of(config: LlamaConfig) -> Callable:
@@ -116,7 +122,9 @@ def block_of(config: LlamaConfig, **keywords: Any) -> Callable:
     takes = inspect.signature(own).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     if (lacking := sorted(keywords.keys() - takes.keys())) and not takes_any:
-        raise PunaError(f"block {pieces.block} has no keyword {', '.join(lacking)}: give it one, or leave that out")
+        settings = {"attend": "attention", "residual": "sequence_parallel"}
+        lacks = " and ".join(f"{keyword} ({settings.get(keyword, keyword)})" for keyword in lacking)
+        raise PunaError(f"block {pieces.block} has no keyword {lacks}: give it one, or leave the setting out")
     return partial(own, **keywords)
 
 
@@ -176,8 +184,9 @@ def hidden(
 
     step = REMAT[remat](layer_step)
     # The table is gathered over fsdp as any weight is; else the compiler moves activations from D to B as it can.
-    x = jnp.take(constrain(params["embed"], ("vocab", None)), tokens, axis=0)
-    x = constrain(x if dtype is None else x.astype(dtype), REPLICATED_SEQUENCE)
+    with jax.named_scope("embed"):
+        x = jnp.take(constrain(params["embed"], ("vocab", None)), tokens, axis=0)
+        x = constrain(x if dtype is None else x.astype(dtype), REPLICATED_SEQUENCE)
     if isinstance(params["layers"], tuple):
         x, cache = _loop(step, x, params["layers"], cache, slots, window)
     else:
@@ -186,17 +195,23 @@ def hidden(
         seen = jnp.where(where < cache.capacity, where + 1, 0).max(axis=1)
         rows = jnp.arange(len(tokens)) if slots is None else slots
         cache = cache.replace(lengths=cache.lengths.at[rows].max(seen, mode="drop"))
-    return norm(x, params["final_norm"], config.rms_norm_eps), cache
+    with jax.named_scope("final_norm"):
+        return norm(x, params["final_norm"], config.rms_norm_eps), cache
+
+
+def head_of(params: Params, config: LlamaConfig) -> Any:
+    """The head [D, V]: a weight of its own, or the embedding's transpose where the two are tied."""
+    is_tied = config.tie_word_embeddings and "lm_head" not in params
+    return params["embed"].T if is_tied else params["lm_head"]
 
 
 def logits(params: Params, x: Array, config: LlamaConfig) -> Array:
-    """x [..., D] -> float32 [..., V], with the embedding's transpose where the two are tied.
+    """x [..., D] -> float32 [..., V].
 
-    `decode_layout` gives tied parameters a head, which shares the embedding's memory.
+    `per_layer` gives tied parameters a head, which shares the embedding's memory.
     """
-    is_tied = config.tie_word_embeddings and "lm_head" not in params
-    head = params["embed"].T if is_tied else params["lm_head"]
-    return linear(x, head, out_dtype=jnp.float32)
+    with jax.named_scope("head"):
+        return linear(x, head_of(params, config), out_dtype=jnp.float32)
 
 
 def forward(params: Params, tokens: Array, config: LlamaConfig, **keywords: Any) -> tuple[Array, KVCache | None]:

@@ -22,7 +22,8 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import LINEARS, Params, ParamSpec, param_specs
 from model.quantize import QuantizedArray, dequantize, quantize
-from model.sharding import RULES, named_sharding
+from model.sharding import named_sharding, ways
+from model.transposed import TransposedArray
 
 # The names by which users, configs and peft call the linear weights of a layer, and the two large ones outside.
 MODULES = {
@@ -143,7 +144,11 @@ def add(
         scale = [alpha / (rank**0.5 if rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)]
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         layers[name] = _fresh(own, layers[name], ranks, scale, dropout, dora, specs["layers"][name], mesh, name)
-    return _untie({**params, "layers": layers}, config, modules_to_save)
+    check_saved_modules(modules_to_save)
+    params = {**params, "layers": layers}
+    if not modules_to_save or not config.tie_word_embeddings:
+        return config, params
+    return replace(config, tie_word_embeddings=False), untie(params)
 
 
 def target_weights(targets: Sequence[str] | str) -> list[str]:
@@ -199,17 +204,19 @@ def _fresh(
 
 
 def with_magnitude(w: LoraArray, magnitude: Array | None) -> LoraArray:
-    """The stacked adapter as DoRA; None starts from the base's own norms, which changes nothing."""
-    square = jax.jit(lambda base: lax.map(lambda layer: jnp.square(dense(layer)).sum(axis=0), base))(w.base)
+    """The adapter, of one layer or stacked, as DoRA; None starts from the base's own norms, which changes nothing."""
+    square = _column_squares(w.base) if w.a.ndim == 2 else jax.jit(lambda base: lax.map(_column_squares, base))(w.base)
     return replace(w, magnitude=jnp.sqrt(square) if magnitude is None else magnitude, base_square=square)
 
 
-def _untie(params: Params, config: LlamaConfig, modules: Sequence[str]) -> tuple[LlamaConfig, Params]:
-    """Parameters whose saved modules are arrays of their own: trained apart, a tied head stays behind."""
-    check_saved_modules(modules)
-    if not modules or not config.tie_word_embeddings:
-        return config, params
-    return replace(config, tie_word_embeddings=False), {**params, "lm_head": jnp.array(params["embed"].T)}
+@jax.jit
+def _column_squares(base: Any) -> Array:
+    return jnp.square(dense(base)).sum(axis=0)
+
+
+def untie(params: Params) -> Params:
+    """Tied parameters with a head of its own, equal to the embedding; the config must say so too."""
+    return {**params, "lm_head": jnp.array(params["embed"].T)}
 
 
 def split(params: Params, modules_to_save: Sequence[str] = ()) -> tuple[Params, Params]:
@@ -265,6 +272,8 @@ def dense(w: Any) -> Array:
     match w:
         case QuantizedArray():
             return dequantize(w, jnp.float32)
+        case TransposedArray():
+            return w.rows.T.astype(jnp.float32)
         case LoraArray():
             update = jnp.matmul(w.a.astype(jnp.float32), w.b.astype(jnp.float32), precision="highest")
             full = dense(w.base) + w.scale[..., None, None] * update
@@ -320,8 +329,8 @@ def lora_shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: s
     def place(x: Array | None, *last: str | None) -> Any:
         if x is None:
             return None
-        ways = [1 if axis is None else _ways(mesh, axis) for axis in last]
-        fits = [axis if size % n == 0 else None for axis, size, n in zip(last, x.shape[len(lead) :], ways, strict=True)]
+        sides = zip(last, x.shape[len(lead) :], strict=True)
+        fits = [axis if size % ways(mesh, axis) == 0 else None for axis, size in sides]
         return named_sharding(mesh, (*lead, *fits), x.shape, name)
 
     return replace(
@@ -334,10 +343,3 @@ def lora_shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: s
         base_square=place(w.base_square, out_axis),
         key=place(w.key),
     )
-
-
-def _ways(mesh: Mesh, axis: str) -> int:
-    size = 1
-    for a in RULES[axis]:
-        size *= mesh.shape[a]
-    return size

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from model.errors import PunaError
-from model.sharding import RULES, named_sharding
+from model.sharding import named_sharding, ways
 
 Format = Literal["int8", "int4", "nf4"]
 FORMATS: tuple[Format, ...] = ("int8", "int4", "nf4")
@@ -97,13 +97,24 @@ def quantizer(
 
     Raises PunaError for a setting that the format does not have.
     """
-    if block not in ((32, 64, 128) if format == "int4" else (64,)):
-        raise PunaError(f"quantize {format} has no blocks of {block}: give int4, and 32, 64 or 128")
-    if double and format != "nf4":
-        raise PunaError(f"quantize {format} has no double quantization: give nf4, or leave it out")
-    if activations != "float" and format != "int8":
-        raise PunaError(f"quantize {format} has no {activations} activations: give int8, or leave them out")
-    return lambda w: replace(quantize(w, format, block, double), activations=activations)
+    known = check_format(format, block, double, activations)
+    return lambda w: replace(quantize(w, known, block, double), activations=activations)
+
+
+def check_format(format: str, block: int = 64, double: bool = False, activations: str = "float") -> Format:
+    """The format of that name. Raises PunaError for another, and for a setting that it does not have."""
+    for known in FORMATS:
+        if format == known:
+            break
+    else:
+        raise PunaError(f"quantize {format!r} is not known; choose {', '.join(FORMATS)}")
+    if block not in ((32, 64, 128) if known == "int4" else (64,)):
+        raise PunaError(f"quantize {known} has no blocks of {block}: give int4, and 32, 64 or 128")
+    if double and known != "nf4":
+        raise PunaError(f"quantize {known} has no double quantization: give nf4, or leave it out")
+    if activations != "float" and known != "int8":
+        raise PunaError(f"quantize {known} has no {activations} activations: give int8, or leave them out")
+    return known
 
 
 @partial(jax.jit, static_argnames=("format", "block", "double"))
@@ -117,12 +128,7 @@ def quantize(w: Array, format: Format, block: int = 64, double: bool = False) ->
     absmax itself.
     Raises PunaError for an unknown format, a block it does not have, or an odd number of inputs at 4 bits.
     """
-    if format not in FORMATS:
-        raise PunaError(f"quantize {format!r} is not known; choose {', '.join(FORMATS)}")
-    if (format == "int4" and block not in (32, 64, 128)) or (format == "nf4" and block != 64):
-        raise PunaError(f"{format} has no blocks of {block!r}; int4 has groups of 32, 64 or 128, nf4 blocks of 64")
-    if double and format != "nf4":
-        raise PunaError(f"double quantization belongs to nf4, not to {format}")
+    check_format(format, block, double)
     if format != "int8" and w.shape[-2] % 2:
         raise PunaError(f"{format} packs pairs of inputs; a weight with {w.shape[-2]} inputs cannot be quantized to it")
     if w.ndim > 2:
@@ -273,6 +279,14 @@ def decode_codes(codes: Array, scales: Array, q: QuantizedArray) -> Array:
     return (blocks * scales[..., None]).reshape(-1, q.in_features)
 
 
+def chunk_rows(n: int, width: int, weights: int) -> int:
+    """How many of a matrix's n rows of `width` make a chunk of at most `weights`: a divisor of n, where it can be a
+    multiple of 8, which vectors hold."""
+    limit = max(weights // width, 1)
+    divisors = [d for d in range(1, n + 1) if n % d == 0 and d <= limit]
+    return max(divisors, key=lambda d: (d % 8 == 0, d))
+
+
 # ------------------------------------------------------------------------------------------------------------ sharding
 
 
@@ -284,10 +298,10 @@ def quantized_shardings(q: QuantizedArray, axes: Sequence[str | None], mesh: Mes
     *lead, in_axis, out_axis = axes
     n_rows = q.codes.shape[-2]
     whole = q.in_features if q.format == "int8" else q.absmax.shape[-1]
-    can_split_out = n_rows * q.joined == q.out_features and n_rows % _ways(mesh, out_axis) == 0
-    can_split_in = q.joined == 1 and whole % _ways(mesh, in_axis) == 0
+    can_split_out = n_rows * q.joined == q.out_features and n_rows % ways(mesh, out_axis) == 0
+    can_split_in = q.joined == 1 and whole % ways(mesh, in_axis) == 0
     for axis, can in ((in_axis, can_split_in), (out_axis, can_split_out)):
-        if not can and _ways(mesh, axis) > 1:
+        if not can and ways(mesh, axis) > 1:
             _say_replicated(name, str(axis), q.format)
     rows, columns = out_axis if can_split_out else None, in_axis if can_split_in else None
 
@@ -301,10 +315,6 @@ def quantized_shardings(q: QuantizedArray, axes: Sequence[str | None], mesh: Mes
         nested_absmax=place(q.nested_absmax, None),
         offset=place(q.offset),
     )
-
-
-def _ways(mesh: Mesh, axis: str | None) -> int:
-    return math.prod(mesh.shape[a] for a in RULES[axis])
 
 
 @cache

@@ -54,6 +54,11 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
     return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def ways(mesh: Mesh, axis: str | None) -> int:
+    """Over how many devices RULES split a dimension that means `axis`."""
+    return math.prod(mesh.shape[a] for a in RULES[axis])
+
+
 def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> PartitionSpec:
     """Where RULES put an array of `shape` whose dimensions mean `axes`. Mesh axes of size 1 are left out.
 
@@ -62,11 +67,10 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
     spec = []
     for dim, (axis, size) in enumerate(zip(axes, shape, strict=True)):
         over = tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
-        ways = math.prod(mesh.shape[a] for a in over)
-        if size % ways:
+        if size % ways(mesh, axis):
             raise PunaError(
                 f"{name}: dimension {dim} ({axis}) of size {size} does not divide over mesh axis "
-                f"{'x'.join(over)} of size {ways}; choose a mesh size that divides it"
+                f"{'x'.join(over)} of size {ways(mesh, axis)}; choose a mesh size that divides it"
             )
         spec.append(over or None)
     return PartitionSpec(*spec)
@@ -83,7 +87,7 @@ def relaxed_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int
     spec = []
     for axis, size in zip(axes, shape, strict=True):
         over = tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
-        spec.append(over if over and size % math.prod(mesh.shape[a] for a in over) == 0 else None)
+        spec.append(over if over and size % ways(mesh, axis) == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 

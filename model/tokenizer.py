@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import PunaError
-from model.vocabulary import ROLES, AddedToken, Vocabulary, added_token, is_ranks, read_json, read_vocabulary
+from model.json_file import read_json
+from model.vocabulary import ROLES, AddedToken, Vocabulary, added_token, is_ranks, read_vocabulary
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -208,12 +209,13 @@ def _assemble(vocabulary: Vocabulary, companions: Companions, files: Mapping[str
 
 
 def _companions(files: Mapping[str, Path]) -> Companions:
-    config = read_json(files.get("tokenizer_config.json"))
-    names = {key: value for key, value in read_json(files.get("special_tokens_map.json")).items() if value}
+    said = {name: read_json(path) for name, path in files.items() if path.suffix == ".json"}
+    config = said.get("tokenizer_config.json", {})
+    names = {key: value for key, value in said.get("special_tokens_map.json", {}).items() if value}
     # transformers: the map overrides the configuration of old checkpoints; a table of added tokens marks a new one.
     declared = names | config if "added_tokens_decoder" in config else config | names
-    added = [AddedToken(content, id) for content, id in read_json(files.get("added_tokens.json")).items()]
-    added += map(added_token, read_json(files.get("tokenizer.json")).get("added_tokens", []))
+    added = [AddedToken(content, id) for content, id in said.get("added_tokens.json", {}).items()]
+    added += map(added_token, said.get("tokenizer.json", {}).get("added_tokens", []))
     added += [added_token(t | {"id": int(id)}) for id, t in config.get("added_tokens_decoder", {}).items()]
     others = [declared.get(key) for key in ("sep_token", "cls_token", "mask_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):

@@ -18,6 +18,7 @@ from google.protobuf import message, message_factory
 from sentencepiece import sentencepiece_model_pb2
 
 from model.errors import PunaError
+from model.json_file import read_json
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 USUAL_ROLES = {
@@ -95,18 +96,6 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 def added_token(entry: dict[str, Any]) -> AddedToken:
     return AddedToken(**{name: entry[name] for name in AddedToken.__dataclass_fields__ if name in entry})
-
-
-def read_json(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise PunaError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise PunaError(f"{path} holds no JSON object")
-    return value
 
 
 # SentencePiece: LLaMA 1 and 2, and the vocabularies merged from them.

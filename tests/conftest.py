@@ -26,16 +26,37 @@ jax.config.update("jax_num_cpu_devices", 8)
 # as ever, and so does everything in the modules below and in the commands that tests start.
 OPTIMIZED_MODULES = {"truths"}
 
+DATA = os.environ.get("PUNA_TEST_DATA")
+
 MODEL_MODULES = {path.stem for path in (Path(__file__).parent.parent / "model").glob("*.py")} | {"model"}
 
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real models, tokenizers and texts that the environment variable PUNA_TEST_DATA names."""
-    path = os.environ.get("PUNA_TEST_DATA")
-    if not path:
+    if not DATA:
         pytest.skip("needs the shared test data: PUNA_TEST_DATA is not set")
-    return Path(path)
+    return Path(DATA)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return failed_if_skipped((yield), call)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    return failed_if_skipped(report, report.call)
+
+
+def failed_if_skipped(report, call):
+    """Make a skip, or an expected failure, a failure where all data is there and no hardware is what it lacks."""
+    reason = getattr(call.excinfo.value, "msg", str(call.excinfo.value)) if call.excinfo else ""
+    if DATA and report.skipped and not reason.startswith("needs hardware"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped though PUNA_TEST_DATA is set, and not for hardware: {reason}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,19 @@
 
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from reference import hf_config, hf_model
 
+from cli.command import main
 from convert.__main__ import app
-from convert.checkpoint import open_model
-from convert.command import main
+from convert.checkpoint import WriteOptions
+from convert.formats import open_model
+from convert.gguf import QUANTIZATIONS
+from convert.save import write_model
 
 
 def save_hf(folder, pickled=False, dtype=torch.float32, shard_size="5GB", **changes):
@@ -22,6 +26,13 @@ def save_hf(folder, pickled=False, dtype=torch.float32, shard_size="5GB", **chan
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     return model
+
+
+def write_gguf(path, checkpoint, type):
+    """Write a GGUF file with matrices of `type`, a key of `convert.gguf.TYPES`."""
+    quantize = {theirs: ours for ours, theirs in QUANTIZATIONS.items()}.get(type)
+    options = WriteOptions(dtype=None if quantize else type, quantize=quantize)
+    write_model(path, replace(checkpoint, format="gguf"), options)
 
 
 def tensors_of(folder):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from convert import load_model, save_model
 from convert.__main__ import app
-from convert.checkpoint import open_model
+from convert.formats import open_model
 from convert.load import load_params
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
@@ -297,5 +297,5 @@ def test_numbers_that_are_none_are_not_quantized(plain, name, tmp_path):
 def test_quantizing_to_another_format_than_hf_is_refused(plain, tmp_path):
     arguments = ["model", str(plain), str(tmp_path / "m"), "--to", "meta", "--quantize", "nf4"]
     result = CliRunner().invoke(app, arguments)
-    assert isinstance(result.exception, PunaError) and "--to hf" in str(result.exception)
+    assert isinstance(result.exception, PunaError) and "format='hf'" in str(result.exception)
     assert not (tmp_path / "m").exists()

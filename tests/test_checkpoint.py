@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from convert import manifest
 from train import checkpoint
-from train.checkpoint import Checkpoints, restore_part
+from train.checkpoint import Checkpoints
 from train.integrity import CheckpointError
 
 pytestmark = pytest.mark.slow
@@ -99,16 +99,6 @@ def test_restores_bit_for_bit_on_any_mesh(saved, name):
     assert (step, data) == (20, {"next": 20})
     assert_same(state, host_state(20))
     assert state.params["wq"].sharding.mesh == on
-    assert checkpoints.saved_config(20) == {"seed": 7}
-
-
-def test_restores_a_part(saved):
-    part = {"params": {"wq": abstract(host_state(0), mesh("2x4")).params["wq"]}}
-    arrays, step = restore_part(saved, part, step=10)
-    assert step == 10
-    assert np.array_equal(arrays["params"]["wq"], host_state(10).params["wq"])
-    with pytest.raises(CheckpointError, match="no checkpoint of step 11"):
-        restore_part(saved, part, step=11)
 
 
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "8"])

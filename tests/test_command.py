@@ -1,4 +1,4 @@
-"""Commands fail in one line with exit code 2, and never leave half-written output."""
+"""Commands fail in one line with the exit code of what went wrong, and never leave half-written output."""
 
 import os
 import signal
@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from convert.command import atomic_path, check_free_space, progress
+from cli.command import as_flags
+from cli.files import atomic_path, check_free_space
+from cli.progress import progress
 from model.errors import PunaError
 
 PROGRAM = """
-import os, sys, time, typer
+import errno, os, sys, time, typer
 from pathlib import Path
-from convert.command import atomic_path, main
+from cli.command import main
+from cli.files import atomic_path
 from model.errors import PunaError
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -29,7 +32,7 @@ def write(destination: Path, size: int = 3):
         sys.stdin.read()
 
 @app.command()
-def fail(kind: str):
+def fail(kind: str, overwrite: bool = False, to: str = typer.Option("", "--to")):
     match kind:
         case "puna":
             raise PunaError("top_p is 2.0: give a number in (0, 1]")
@@ -41,6 +44,13 @@ def fail(kind: str):
                 file.write("x" * 10)
         case "check":
             raise typer.Exit(1)
+        case "exists":
+            with atomic_path("."):
+                pass
+        case "ours":
+            None.nothing
+        case _:
+            raise OSError(getattr(errno, kind), "what the system says", "out")
 
 @app.command()
 def talk():
@@ -79,16 +89,34 @@ def run(process):
 
 
 @pytest.mark.parametrize(
-    ("kind", "line"),
+    ("kind", "code", "line"),
     [
-        ("puna", "error: top_p is 2.0: give a number in (0, 1]"),
-        ("file", "error: No such file or directory: missing/file.txt"),
-        ("full", "error: No space left on device: {work}/out"),
+        ("puna", 2, "error: top_p is 2.0: give a number in (0, 1]"),
+        ("file", 2, "error: No such file or directory: missing/file.txt"),
+        ("EACCES", 2, "error: what the system says: out"),
+        ("EISDIR", 2, "error: what the system says: out"),
+        ("EROFS", 2, "error: what the system says: out"),
+        ("full", 1, "error: No space left on device: {work}/out"),
+        ("EDQUOT", 1, "error: what the system says: out"),
+        ("EIO", 1, "error: what the system says: out"),
+        ("exists", 2, "error: {work} exists: give another destination, or --overwrite to replace it"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_2(start, tmp_path, kind, line):
-    assert run(start("fail", kind)) == (2, "", line.format(work=tmp_path / "work") + "\n")
+def test_an_error_is_one_line_and_its_exit_code(start, tmp_path, kind, code, line):
+    assert run(start("fail", kind)) == (code, "", line.format(work=tmp_path / "work") + "\n")
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(start):
+    code, output, errors = run(start("fail", "ours"))
+    assert (code, output) == (1, "") and "Traceback" in errors and "None.nothing" in errors
+
+
+def test_arguments_are_said_as_the_flags_of_the_command():
+    flags = {"overwrite": ("--overwrite", None), "format": ("--to", None), "double": ("--double", "--no-double")}
+    said = "give overwrite=True, format='hf' or double=False; not shards=2, overwrite=False, tensor=2 or x.format=hf"
+    expected = "give --overwrite, --to hf or --no-double; not shards=2, overwrite=False, tensor=2 or x.format=hf"
+    assert as_flags(said, flags) == expected
 
 
 def test_debug_shows_the_traceback(start):
@@ -137,7 +165,7 @@ def test_output_appears_only_when_complete(tmp_path):
 
 
 def test_an_existing_destination_is_refused_by_name(tmp_path):
-    with pytest.raises(PunaError, match=rf"{tmp_path} exists.*--overwrite"), atomic_path(tmp_path):
+    with pytest.raises(PunaError, match=rf"{tmp_path} exists.*overwrite=True"), atomic_path(tmp_path):
         pass
 
 

@@ -22,10 +22,11 @@ from transformers import LlamaForCausalLM
 
 from convert import load_model, save_model
 from convert.__main__ import parse_size
-from convert.checkpoint import open_model
+from convert.checkpoint import WriteOptions
+from convert.formats import open_model
 from convert.lazy import concatenate, contiguous, from_array
 from convert.load import load_params
-from convert.meta import read_meta
+from convert.meta import read as read_meta
 from convert.pickled import read_pickled, write_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import write_model
@@ -120,10 +121,10 @@ def test_a_tied_model_may_store_its_head_but_not_another(tmp_path):
 def test_round_trips_keep_every_byte(tmp_path, format, shards, tied):
     save_hf(tmp_path / "hf", dtype=torch.bfloat16, tie_word_embeddings=tied, **GQA)
     source = open_model(tmp_path / "hf")
-    write_model(tmp_path / "there", replace(source, format=format), shards=shards)
+    write_model(tmp_path / "there", replace(source, format=format), WriteOptions(shards=shards))
     there = open_model(tmp_path / "there")
     assert there.format == format and tensors_of(tmp_path / "there") == tensors_of(tmp_path / "hf")
-    write_model(tmp_path / "back", replace(there, format="hf"), max_shard_size=50_000)
+    write_model(tmp_path / "back", replace(there, format="hf"), WriteOptions(max_shard_size=50_000))
     back = {}
     for file in (tmp_path / "back").glob("*.safetensors"):
         back |= load_file(file)
@@ -181,7 +182,7 @@ def test_the_command_converts_casts_and_copies_companions(tmp_path, command):  #
 def test_meta_shards_hold_what_metas_code_expects(tmp_path):
     """Rows of wq, w1, w3 and the output, columns of wo, w2 and the embedding; an odd row of the vocabulary is last."""
     model = save_hf(tmp_path / "hf", **GQA)
-    write_model(tmp_path / "meta", replace(open_model(tmp_path / "hf"), format="meta"), shards=2)
+    write_model(tmp_path / "meta", replace(open_model(tmp_path / "hf"), format="meta"), WriteOptions(shards=2))
     shards = [torch.load(tmp_path / "meta" / f"consolidated.0{i}.pth", weights_only=True) for i in range(2)]
     whole = model.state_dict()
     for name, theirs, axis in (
@@ -207,7 +208,7 @@ def test_meta_shards_hold_what_metas_code_expects(tmp_path):
 
 def test_meta_with_embeddings_split_by_rows_and_nested_params(tmp_path):
     save_hf(tmp_path / "hf", **GQA)
-    write_model(tmp_path / "meta", replace(open_model(tmp_path / "hf"), format="meta"), shards=2)
+    write_model(tmp_path / "meta", replace(open_model(tmp_path / "hf"), format="meta"), WriteOptions(shards=2))
     files = [tmp_path / "meta" / f"consolidated.0{i}.pth" for i in range(2)]
     shards = [torch.load(file, weights_only=True) for file in files]
     whole = torch.cat([shard["tok_embeddings.weight"] for shard in shards], 1)
@@ -220,7 +221,7 @@ def test_meta_with_embeddings_split_by_rows_and_nested_params(tmp_path):
 
 def test_meta_repeats_key_value_heads_over_more_shards(tmp_path):
     model = save_hf(tmp_path / "hf", num_key_value_heads=2)
-    write_model(tmp_path / "meta", replace(open_model(tmp_path / "hf"), format="meta"), shards=8)
+    write_model(tmp_path / "meta", replace(open_model(tmp_path / "hf"), format="meta"), WriteOptions(shards=8))
     shards = [torch.load(tmp_path / "meta" / f"consolidated.0{i}.pth", weights_only=True) for i in range(8)]
     values = [shard["layers.0.attention.wv.weight"] for shard in shards]
     heads = model.state_dict()["model.layers.0.self_attn.v_proj.weight"].split(8)
@@ -244,7 +245,8 @@ def test_a_sharded_load_reads_each_byte_once_and_only_slices(tmp_path, format):
     config = replace(PRESETS["llama-7b"], vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2)
     config = replace(config, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
     save_hf(tmp_path / "hf", vocab_size=96)
-    write_model(tmp_path / "model", replace(open_model(tmp_path / "hf"), format=format), shards=2)
+    options = WriteOptions(shards=2 if format == "meta" else 1)
+    write_model(tmp_path / "model", replace(open_model(tmp_path / "hf"), format=format), options)
     checkpoint = open_model(tmp_path / "model")
     reads = []
 

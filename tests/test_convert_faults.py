@@ -1,5 +1,6 @@
 """What is wrong with a model's files, or with a request, is said in one line, and nothing is left half-written."""
 
+import errno
 import json
 import os
 import re
@@ -18,11 +19,13 @@ import torch
 from converting import command, save_hf, tensors_of  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from convert import command as commands
+from cli import files
+from cli.files import write_json
 from convert import save_model
-from convert.checkpoint import open_model, read_json, write_json
+from convert.formats import open_model
 from convert.load import load_params
 from model import lora
+from model.json_file import read_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,7 +149,7 @@ def no_config(folder):
 
 def broken_config(folder):
     (folder / "config.json").write_text("{")
-    return "config.json is no JSON"
+    return "config.json is not valid JSON"
 
 
 def integers(folder):
@@ -220,7 +223,15 @@ def foreign_meta_tensor(folder):
     return r"consolidated.01.pth has unknown 1 tensor \(vision.weight\)"
 
 
-@pytest.mark.parametrize("break_it", [lose_meta_shard, lose_last_meta_shard, no_params, foreign_meta_tensor])
+def flat_meta_tensor(folder):
+    path = folder / "consolidated.01.pth"
+    torch.save(torch.load(path) | {"layers.0.attention.wo.weight": torch.zeros(2)}, path)
+    return "layers.0.attention.wo.weight has not 2 axes in every shard"
+
+
+@pytest.mark.parametrize(
+    "break_it", [lose_meta_shard, lose_last_meta_shard, no_params, foreign_meta_tensor, flat_meta_tensor]
+)
 def test_a_fault_of_metas_files(meta, tmp_path, command, break_it):  # noqa: F811
     message = break_it(meta)
     code, _, errors = command("inspect", meta)
@@ -257,7 +268,7 @@ def test_a_fault_of_orbax_files(sharded, tmp_path, command, break_it):  # noqa: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "tf"], "format 'tf' is not known; choose hf, orbax or meta"),
+        (["--to", "tf"], "--to tf is not known; choose hf, orbax, meta or gguf"),
         (["--to", "hf", "--dtype", "int3"], "--dtype int3 is not known; choose float32, bfloat16, float16"),
         (["--to", "hf", "--max-shard-size", "huge"], "--max-shard-size 'huge' is no size"),
         (["--to", "meta", "--shards", "3"], "--shards 3: tok_embeddings.weight has 64 .* do not divide"),
@@ -308,7 +319,8 @@ def test_a_header_that_is_json_and_no_header(model, command, header):  # noqa: F
     text = json.dumps(header).encode()
     first_shard(model).write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
     code, _, errors = command("inspect", model)
-    assert code == 2 and len(errors) == 1 and "model is damaged, or says something no such model says" in errors[0]
+    assert code == 2 and len(errors) == 1
+    assert f"{first_shard(model)} is damaged, or says something no such model says" in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -324,9 +336,20 @@ def test_a_model_that_is_not_there(command, path, message):  # noqa: F811
 
 
 def test_a_disk_too_small_is_found_out_before_writing(sharded, tmp_path, command, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(commands.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     code, _, errors = command("model", sharded, tmp_path / "out", "--to", "hf")
-    assert code == 2 and "bytes and its disk has 1 free" in errors[0]
+    assert code == 1 and "bytes and its disk has 1 free" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT], ids=errno.errorcode.get)
+def test_a_disk_that_fails_while_written_is_no_wrong_request(sharded, tmp_path, command, monkeypatch, number):  # noqa: F811
+    def load(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("convert.lazy.LazyTensor.load", load)
+    code, _, errors = command("model", sharded, tmp_path / "out", "--to", "hf")
+    assert code == 1 and errors[-1] == f"error: {os.strerror(number)}: {tmp_path / 'out'}"
     assert list(tmp_path.iterdir()) == []
 
 

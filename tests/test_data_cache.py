@@ -1,11 +1,14 @@
 """Tokenized data: written once by one process, under a name that says what it depends on; faults are named by line."""
 
+import ast
 import fcntl
 import json
 import multiprocessing
 import os
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from small_tokenizer import small_tokenizer
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
 from train.data import DataConfig, load_dataset
-from train.data.cache import cache_name, write_once
+from train.data.cache import CODE, cache_name, write_once
 from train.data.config import sources
 
 RECORDS = [{"instruction": f"Name {n} llamas.", "output": "llama " * n} for n in range(1, 200)]
@@ -48,6 +51,26 @@ def test_the_second_time_nothing_is_read(tokenizer, config, monkeypatch):
     again = load_dataset(config(), tokenizer).train[0]
     assert np.array_equal(first.tokens, again.tokens) and np.array_equal(first.origins, again.origins)
     assert first.counts == again.counts and first.tokens.dtype == np.uint16
+
+
+def test_the_name_depends_on_the_code_that_makes_tokens_and_on_no_other(tokenizer, config, monkeypatch):
+    """All that the tokenizing modules import of ours, but for settings, errors and files; not the cleaner of HTML."""
+    code, waiting = set(), ["train.data.cache"]
+    outside = {"model.errors", "train.data.config"}
+    while waiting:
+        name = waiting.pop()
+        if name in code or name in outside or name.split(".")[0] not in ("model", "train"):
+            continue
+        code.add(name)
+        tree = ast.parse(Path(sys.modules[name].__file__).read_text())
+        waiting += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert code == set(CODE) and not {"train.data.markdown", "train.data.prepare", "train.data.toy"} & code
+    (source,) = sources(config())
+    before = cache_name(config(), source, tokenizer)
+    for name in CODE:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[name], "__file__", __file__)  # as if its text were another
+            assert cache_name(config(), source, tokenizer) != before, name
 
 
 def test_the_name_changes_with_everything_that_matters(tokenizer, config, tmp_path, tmp_path_factory):

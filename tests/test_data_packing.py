@@ -124,11 +124,11 @@ def config(tmp_path):
 
 
 def segments_of(batch):
-    """(tokens, labels, positions) of each segment of a batch, padding left out."""
+    """(tokens, labels) of each segment of a batch, padding left out."""
     for row in range(len(batch["tokens"])):
         for segment in range(1, batch["segments"][row].max() + 1):
             inside = batch["segments"][row] == segment
-            yield tuple(batch[name][row][inside].tolist() for name in ("tokens", "labels", "positions"))
+            yield tuple(batch[name][row][inside].tolist() for name in ("tokens", "labels"))
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -138,18 +138,18 @@ def test_batches_hold_what_encode_gives(tokenizer, config, packing):
     expected = []
     for record in RECORDS:
         ids, labels = encode(record, tokenizer, max_length=128)
-        expected.append((ids, [*labels[1:], IGNORE_INDEX], list(range(len(ids)))))
+        expected.append((ids, [*labels[1:], IGNORE_INDEX]))
     assert sorted(found) == sorted(expected)
     assert (len(dataset) < len(RECORDS)) == packing
     assert dataset.counts.records == len(RECORDS) and dataset.counts.rows == len(dataset)
-    assert dataset.counts.tokens == sum(len(ids) for ids, _, _ in found)
+    assert dataset.counts.tokens == sum(len(ids) for ids, _ in found)
 
 
 def test_padding_is_segment_0_with_no_target(tokenizer, config):
     dataset = load_dataset(config(), tokenizer).train[0]
     *_, last = in_order(dataset, 7)
     padding = last["segments"] == 0
-    assert (last["labels"][padding] == IGNORE_INDEX).all() and not last["positions"][padding].any()
+    assert (last["labels"][padding] == IGNORE_INDEX).all()
     assert (last["rows"] == -1).sum() == 7 - len(dataset) % 7 and padding[last["rows"] == -1].all()
     assert all(values.dtype == np.int32 for values in last.values())
 
@@ -179,7 +179,7 @@ def test_wrapped_rows_are_concatenate_and_chunk(tokenizer, config):
     batch = dataset.batch(range(len(dataset)))
     assert batch["tokens"].tolist() == chunks
     assert batch["labels"].tolist() == [[*chunk[1:], IGNORE_INDEX] for chunk in chunks]
-    assert (batch["segments"] == 1).all() and (batch["positions"] == np.arange(32)).all()
+    assert (batch["segments"] == 1).all()
     assert dataset.counts.left_over_tokens == len(stream) % 32
 
 

@@ -247,8 +247,9 @@ def test_wrong_input_is_named_and_nothing_is_written(tmp_path):
     file = theirs / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     refuses(delta.apply, base, theirs, match="is truncated")
-    (made / "delta.json").write_text('{"rule": "vicuna"}')
-    refuses(delta.apply, base, made, match="delta.json is not as")
+    for said in ({"rule": "vicuna"}, {"dtype": "float16", "init": "zero", "base": ["a"]}):
+        (made / "delta.json").write_text(json.dumps(said))
+        refuses(delta.apply, base, made, match="delta.json is not as")
 
 
 def test_the_commands(tmp_path, command):  # noqa: F811

@@ -17,11 +17,14 @@ from infer.generate import generate
 from infer.sample import Sampling, sample, stack_sampling
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
-from model.linear import decode_layout, product
+from model.layout import per_layer
+from model.linear import product
 from model.lora import LoraArray, add
 from model.params import LINEARS
 from model.quantize import quantize
 from model.selected import side_by_side
+
+pytestmark = pytest.mark.slow
 
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -38,7 +41,7 @@ def params():
 
 @pytest.fixture
 def engine(params):
-    return Engine(decode_layout(params), CONFIG, rows=4, chunk=16, least_window=64)
+    return Engine(per_layer(params), CONFIG, rows=4, chunk=16, least_window=64)
 
 
 @partial(jax.jit, static_argnames="vocab")
@@ -80,12 +83,11 @@ def random_request(rng):
     return Request(prompt, rng.randrange(1, 40), sampling, stop_ids=rng.choice([(), (STOP,)]))
 
 
-@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_a_storm_of_requests_gets_what_the_uncached_model_makes(params, rng):
     """Fifty requests come at any time, some are cancelled, rows and prefixes are used again."""
-    engine = Engine(decode_layout(params), CONFIG, rows=4, chunk=16, least_window=64)
+    engine = Engine(per_layer(params), CONFIG, rows=4, chunk=16, least_window=64)
     submitted = []
     for _ in range(50):
         submitted.append(engine.submit(random_request(rng)))
@@ -156,12 +158,12 @@ def test_rows_of_one_batch_use_their_own_adapters(params, form):
             base, CONFIG, jax.random.key(seed), rank=2 + seed, alpha=8, dora=dora, targets=["q_proj", "down_proj"]
         )
         trees.append(jax.tree.map(partial(trained, seed), tree, is_leaf=lambda node: isinstance(node, LoraArray)))
-    per_layer = [decode_layout(tree) for tree in trees]
-    engine = Engine(side_by_side(per_layer, product), CONFIG, rows=4, chunk=16, least_window=64)
+    apart = [per_layer(tree) for tree in trees]
+    engine = Engine(side_by_side(apart, product), CONFIG, rows=4, chunk=16, least_window=64)
     asked = [Request(OPENINGS[0][:20], 15, Sampling(), adapter=i) for i in (-1, 0, 1, 2)]
     together = list(run_all(engine, asked))[-1]
     texts = []
-    for progress, tree in zip(together, [decode_layout(base), *per_layer], strict=True):
+    for progress, tree in zip(together, [per_layer(base), *apart], strict=True):
         alone = sum((rows[0] for rows in generate(tree, CONFIG, [progress.request.prompt], 15)), [])
         assert progress.tokens == alone
         texts.append(tuple(alone))
@@ -183,7 +185,7 @@ def quantized_linears(params):
 
 
 def test_a_request_that_ends_early_frees_its_row(params):
-    engine = Engine(decode_layout(params), CONFIG, rows=1, chunk=16, least_window=64, queue=1)
+    engine = Engine(per_layer(params), CONFIG, rows=1, chunk=16, least_window=64, queue=1)
     first = engine.submit(Request(OPENINGS[0], 80))
     for _ in range(6):
         engine.step()

@@ -21,17 +21,17 @@ from typer.testing import CliRunner
 
 import infer.generate
 from convert import load_model, save_model, vocab
-from convert.checkpoint import open_model
-from convert.gguf import write_gguf
+from convert.formats import open_model
 from convert.merge import merge_adapters
 from convert.peft import save_adapter
+from convert.save import write_model
 from infer.__main__ import app
-from infer.generate import Text, check_room, decode, generate
+from infer.generate import TextStream, check_room, decode_steps, generate
 from infer.load import sampling, start_mesh
 from infer.sample import Sampling, stack_sampling
 from model import forward, make_mesh
 from model.errors import PunaError
-from model.linear import decode_layout
+from model.layout import per_layer
 from model.lora import add
 from model.tokenizer import load_tokenizer
 
@@ -156,10 +156,21 @@ def test_sharded_equals_unsharded(ours, folder, prompts, axes):
 
 def test_one_program_serves_all_settings_and_chunks(ours, prompts):
     run(ours, prompts)
-    compiled = decode._cache_size()
+    compiled = decode_steps._cache_size()
     samplings = [Sampling(0.3, top_k=5, seed=1), Sampling(2.0, min_p=0.1), Sampling(repetition_penalty=2.0)]
     run(ours, prompts[::-1], samplings=samplings)
-    assert decode._cache_size() == compiled
+    assert decode_steps._cache_size() == compiled
+
+
+def test_decoding_moves_nothing_between_host_and_devices_by_itself(ours, prompts):
+    config, params = ours[0], per_layer(ours[1])
+    expected = run((config, params), prompts)
+    chunks = generate(params, config, prompts, NEW)
+    rows = [list(row) for row in next(chunks)]  # the prompts are read, and put on the device
+    with jax.transfer_guard("disallow"):
+        for more in chunks:
+            rows = [row + list(new) for row, new in zip(rows, more, strict=True)]
+    assert rows == expected
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -167,10 +178,10 @@ def test_one_program_serves_all_settings_and_chunks(ours, prompts):
 def test_the_cache_is_updated_in_place(ours, prompts, batch, dtype):
     """The compiled step copies or converts no layer's keys: XLA did, three times a token, where one row wrote one
     slice, and to float32 and back where a 16-bit model had a 16-bit cache."""
-    params, config = decode_layout(jax.tree.map(lambda x: x.astype(dtype), ours[1])), ours[0]
-    state = infer.generate.start(params, config, prompts[:batch], 128, None)
+    params, config = per_layer(jax.tree.map(lambda x: x.astype(dtype), ours[1])), ours[0]
+    state = infer.generate.prefill_prompts(params, config, prompts[:batch], 128, None)
     eos, number = jnp.zeros(0, jnp.int32), np.int32(4)
-    step = decode.lower(params, state, stack_sampling([Sampling()] * batch), eos, number, number, config, 128)
+    step = decode_steps.lower(params, state, stack_sampling([Sampling()] * batch), eos, number, number, config, 128)
     compiled = step.compile().as_text()
     shape = ",".join(map(str, state.cache.k[0].shape))
     assert f"f32[{shape}]" in compiled
@@ -227,7 +238,7 @@ class Letters:
 def test_text_ends_before_the_first_stop_and_shows_no_part_of_it(letters, stops, size):
     ends = [(letters.find(stop) + len(stop), letters.find(stop)) for stop in stops if stop in letters]
     expected = letters[: min(ends)[1]] if ends else letters
-    text = Text(Letters(), [], stops)
+    text = TextStream(Letters(), [], stops)
     shown = ""
     for start in range(0, len(letters), size):
         shown += text.push([ord(letter) for letter in letters[start : start + size]])
@@ -354,7 +365,7 @@ def test_the_gguf_file_that_is_named_is_the_one_that_speaks(data_dir, command, s
     config, params = load_model(source)
     mute = tmp_path / "mute"
     save_model(mute, config, jax.tree.map(jnp.zeros_like, params), tokenizer=load_tokenizer(source))
-    write_gguf(mute / "a.gguf", open_model(source), "float32")
+    write_model(mute / "a.gguf", replace(open_model(source), format="gguf"))
     shutil.copy(mute / "a.gguf", mute / "b.gguf")
     flags = ["--prompt", "Once upon a time", "--temperature", "0", "--max-new-tokens", "196"]
     assert command(mute / "a.gguf", *flags) == story

@@ -12,9 +12,11 @@ from reference import config_of, hf_config, hf_logits, hf_model, params_of
 from model import LlamaConfig, RopeScaling, abstract_params, hidden, init_cache, init_params, logits, make_mesh, unstack
 from model import forward as eager_forward
 from model.errors import PunaError
-from model.linear import TransposedArray, decode_layout, linear, place
+from model.layout import per_layer, place
+from model.linear import linear
 from model.llama import SPLIT_SEQUENCE, block, rms_norm
 from model.pieces import Pieces
+from model.transposed import TransposedArray
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +109,7 @@ def random_model(**changes):
     return jax.tree.map(lambda x: x if (x == 1).all() else x * 6, params), config
 
 
-@pytest.mark.parametrize("form", [lambda p: p, unstack, decode_layout], ids=["scan", "loop", "decoding"])
+@pytest.mark.parametrize("form", [lambda p: p, unstack, per_layer], ids=["scan", "loop", "decoding"])
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": LLAMA3}], ids=["default", "llama3"])
 def test_prefill_and_decode_equal_the_full_pass(form, changes, tokens):
     params, config = random_model(**changes)
@@ -141,7 +143,7 @@ def test_decoding_never_copies_a_weight_in_a_wider_type(dtype):
     """By the compiler's account, a step of one token through weights as decoding holds them: the head is the largest,
     and tied embeddings are a head without a copy."""
     params, config = random_model(vocab_size=16384, hidden_size=256, tie_word_embeddings=True)
-    params = decode_layout(jax.tree.map(lambda x: x.astype(dtype), params))
+    params = per_layer(jax.tree.map(lambda x: x.astype(dtype), params))
     assert params["lm_head"].rows is params["embed"]
     step = jax.jit(lambda params, tokens: forward(params, tokens, config)[0]).lower(params, jnp.ones((1, 1), jnp.int32))
     temporaries = step.compile().memory_analysis().temp_size_in_bytes

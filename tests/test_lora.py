@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 from model import LlamaConfig, forward, init_params, make_mesh, stack, unstack
 from model.errors import PunaError
-from model.linear import linear, place
+from model.layout import place
+from model.linear import linear
 from model.lora import LoraArray, add, join, merge, split, with_dropout
 from model.params import LINEARS
 from model.quantize import dequantize, quantize

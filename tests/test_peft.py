@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 
 from convert import load_model, save_model
 from convert.__main__ import app
+from convert.adapters import apply_adapters
+from convert.checkpoint import WriteOptions
 from convert.merge import merge_adapters as merge_folders
-from convert.peft import apply_adapters, read_adapter, save_adapter
+from convert.peft import read_adapter, save_adapter
 from convert.verify import compare
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
@@ -265,7 +267,7 @@ def test_a_merge_to_a_wider_dtype_rounds_nothing(float_base, tmp_path):
     config, params = load_model(float_base, dtype=jnp.bfloat16)
     save_model(tmp_path / "half", config, params)
     adapter = adapter_of(tmp_path / "a", CONFIG, 1, targets=["v_proj"], alpha=0.01)
-    merge_folders(tmp_path / "half", [adapter], tmp_path / "m", dtype="float32")
+    merge_folders(tmp_path / "half", [adapter], tmp_path / "m", options=WriteOptions(dtype="float32"))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     expected, _ = merge(apply_adapters(wide, config, [adapter])[1])
     found = load_model(tmp_path / "m")[1]
@@ -276,7 +278,7 @@ def test_a_merge_to_a_wider_dtype_rounds_nothing(float_base, tmp_path):
 def test_a_merge_to_metas_shards_is_the_merge(float_base, tmp_path):
     adapter = adapter_of(tmp_path / "a", CONFIG, 1)
     merge_folders(float_base, [adapter], tmp_path / "hf")
-    merge_folders(float_base, [adapter], tmp_path / "meta", format="meta", shards=2)
+    merge_folders(float_base, [adapter], tmp_path / "meta", format="meta", options=WriteOptions(shards=2))
     assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == 2
     assert compare(tmp_path / "hf", tmp_path / "meta")
 
@@ -360,7 +362,7 @@ def change(folder, edit=None, **settings):
 
 A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 BROKEN = {
-    "nan": (lambda t: t[A].__setitem__((0, 0), np.nan), {}, "not finite"),
+    "nan": (lambda t: t[A].__setitem__((0, 0), np.nan), {}, "NaN or infinite"),
     "rank 0": (
         lambda t: t.update({A: t[A][:0], A.replace("_A", "_B"): np.zeros((32, 0), np.float32)}),
         {"r": 0},
@@ -401,6 +403,8 @@ BROKEN = {
     "patterns that are none": (None, {"rank_pattern": "x"}, "adapter is damaged"),
     "modules that are none": (None, {"modules_to_save": 5}, "adapter is damaged"),
     "no second axis": (lambda t: t.update({A.replace("_A", "_B"): np.zeros(2, np.float32)}), {}, "adapter is damaged"),
+    "no second axis of A": (lambda t: t.update({A: np.zeros(2, np.float32)}), {}, "adapter is damaged"),
+    "dropout text": (None, {"lora_dropout": "0.1"}, "lora_dropout '0.1' is no number"),
     "not a target": (None, {"target_modules": ["v_proj"]}, "adapter of model.layers.0.self_attn.q_proj"),
     "excluded": (None, {"exclude_modules": ["q_proj"]}, "adapter of model.layers.0.self_attn.q_proj"),
     "another layer": (None, {"layers_to_transform": [0, 2]}, "adapter of model.layers.1.self_attn.q_proj"),

@@ -82,5 +82,7 @@ def test_a_block_that_does_not_take_what_is_set_is_refused(tmp_path, monkeypatch
     (tmp_path / "bare_block.py").write_text("def block(x, layer, config, context, cache):\n    return x, cache\n")
     importlib.invalidate_caches()
     config = replace(SMALL, pieces=Pieces(block="bare_block:block", norm=NORM))
-    with pytest.raises(PunaError, match="block bare_block:block has no keyword attend, norm"):
+    with pytest.raises(
+        PunaError, match=r"block bare_block:block has no keyword attend \(attention\) and norm \(norm\)"
+    ):
         block_of(config, attend=attend)

@@ -19,10 +19,10 @@ from convert import save_model
 from model import LlamaConfig, init_params
 from model.errors import PunaError
 from train import cost
-from train.adapt import abstract_parts, quantize_linears
 from train.config import Config, QuantizeConfig, read_config
 from train.plan import alternatives, differences, make_plan, report, suggest, use_virtual_devices
-from train.start import first_weights, mesh_of
+from train.start import base_of, mesh_of
+from train.state import abstract_base, base_params, quantize_linears
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,11 +107,12 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %w = (f32[4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %s = bf16[2,4]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %r = (f32[], s32[3]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %q = bf16[2,4]{1,0} reduce-scatter(%x), replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=1] {'data','fsdp'}
 }
 """
     assert cost.collectives(hlo) == {
         "all-gather": cost.Traffic(3, 3 * 8 * 4 * 4),
-        "reduce-scatter": cost.Traffic(1, 4 * 2 * 4 * 2),
+        "reduce-scatter": cost.Traffic(2, 4 * 2 * 4 * 2 + 8 * 2 * 4 * 2),
         "all-reduce": cost.Traffic(1, 4 + 12),
     }
 
@@ -145,11 +146,12 @@ def test_a_base_that_is_stored_quantized_is_counted_so(tmp_path, dtype):
     params = quantize_linears(init_params(model, jax.random.key(0), dtype), QuantizeConfig(double_quant=True))
     save_model(tmp_path / "q", model, params)
     config = read_config({"model": {"path": str(tmp_path / "q")}, "lora": {}, "data": {"path": "x", "max_length": 64}})
-    planned = abstract_parts(config, model, mesh_of(config))
-    found = first_weights(config, model, mesh_of(config))
+    base = base_of(config)
+    planned = abstract_base(config, model, mesh_of(config), base)
+    found = base_params(config, model, mesh_of(config), base)
     for x, y in zip(jax.tree.leaves(planned), jax.tree.leaves(found), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
-    assert found[1]["embed"].dtype == jnp.float32
+    assert found["embed"].dtype == jnp.float32
 
 
 def test_the_number_of_devices_is_asked_for():
@@ -167,7 +169,8 @@ from train.config import read_config
 from train.optim import make_schedule
 from train.plan import make_plan
 from train.start import mesh_of, model_of
-from train.step import abstract_batch, abstract_state, init_state, make_step, shardings_of
+from train.state import abstract_batch, abstract_state, init_state, shardings_of
+from train.step import make_step
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -182,7 +185,7 @@ compiled = step.lower(abstract, batch).compile()
 before = status("VmRSS")
 rows = {name: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding) for name, x in batch.items()}
 zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.params)
-state = init_state(config, abstract, jax.jit(zeros, out_shardings=shardings_of(abstract.params))())
+state = init_state(config, model, jax.jit(zeros, out_shardings=shardings_of(abstract.params))(), abstract)
 open("/proc/self/clear_refs", "w").write("5")
 jax.block_until_ready(compiled(state, rows))
 print(json.dumps({"predicted": predicted, "measured": status("VmHWM") - before}))

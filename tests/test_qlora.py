@@ -13,6 +13,7 @@ from faulty_runs import finish, launch, run
 from safetensors.numpy import load_file
 
 from convert import load_model, save_model
+from convert.checkpoint import WriteOptions
 from convert.merge import merge_adapters
 from model.llama import forward
 from model.quantize import quantize
@@ -88,7 +89,8 @@ def test_stories260k_learns_to_summarize_dialogues(data_dir, tmp_path, monkeypat
 
     config, params = load_model(base, quantize=partial(quantize, format="nf4", double=True))
     save_model(tmp_path / "nf4", config, params, tokenizer=load_tokenizer(base))
-    merge_adapters(tmp_path / "nf4", [tmp_path / "run" / "final"], tmp_path / "merged", dtype="float32")
+    wide = WriteOptions(dtype="float32")
+    merge_adapters(tmp_path / "nf4", [tmp_path / "run" / "final"], tmp_path / "merged", options=wide)
     before, merged = (held_out_loss(folder, held_out) for folder in (base, tmp_path / "merged"))
     assert after < before - 0.3, (after, before)
     assert merged == pytest.approx(after, rel=1e-4)

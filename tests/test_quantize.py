@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from model import LlamaConfig, forward, init_params, make_mesh
-from model import quantized_matmul as products
+from model import LlamaConfig, cpu, forward, init_params, make_mesh
 from model.config import PRESETS
 from model.errors import PunaError
-from model.linear import linear, place, weight_shardings
+from model.layout import place, weight_shardings
+from model.linear import linear
 from model.params import LINEARS, abstract_params, param_specs, stack, unstack
 from model.quantize import NF4, block_scales, dequantize, dynamic_map, quantize
 from model.quantized_matmul import quantized_matmul
@@ -99,10 +99,10 @@ def test_nf4_by_table_and_by_selects_are_the_same_numbers(shape, monkeypatch):
     """Which of them a product takes depends on the processor."""
     q = quantize(weight(shape), "nf4", double=True)
     q = q.replace(absmax=block_scales(q), nested_absmax=None, offset=None)  # as products decode it
-    monkeypatch.setattr(products, "_has_avx512", lambda: True)
-    even, odd = products._decoded(q)
-    monkeypatch.setattr(products, "_has_avx512", lambda: False)
-    (rows,) = products._decoded(q)
+    monkeypatch.setattr(cpu, "_HAS_AVX512", True)
+    even, odd = cpu.decoded(q)
+    monkeypatch.setattr(cpu, "_HAS_AVX512", False)
+    (rows,) = cpu.decoded(q)
     np.testing.assert_array_equal(jnp.stack([even, odd], axis=-1).reshape(rows.shape), rows)
     np.testing.assert_array_equal(rows[: shape[1]].T, dequantize(q))
 

@@ -1,6 +1,7 @@
 """Settings: everything that is wrong is named at once, with the nearest known; what is written reads back the same."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 
 from model.config import PRESETS
 from model.errors import PunaError
+from model.pieces import Pieces, load_function
 from model.tokenizer import load_tokenizer
-from train.config import Config, load_config, load_function, read_config, refuse_changes
+from train.config import Config, load_config, read_config, refuse_changes
 from train.data.toy import write_tokenizer
+from train.objective import make_objective
 from train.schema import dump
 from train.start import mesh_of, model_of, tokenizer_of
-from train.step import make_objective
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -43,7 +45,10 @@ def read(**sections) -> Config:
         ({"run": {"batch_size": True}}, "run.batch_size is true; it must be an integer"),
         ({"model": {"preset": 7}}, "model.preset is 7; it must be a string"),
         ({"data": {"path": "a", "packing": "yes"}}, 'data.packing is "yes"; it must be true or false'),
-        ({"optim": {"optimizer": "adam"}}, 'optim.optimizer is "adam"; it must be one of "adamw", "adafactor"'),
+        (
+            {"optim": {"optimizer": "adam"}},
+            "optim.optimizer 'adam' is not known; choose adamw, adafactor, or write \"module:function\"",
+        ),
         ({"run": {"report_to": ["wandbb"]}}, 'run.report_to[0] is "wandbb"; it must be one of'),
         ({"lora": {"rank_pattern": {"q_proj": "8"}}}, 'lora.rank_pattern.q_proj is "8"; it must be an integer'),
         ({"optim": {"learning_rate": 0}}, "optim.learning_rate is 0.0; it must be above 0"),
@@ -151,12 +156,13 @@ def test_the_tokenizer_of_a_hub_id_comes_without_weights(name, tmp_path, monkeyp
 
 
 def test_a_block_without_the_keyword_of_a_setting_is_refused(monkeypatch):
-    config = read(model={"preset": "llama2-7b", "block": "a:b"}, mesh={"sequence_parallel": True})
-    monkeypatch.setattr("train.step.load_function", lambda name, setting: lambda *arguments, **any_of_them: None)
-    assert make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
-    monkeypatch.setattr("train.step.load_function", lambda name, setting: lambda x, layer, config, context, cache: x)
-    with pytest.raises(PunaError, match=r"model.block a:b has no keyword residual \(mesh.sequence_parallel\)"):
-        make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
+    config = read(model={"preset": "llama2-7b", "block": "a:b"}, mesh={"sequence_parallel": True, "tensor": 2})
+    monkeypatch.setattr("model.llama.load_function", lambda name, setting: lambda *arguments, **any_of_them: None)
+    model = replace(PRESETS["llama2-7b"], pieces=Pieces(block="a:b"))
+    assert make_objective(config, model, mesh_of(config))
+    monkeypatch.setattr("model.llama.load_function", lambda name, setting: lambda x, layer, config, context, cache: x)
+    with pytest.raises(PunaError, match=r"block a:b has no keyword residual \(sequence_parallel\)"):
+        make_objective(config, model, mesh_of(config))
 
 
 def test_a_config_that_is_not_text_is_refused(tmp_path):

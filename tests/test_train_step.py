@@ -16,19 +16,15 @@ from convert import load_model
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import init_params
+from model.pieces import Pieces
 from model.sharding import make_mesh
 from train.config import Config, read_config
 from train.loss import IGNORE_INDEX
+from train.objective import make_objective
 from train.optim import make_schedule
-from train.step import (
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    init_state,
-    make_objective,
-    make_step,
-    shardings_of,
-)
+from train.start import model_of
+from train.state import TrainState, abstract_batch, abstract_state, init_state, shardings_of
+from train.step import make_step
 
 pytestmark = pytest.mark.slow
 
@@ -64,8 +60,8 @@ def mesh_of(data: int, fsdp: int, tensor: int):
 def start(config: Config, model: LlamaConfig, mesh, params=None, steps: int = 20):
     abstract = abstract_state(config, model, mesh)
     params = init_params(model, jax.random.key(0)) if params is None else params
-    params = jax.device_put(params, shardings_of(abstract.params))
-    state = init_state(config, abstract, params)
+    params = jax.tree.map(jnp.copy, jax.device_put(params, shardings_of(abstract.params)))  # the state takes them
+    state = init_state(config, model, params, abstract)
     return state, make_step(config, model, mesh, make_schedule(config.optim, steps), shardings_of(abstract))
 
 
@@ -106,7 +102,7 @@ def alone() -> np.ndarray:
         pytest.param((4, 2, 1), {}, marks=pytest.mark.slow),
         pytest.param((1, 4, 2), {}, marks=pytest.mark.slow),
         ((2, 2, 2), {}),
-        pytest.param((2, 2, 2), {"mesh": {"sequence_parallel": True}}, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), {"mesh": {"sequence_parallel": True, "tensor": 2}}, marks=pytest.mark.slow),
         pytest.param((2, 2, 2), {"model": {"remat": "full", "loss_chunk": 16}}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -249,14 +245,15 @@ def test_a_batch_that_does_not_divide_is_named():
 
 def test_pieces_are_replaced_by_name():
     named = {"block": "test_train_step:skip", "loss": "test_train_step:count"}
-    objective = make_objective(config_of(model=named), SMALL, mesh_of(1, 1, 1))
+    objective = make_objective(config_of(model=named), replace(SMALL, pieces=Pieces(named["block"])), mesh_of(1, 1, 1))
     rows = make_rows(0)
     assert objective(init_params(SMALL, jax.random.key(0)), rows) == (rows["labels"] != IGNORE_INDEX).sum()
-    for setting in ("block", "norm", "loss", "attention"):
-        config = config_of()
-        config = replace(config, model=replace(config.model, **{setting: "test_train_step:absent"}))
+    for setting in ("block", "norm", "attention"):
+        config = config_of(model={setting: "test_train_step:absent", "preset": "llama-7b"})
         with pytest.raises(PunaError, match=f'model.{setting} is "test_train_step:absent"'):
-            make_objective(config, SMALL, mesh_of(1, 1, 1))
+            model_of(config)
+    with pytest.raises(PunaError, match='model.loss is "test_train_step:absent"'):
+        make_objective(config_of(model={"loss": "test_train_step:absent"}), SMALL, mesh_of(1, 1, 1))
 
 
 def skip(x, layer, config, context, cache):

@@ -14,7 +14,8 @@ import pytest
 import sentencepiece
 from converting import command  # noqa: F401
 
-from convert.checkpoint import Checkpoint, open_model
+from convert.checkpoint import Checkpoint, WriteOptions
+from convert.formats import open_model
 from convert.lazy import from_array
 from convert.names import parameters
 from convert.save import write_model
@@ -62,7 +63,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
         param.name: from_array(random.normal(0, 0.02, param.shape).astype(np.float32), param.name)
         for param in parameters(CONFIG)
     }
-    write_model(root / "llama", Checkpoint(CONFIG, tensors, root, "hf"), tokenizer=load_tokenizer(base))
+    write_model(root / "llama", Checkpoint(CONFIG, tensors, root, "hf"), WriteOptions(tokenizer=load_tokenizer(base)))
     return {name: root / f"{name}.model" for name in ("base", "extra", "merged")} | {"llama": root / "llama"}
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from convert.command import main
+from cli.command import main
 from train.config import load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)

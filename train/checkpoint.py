@@ -145,11 +145,6 @@ class Checkpoints:
         what = f"step {step}" if step is not None else "any checkpoint"
         raise CheckpointError(f"{what} in {self.directory} cannot be restored: it is missing or damaged")
 
-    def saved_config(self, step: int) -> dict[str, Any]:
-        """The configuration that was saved with `step`."""
-        handler = ocp.Checkpointer(_handler())
-        return handler.restore(self._folder(step), args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-
     def _folder(self, step: int) -> Path:
         return self.directory / str(step)
 
@@ -240,31 +235,6 @@ class Checkpoints:
         if changed:
             _say(f"checkpoint step {step} is not used: arrays that changed: {', '.join(changed)}")
         return changed
-
-
-def restore_part(directory: str | Path, part: Mapping[str, Any], step: int | None = None) -> tuple[dict[str, Any], int]:
-    """Read some of the arrays of the newest checkpoint (or of `step`) below `directory`, changing nothing there.
-
-    `part` is a nested dict of ShapeDtypeStruct with shardings, such as {"params": abstract_params}. Damage to the
-    files or to the arrays that are read is an error.
-
-    Returns: the same nested dict of arrays, and their step.
-    """
-    directory = Path(directory).absolute()
-    steps = manifest.steps(directory)
-    step = step if step is not None else max(steps, default=None)
-    if step not in steps:
-        raise CheckpointError(f"{directory} holds no checkpoint" + (f" of step {step}" if step is not None else ""))
-    folder = directory / str(step)
-    damage = manifest.explain(folder, manifest.damaged_files(folder))
-    if damage:
-        raise CheckpointError(f"checkpoint step {step} is damaged: {'; '.join(damage)}")
-    tree = integrity.to_nested_dict(part)
-    integrity.check_fit(folder, tree, complete=False)
-    restored = _read(folder, tree)
-    if changed := integrity.changed_arrays(folder, restored.state):
-        raise CheckpointError(f"checkpoint step {step} is damaged: arrays that changed: {', '.join(changed)}")
-    return integrity.from_nested_dict(part, restored.state), step
 
 
 class _Schedule:

@@ -4,10 +4,9 @@ The keys carry the ecosystem's names. An unknown key or a wrong type is an error
 them are named at once. The presence of [lora] or [quantize] is the switch that turns them on.
 """
 
-import importlib
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -65,10 +64,11 @@ class OptimConfig:
 
     warmup_steps wins over warmup_ratio, as there. wsd holds the rate and decays it over the last `decay_ratio` of the
     steps. z_loss is the weight of log(Z)^2 (PaLM, arXiv:2204.02311; 1e-4 there). max_grad_norm 0 turns clipping off.
-    offload keeps the optimizer state in host memory between steps.
+    offload keeps the optimizer state in host memory between steps. optimizer: "adamw", "adafactor", or a
+    "module:function" that makes an optax transformation (train.optim.make_optimizer).
     """
 
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    optimizer: str = "adamw"
     learning_rate: float = 2e-5
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: float = 0.0
@@ -129,7 +129,8 @@ class RunConfig:
     microbatches. max_steps 0 means num_train_epochs decides. save_steps and save_minutes each start a save when due (0
     turns one off); keep_last keeps the last n and every keep_every-th step. max_skipped_steps non-finite updates
     in a row end the run. deterministic asks the backend for bitwise repeatable kernels. prepare is a "module:function"
-    that gets the Config before the data is read, to make or fetch it.
+    that gets the Config before the data is read, to make or fetch it. profile_steps: the first and the last step of a
+    trace that is written into output_dir/profile, for xprof or Perfetto.
     """
 
     output_dir: str = "runs/default"
@@ -147,6 +148,7 @@ class RunConfig:
     max_skipped_steps: int = 10
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     deterministic: bool = False
+    profile_steps: tuple[int, ...] = ()
     prepare: str | None = None
 
 
@@ -162,6 +164,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
 
+
+OPTIMIZERS = ("adamw", "adafactor")
 
 # What a run may change when it resumes: nothing that alters the numbers beyond rounding, and how long it goes on.
 MAY_CHANGE = (
@@ -183,6 +187,7 @@ MAY_CHANGE = (
     "run.max_skipped_steps",
     "run.report_to",
     "run.deterministic",
+    "run.profile_steps",
     "run.prepare",
 )
 
@@ -275,6 +280,12 @@ def _check(config: Config) -> None:
         )
     if model.path is not None and model.preset is not None:
         raise PunaError("model.path and model.preset are both given; keep path to continue, preset to start afresh")
+    if optim.optimizer not in OPTIMIZERS and ":" not in optim.optimizer:
+        known = ", ".join(OPTIMIZERS)
+        raise PunaError(f'optim.optimizer {optim.optimizer!r} is not known; choose {known}, or write "module:function"')
+    if run.profile_steps and not (len(run.profile_steps) == 2 and 1 <= run.profile_steps[0] <= run.profile_steps[1]):
+        raise PunaError(f"run.profile_steps is {list(run.profile_steps)}; give a first and a last step, as [10, 13]")
+    _refuse_unread(config)
     if config.lora is not None:
         target_weights(config.lora.targets)
         check_saved_modules(config.lora.modules_to_save)
@@ -282,6 +293,36 @@ def _check(config: Config) -> None:
         raise PunaError("quantize is given without lora: quantized weights do not train; add a [lora] section")
     if (wanted := config.quantize) is not None:
         quantizer(wanted.method, wanted.block, wanted.double_quant)
+
+
+def _refuse_unread(config: Config) -> None:
+    """Refuses settings that nothing in this run would read. A setting at its default says nothing, so that a config
+    written out in full (config.toml of a run) can be read again."""
+    optim, model, run, data = config.optim, config.model, config.run, config.data
+    unread = {
+        "model.loss": (model.loss is not None, ("optim.z_loss", "model.loss_chunk")),
+        "optim.optimizer": (
+            optim.optimizer == "adafactor",
+            ("optim.adam_beta1", "optim.adam_beta2", "optim.adam_epsilon"),
+        ),
+        "optim.lr_scheduler_type": (optim.lr_scheduler_type != "wsd", ("optim.decay_ratio",)),
+        "optim.lr_scheduler_type ": (optim.lr_scheduler_type == "constant", ("optim.min_lr_ratio",)),
+        "optim.warmup_steps": (optim.warmup_steps > 0, ("optim.warmup_ratio",)),
+        "run.max_steps": (run.max_steps > 0, ("run.num_train_epochs",)),
+        "data.eval_path": (data.eval_path is None and not data.validation_split, ("run.eval_steps",)),
+        "data.validation_split": (not data.validation_split, ("data.seed",)),
+        "mesh.tensor": (config.mesh.tensor == 1, ("mesh.sequence_parallel",)),
+        "run.save_steps": (not run.save_steps and not run.save_minutes, ("run.keep_every",)),
+    }
+    given, plain = dict(flat(config)), dict(flat(Config(ModelConfig(), DataConfig())))
+    for cause, (holds, names) in unread.items():
+        cause = cause.strip()
+        for name in names:
+            if holds and given[name] != plain[name]:
+                raise PunaError(
+                    f"{name} is {given[name]!r}, which nothing reads with {cause} = {given.get(cause)!r}: "
+                    f"leave it out, or change {cause}"
+                )
 
 
 def _positive_lora(lora: LoraConfig) -> dict[str, float]:
@@ -310,12 +351,3 @@ def refuse_changes(old: Config, new: Config) -> None:
             f"{new.run.output_dir} holds a run with other settings: {'; '.join(refused)}. "
             "Take them back to resume it, or give another run.output_dir"
         )
-
-
-def load_function(name: str, setting: str) -> Callable[..., Any]:
-    """The function that "module:function" names. Raises PunaError naming the setting where there is none."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PunaError(f'{setting} is "{name}": {error}; write "module:function"') from None

@@ -35,8 +35,9 @@ _BYTES = {
 _BYTES |= {"s16": 2, "u16": 2, "s64": 8, "u64": 8}
 
 
-def flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
-    """FLOPs of the matrix products in a jaxpr over all devices: 2 m n k each, times the lengths of the scans around."""
+def flops(jaxpr: Jaxpr | ClosedJaxpr, platform: str = "cpu") -> float:
+    """FLOPs of the matrix products in a jaxpr over all devices: 2 m n k each, times the lengths of the scans around.
+    Of what depends on the platform, the form for `platform` counts."""
     total = 0.0
     for eqn in jaxpr.eqns:
         match eqn.primitive.name:
@@ -48,6 +49,9 @@ def flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
                 total += eqn.params["length"] * flops(eqn.params["jaxpr"])
             case "shard_map":  # its shapes are those of one device
                 total += eqn.params["mesh"].size * flops(eqn.params["jaxpr"])
+            case "cond" if (platforms := eqn.params.get("branches_platforms")) is not None:
+                own = [names is not None and platform in names for names in platforms]
+                total += flops(eqn.params["branches"][own.index(True) if any(own) else platforms.index(None)])
             case "cond":
                 total += max(map(flops, eqn.params["branches"]))
             case _:
@@ -116,6 +120,9 @@ def _group_size(line: str) -> int:
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(iota[2])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # XLA of jax 0.12
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     return 2  # all devices, or pairs of a permutation
 
 

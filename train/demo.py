@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import typer
 from jax import Array
 
-from convert.command import main
+from cli.command import main
 from convert.load import load_model
 from model.config import LlamaConfig
 from model.llama import forward
@@ -21,8 +21,8 @@ from train.config import load_config
 from train.data import PackedDataset, in_order, load_dataset
 from train.loop import run
 from train.loss import IGNORE_INDEX
+from train.objective import BATCH_KEYS
 from train.start import tokenizer_of
-from train.step import BATCH_KEYS
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.toml"
 

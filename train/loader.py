@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from train.data.dataset import HostBatch
-from train.step import BATCH_KEYS, Batch
+from train.objective import BATCH_KEYS, Batch
 
 T = TypeVar("T")
 

@@ -19,34 +19,28 @@ import jax
 from jax import Array
 from jax.sharding import Sharding
 
-from convert.command import atomic_path
+from cli.files import atomic_path
 from convert.peft import save_adapter
 from convert.save import save_model
 from model import lora
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.pieces import code_fingerprint, load_function
 from model.tokenizer import Tokenizer
 from train import distributed
 from train.checkpoint import Checkpoints
-from train.config import Config, load_function, read_config, refuse_changes
+from train.config import Config, read_config, refuse_changes
 from train.data import Datasets, Sampler, in_order, load_dataset
 from train.loader import prefetch, to_devices
 from train.metrics import MFU_FORMULA, REPORTERS, MetricsFile, flops_per_token, peak_flops, plot
 from train.metrics_logger import MetricsLogger, ProgressDisplay
-from train.optim import make_schedule
+from train.objective import Batch
+from train.optim import make_schedule, owns_learning_rate
+from train.profile import Profile
 from train.schema import dump, flat
-from train.start import first_weights, mesh_of, model_of, tokenizer_of
-from train.step import (
-    Batch,
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    init_state,
-    make_evaluation,
-    make_step,
-    shardings_of,
-    state_of,
-)
+from train.start import base_of, mesh_of, model_of, tokenizer_of
+from train.state import TrainState, abstract_batch, abstract_state, base_params, init_state, shardings_of, state_like
+from train.step import make_evaluation, make_step
 
 Evaluate = Callable[[TrainState, Batch], tuple[Array, Array]]
 ROWS_NAMED = 20
@@ -75,10 +69,11 @@ def train(config: Config) -> None:
     total = total_steps(config, sampler)
 
     # --- model and mesh
-    model, mesh = model_of(config, tokenizer), mesh_of(config)
+    base = base_of(config)
+    model, mesh = model_of(config, tokenizer, base), mesh_of(config)
     batch = abstract_batch(config, mesh)
     sharding, shape = batch["tokens"].sharding, batch["tokens"].shape
-    data = {"seed": config.run.seed, "key": _data_key(datasets, sampler)}
+    data = {"seed": config.run.seed, "key": _data_key(datasets, sampler), "code": _code(config, model)}
     devices = distributed.preflight(run_dir, sharding, shape, data["key"])
 
     with ExitStack() as stack:
@@ -93,13 +88,16 @@ def train(config: Config) -> None:
         )
         stack.enter_context(checkpoints)
         resuming = checkpoints.latest() is not None
-        parts = first_weights(config, model, mesh) if config.lora or not resuming else None
-        abstract = state_of(config, *parts, mesh) if parts else abstract_state(config, model, mesh)
-        if parts and not resuming:
-            state, done = init_state(config, abstract, *parts), 0
+        if resuming and config.lora is None:
+            state, done = _restore(config, checkpoints, abstract := abstract_state(config, model, mesh, base), data)
         else:
-            state, done = _restore(config, checkpoints, abstract, data)
-            state = replace(state, frozen=parts and parts[1])
+            start, shape_of = base_params(config, model, mesh, base), model if base is None else base.config
+            abstract = state_like(config, shape_of, start, mesh)
+            state, done = init_state(config, shape_of, start, abstract), 0
+            if resuming:
+                frozen = state.frozen
+                state, done = _restore(config, checkpoints, abstract, data)
+                state = replace(state, frozen=frozen)
         if first:
             _write_config(run_dir, config)
 
@@ -131,10 +129,12 @@ def train(config: Config) -> None:
         evaluate = make_evaluation(config, model, mesh)
         batches = (to_devices(partial(sampler.batch, number), sharding, shape) for number in range(done, total))
         ready = stack.enter_context(prefetch(batches))
+        profile = stack.enter_context(Profile(run.profile_steps, run_dir / "profile"))
 
         # --- the loop
         for number, rows in enumerate(ready, done + 1):
-            state, metrics = step(state, rows)
+            with profile.step(number):
+                state, metrics = step(state, rows)
             record.push(number, metrics)
             if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
                 record.add(eval_loss=evaluation_loss(evaluate, state, datasets, config, sharding))
@@ -144,6 +144,7 @@ def train(config: Config) -> None:
                 checkpoints.save(number, replace(state, frozen=None), data | {"step": number}, asdict(config))
                 if first:
                     painter.submit(plot, [run_dir], run_dir / "training_loss.png")
+            profile.after(number, state)
             if stopping:
                 checkpoints.wait()
                 raise distributed.Preempted
@@ -181,7 +182,7 @@ def evaluation_loss(
 
 
 def _restore(
-    config: Config, checkpoints: Checkpoints, abstract: TrainState, data: dict[str, object]
+    config: Config, checkpoints: Checkpoints, abstract: TrainState, data: dict[str, Any]
 ) -> tuple[TrainState, int]:
     """The newest good state of the run that output_dir holds. Raises PunaError naming what has changed since."""
     text = (Path(config.run.output_dir) / "config.toml").read_text()
@@ -192,7 +193,23 @@ def _restore(
             f"{config.run.output_dir} holds a run on other data: what data.path names has changed since; restore it, "
             "or give another run.output_dir"
         )
+    before, now = saved.get("code", {}), data["code"]
+    if changed := [setting for setting in before if before[setting] != now.get(setting)]:
+        raise PunaError(
+            f"{config.run.output_dir} holds a run on other code: what {', '.join(changed)} names has changed since; "
+            "take it back, or give another run.output_dir"
+        )
     return state, done
+
+
+def _code(config: Config, model: LlamaConfig) -> dict[str, str]:
+    """The SHA-256 of the code behind every function that the numbers of a run come from, by its setting."""
+    named = {f"model.{part}": name for part, name in model.pieces.names().items()}
+    if config.model.loss:
+        named["model.loss"] = config.model.loss
+    if owns_learning_rate(config.optim):
+        named["optim.optimizer"] = config.optim.optimizer
+    return {setting: code_fingerprint(name, setting) for setting, name in named.items()}
 
 
 def _size(tree: Any) -> int:
@@ -247,7 +264,7 @@ def _export(config: Config, model: LlamaConfig, state: TrainState, tokenizer: To
         return
     params = lora.join(state.params, state.frozen)
     saved, rslora = config.lora.modules_to_save, config.lora.rslora
-    save_adapter(folder, params, saved, rslora, config.model.path, tokenizer, overwrite=True)
+    save_adapter(folder, params, saved, rslora, config.model.path, tokenizer, overwrite=True, pieces=model.pieces)
 
 
 def _make_deterministic(run_dir: Path) -> None:

@@ -16,6 +16,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
+from model import cpu
 from model.sharding import partition_spec
 from train.data.encode import IGNORE_INDEX
 
@@ -66,6 +67,7 @@ def _local(
     """One device's part: x [b, T, D], head [D / fsdp, V / tensor], targets [b, T]. See `make_loss`."""
     B, T, D = x.shape
     dtype = head.dtype
+    vocab_first = cpu.HEAD_GRADIENT_VOCAB_FIRST and mesh.devices.flat[0].platform == cpu.PLATFORM
     head = head.astype(x.dtype)
     if mesh.shape["fsdp"] > 1:
         head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
@@ -93,20 +95,22 @@ def _local(
         slope = jnp.where(trained, (1 + 2 * z_loss * log_z) / denominator, 0.0)
         dlogits = (powers * slope[:, None] - (hit & trained[:, None])).astype(x.dtype)
         if dhead is not None:
-            dhead += jnp.matmul(dlogits.T, h, preferred_element_type=jnp.float32)
+            left, right = (dlogits, h) if vocab_first else (h, dlogits)
+            dhead += jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
         dh = jnp.matmul(dlogits, head.T, preferred_element_type=jnp.float32).astype(x.dtype) if want_x else None
         return (total, dhead), dh
 
-    # The head's gradient is summed as [V, D], which XLA on CPU multiplies half as fast again as [D, V].
-    start = jnp.zeros((), jnp.float32), jnp.zeros(head.shape[::-1], jnp.float32) if want_head else None
+    shape = head.shape[::-1] if vocab_first else head.shape
+    start = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32) if want_head else None
     (total, dhead), dx = jax.lax.scan(step, start, (flat, wanted))
     total = jax.lax.psum(total, ("data", "fsdp"))
     if dx is not None:
         dx = jax.lax.psum(dx.reshape(-1, D)[: B * T].reshape(x.shape), "tensor")
     if dhead is not None:
         if mesh.shape["fsdp"] > 1:
-            dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=1, tiled=True)
-        dhead = jax.lax.psum(dhead, "data").T.astype(dtype)
+            dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=int(vocab_first), tiled=True)
+        dhead = jax.lax.psum(dhead, "data")
+        dhead = (dhead.T if vocab_first else dhead).astype(dtype)
     return total, dx, dhead
 
 

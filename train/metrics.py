@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import jax
 
-from convert.command import atomic_path
+from cli.files import atomic_path
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import param_count

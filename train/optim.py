@@ -1,7 +1,8 @@
 """What turns gradients into updates: optax transformations, a schedule, and the mask of what decays.
 
-A transformation here leaves out the learning rate: the step multiplies by `schedule(step)`, so that the rate is a
+The transformations here leave out the learning rate: the step multiplies by `schedule(step)`, so that the rate is a
 function of the step alone and a resumed run, or one with another number of steps, needs nothing restored for it.
+optim.optimizer = "module:function" names one that owns its rate, as optax's own do.
 """
 
 import math
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from model.pieces import load_function
 from train.config import OptimConfig
 
 Schedule = Callable[[Array], Array]
@@ -61,9 +63,25 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(optim: OptimConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101), or Adafactor (arXiv:1804.04235) as transformers sets it up for a given rate:
-    no relative step, no scaling by the parameter, no momentum. Both without the learning rate."""
+def owns_learning_rate(optim: OptimConfig) -> bool:
+    """Whether the optimizer is a function of the user's, whose updates are added to the parameters as they are."""
+    return ":" in optim.optimizer
+
+
+def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> optax.GradientTransformation:
+    """The optimizer that [optim] names.
+
+    adamw (arXiv:1711.05101), or adafactor (arXiv:1804.04235) as transformers sets it up for a given rate: no relative
+    step, no scaling by the parameter, no momentum; both without the learning rate. "module:function" is called with
+    `optim` and `schedule`, and returns a transformation whose updates are added to the parameters, as optax's are.
+
+    Args:
+        optim: the settings.
+        schedule: the learning rate at every step; None, where only the state's shapes matter, for a constant one.
+    """
+    if owns_learning_rate(optim):
+        make = load_function(optim.optimizer, "optim.optimizer")
+        return make(optim, schedule or (lambda step: jnp.asarray(optim.learning_rate)))
     if optim.optimizer == "adafactor":
         scale = per_layer(
             optax.chain(
@@ -102,7 +120,7 @@ def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTra
 
 
 def global_norm(tree: Any) -> Array:
-    """The Euclidean norm over all leaves together, float32."""
+    """The Euclidean norm of all leaves together, in float32: optax's would square 16-bit gradients in their dtype."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 

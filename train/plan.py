@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from convert.checkpoint import Checkpoint
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import param_count
@@ -18,8 +19,9 @@ from train import cost
 from train.config import Config
 from train.metrics import flops_per_token
 from train.optim import make_schedule
-from train.start import mesh_of, model_of, tokenizer_of
-from train.step import abstract_batch, abstract_state, make_step, shardings_of
+from train.start import base_of, mesh_of, model_of, tokenizer_of
+from train.state import abstract_batch, abstract_state, shardings_of
+from train.step import make_step
 
 GPUS_GIB = {"24 GB": 24.0, "40 GB": 40.0, "80 GB": 80.0, "141 GB": 140.0}
 _USABLE = 0.92  # of a GPU's memory: the rest is the driver's, the libraries' and fragmentation
@@ -72,8 +74,9 @@ def use_virtual_devices(config: Config, devices: int | None) -> None:
 
 def make_plan(config: Config) -> Plan:
     """Compile the step that `config` describes for the devices of this process and read its cost off the program."""
-    model, mesh = _model_of(config), mesh_of(config)
-    state, batch = abstract_state(config, model, mesh), abstract_batch(config, mesh)
+    base = base_of(config)
+    model, mesh = _model_of(config, base), mesh_of(config)
+    state, batch = abstract_state(config, model, mesh, base), abstract_batch(config, mesh)
     step: Any = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardings_of(state))
     traced = step.trace(state, batch)
     compiled = traced.lower().compile(_UNOPTIMIZED)
@@ -107,11 +110,11 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _model_of(config: Config) -> LlamaConfig:
+def _model_of(config: Config, base: Checkpoint | None) -> LlamaConfig:
     """The model's shape, from the tokenizer only where [model] leaves the vocabulary to it."""
     said = config.model
     leaves_it_open = said.path is None and said.preset is None and said.vocab_size is None
-    return model_of(config, tokenizer_of(config) if leaves_it_open else None)
+    return model_of(config, tokenizer_of(config) if leaves_it_open else None, base)
 
 
 def alternatives(config: Config, mesh: dict[str, int]) -> Iterator[Config]:

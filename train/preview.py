@@ -3,8 +3,9 @@
 from rich.console import Console
 from rich.text import Text
 
+from model.pieces import load_function
 from model.tokenizer import Tokenizer
-from train.config import Config, load_function
+from train.config import Config
 from train.data import IGNORE_INDEX, PackedDataset, Sampler, load_dataset
 from train.start import tokenizer_of
 

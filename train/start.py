@@ -1,19 +1,19 @@
-"""What a run starts from: the model's shape, its tokenizer, the mesh, and the first state, born where it will live."""
+"""What a run starts from: the checkpoint, the model's shape, its tokenizer and the mesh."""
 
 from dataclasses import fields, replace
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from convert.checkpoint import find_tokenizer, open_model
-from convert.load import load_params
+from convert.checkpoint import Checkpoint
+from convert.formats import open_model
+from convert.tokenizer_files import find_tokenizer
+from model.attention import ATTENTIONS
 from model.config import PRESETS, LlamaConfig, RopeScaling
 from model.errors import PunaError
-from model.params import init_params
+from model.pieces import Pieces, load_function
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer
-from train.adapt import adapted_model, add_adapters, quantize_linears, wanted_quantizer
 from train.config import Config, ModelConfig
 
 # What may differ from a checkpoint that is trained further: how positions are read, not the shape of any weight.
@@ -33,14 +33,20 @@ def tokenizer_of(config: Config) -> Tokenizer:
     return find_tokenizer(path)
 
 
-def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
+def base_of(config: Config) -> Checkpoint | None:
+    """The checkpoint that model.path names, opened once for all of a run; None for a run from scratch."""
+    return None if config.model.path is None else open_model(config.model.path)
+
+
+def model_of(config: Config, tokenizer: Tokenizer | None = None, base: Checkpoint | None = None) -> LlamaConfig:
     """The shape that [model] describes; without a vocab_size, and for special tokens, it follows `tokenizer`.
+    `base` is what `base_of` gave, opened here where it is not given.
 
     Raises PunaError where [model] says too little, contradicts its checkpoint, or cannot hold the data.
     """
     wanted = config.model
     if wanted.path is not None:
-        model = open_model(wanted.path).config
+        model = (base or open_model(wanted.path)).config
         given = _given(wanted, model.max_position_embeddings)
         for name in given.keys() - set(_OVERRIDABLE):
             if given[name] != getattr(model, name):
@@ -60,6 +66,7 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
         raise PunaError("model is empty: give path, preset, or dims such as hidden_size and num_hidden_layers")
     else:
         model = LlamaConfig(**(_special_tokens(tokenizer) | _given(wanted, LlamaConfig.max_position_embeddings)))
+    model = replace(model, pieces=_pieces(wanted, model.pieces))
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise PunaError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {model.vocab_size} rows: set "
@@ -70,20 +77,8 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None) -> LlamaConfig:
             f"data.max_length {config.data.max_length} is beyond the model's max_position_embeddings "
             f"{model.max_position_embeddings}: shorten it, or set model.max_position_embeddings and model.rope_scaling"
         )
-    return adapted_model(config, model)
-
-
-def first_weights(config: Config, model: LlamaConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """(trained, frozen) of step 0: the checkpoint's weights or fresh ones, read or born shard by shard."""
-    dtype = config.model.param_dtype
-    if config.model.path is None:
-        params = quantize_linears(init_params(model, jax.random.key(config.run.seed), dtype, mesh), config.quantize)
-        return add_adapters(config, model, params, mesh)
-    base = open_model(config.model.path)
-    if config.lora is None:
-        base = replace(base, quantized={})  # what trains is float
-    params = load_params(base, dtype, mesh, wanted_quantizer(config.quantize))
-    return add_adapters(config, base.config, params, mesh)
+    is_untied = config.lora is not None and bool(config.lora.modules_to_save)  # what trains apart is two tables
+    return replace(model, tie_word_embeddings=False) if is_untied else model
 
 
 def _given(wanted: ModelConfig, length: int) -> dict[str, Any]:
@@ -94,6 +89,16 @@ def _given(wanted: ModelConfig, length: int) -> dict[str, Any]:
         length = given.get("max_position_embeddings", length)
         given["rope_scaling"] = RopeScaling.from_hf(given["rope_scaling"], length)
     return given
+
+
+def _pieces(wanted: ModelConfig, own: Pieces) -> Pieces:
+    """The functions that [model] names in place of LLaMA's, else those of the checkpoint that it starts from."""
+    attention = None if wanted.attention in ATTENTIONS else wanted.attention
+    named = {"block": wanted.block, "attention": attention, "norm": wanted.norm}
+    pieces = replace(own, **{part: name for part, name in named.items() if name is not None})
+    for part, name in pieces.names().items():
+        load_function(name, f"model.{part}")
+    return pieces
 
 
 def _special_tokens(tokenizer: Tokenizer | None) -> dict[str, Any]:

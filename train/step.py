@@ -5,7 +5,6 @@ A batch is a dict of int32 [B, T] arrays (tokens, labels, segments). It is cut i
 big batch the same thing, token for token.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,87 +12,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model import lora
-from model.attention import ATTENTIONS
+from model import cpu
 from model.config import LlamaConfig
-from model.errors import PunaError
-from model.llama import SPLIT_SEQUENCE, hidden, rms_norm
-from model.llama import block as llama_block
 from model.params import Params
-from model.sharding import named_sharding
-from train.adapt import abstract_parts, join
-from train.config import Config, load_function
-from train.loss import IGNORE_INDEX, make_loss
-from train.optim import Schedule, clip, global_norm, make_optimizer
+from train.config import Config
+from train.data.encode import IGNORE_INDEX
+from train.objective import Batch, make_objective
+from train.optim import Schedule, clip, global_norm, make_optimizer, owns_learning_rate
+from train.state import TrainState, join
 
-Batch = Mapping[str, Array]
 Metrics = Mapping[str, Array]
-BATCH_KEYS = ("tokens", "labels", "segments")
-
-# What XLA does elsewhere by itself: on CPU it would copy both moments of every weight, for fear that the new ones
-# overwrite the old while these are still read. That is 0.5 GiB at 110M parameters, by the compiler's
-# own account of temporaries.
-CPU_OPTIONS: dict[str, str | bool] = {"xla_cpu_copy_insertion_use_region_analysis": True}
-
-
-@struct.dataclass
-class TrainState:
-    """What a run is at a step: `params` are trained; `frozen` (the base under adapters) is not, nor is it saved.
-
-    step: int32, updates so far and the index of the next batch. skipped: int32, non-finite updates in a row.
-    seed: uint32, from which the step makes its own randomness (dropout).
-    """
-
-    step: Any
-    params: Any
-    opt_state: Any
-    skipped: Any
-    seed: Any
-    frozen: Any = None
-
-
-def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
-    """`objective(params, batch)` -> float32 sum of the losses of the batch's trained tokens, with the pieces that
-    [model] names in their places."""
-    wanted = config.model
-    pieces: dict[str, Any] = {}  # keywords of the block
-    if wanted.attention != "xla":
-        pieces["attend"] = ATTENTIONS.get(wanted.attention) or load_function(wanted.attention, "model.attention")
-    if wanted.norm:
-        pieces["norm"] = load_function(wanted.norm, "model.norm")
-    if config.mesh.sequence_parallel:
-        pieces["residual"] = SPLIT_SEQUENCE
-    block = load_function(wanted.block, "model.block") if wanted.block else llama_block
-    takes = inspect.signature(block).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    if (lacking := pieces.keys() - takes.keys()) and not takes_any:
-        settings = {"attend": "model.attention", "norm": "model.norm", "residual": "mesh.sequence_parallel"}
-        lacks = " and ".join(f"{piece} ({settings[piece]})" for piece in sorted(lacking))
-        raise PunaError(f"model.block {wanted.block} has no keyword {lacks}: give it one, or leave the setting out")
-    if wanted.loss:
-        loss = load_function(wanted.loss, "model.loss")
-    else:
-        loss = make_loss(mesh, wanted.loss_chunk, config.optim.z_loss)
-
-    def objective(params: Params, batch: Batch) -> Array:
-        x, _ = hidden(
-            params,
-            batch["tokens"],
-            model,
-            segments=batch["segments"],  # positions follow from them: they restart at each segment
-            dtype=wanted.dtype,
-            block=partial(block, **pieces),
-            norm=pieces.get("norm", rms_norm),
-            remat=wanted.remat,
-        )
-        head = params["embed"].T if model.tie_word_embeddings else params["lm_head"]
-        return loss(x, head, batch["labels"])
-
-    return objective
 
 
 def make_step(
@@ -105,7 +37,7 @@ def make_step(
     `skipped`. Metrics: loss (mean over trained tokens), grad_norm (before clipping), learning_rate, num_tokens (not
     padding), trained_tokens, skipped.
     """
-    objective, optimizer = make_objective(config, model, mesh), make_optimizer(config.optim)
+    objective, optimizer = make_objective(config, model, mesh), make_optimizer(config.optim, schedule)
     on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
     offload = config.optim.offload
 
@@ -125,7 +57,10 @@ def make_step(
         rate = schedule(state.step)
         grads = clip(grads, norm, config.optim.max_grad_norm)
         updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+        if owns_learning_rate(config.optim):
+            params = optax.apply_updates(state.params, updates)
+        else:
+            params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
@@ -147,7 +82,7 @@ def make_step(
         )
         return new, metrics
 
-    options = CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
+    options = cpu.COMPILER_OPTIONS if mesh.devices.flat[0].platform == cpu.PLATFORM else None
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step), compiler_options=options)
 
 
@@ -158,8 +93,7 @@ def make_evaluation(
     objective = make_objective(config, model, mesh)
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-        params = state.params if state.frozen is None else lora.join(state.params, state.frozen)
-        return objective(params, batch), jnp.sum(batch["labels"] != IGNORE_INDEX)
+        return objective(join(state.params, state.frozen), batch), jnp.sum(batch["labels"] != IGNORE_INDEX)
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -183,88 +117,3 @@ def accumulate(
 
     zeros = jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
     return jax.lax.scan(add, zeros, (jax.tree.map(cut, dict(batch)), jax.random.split(key, count)))[0]
-
-
-def abstract_state(config: Config, model: LlamaConfig, mesh: Mesh) -> TrainState:
-    """The state as shapes, dtypes and shardings, without memory: what is born, restored and planned."""
-    return state_of(config, *abstract_parts(config, model, mesh), mesh)
-
-
-def state_of(config: Config, params: Any, frozen: Any, mesh: Mesh) -> TrainState:
-    """The abstract state of a run that trains `params` (arrays or their shapes) beside `frozen`."""
-    params, frozen = jax.tree.map(_abstract, (params, frozen))
-    opt_state = jax.eval_shape(make_optimizer(config.optim).init, params)
-    kind = _offload_kind(mesh) if config.optim.offload else None
-    scalar = NamedSharding(mesh, PartitionSpec())
-
-    def number(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((), dtype, sharding=scalar)
-
-    return TrainState(
-        step=number(jnp.int32),
-        params=params,
-        opt_state=_like_params(opt_state, params, mesh, kind),
-        skipped=number(jnp.int32),
-        seed=number(jnp.uint32),
-        frozen=frozen,
-    )
-
-
-def init_state(config: Config, abstract: TrainState, params: Any, frozen: Any = None) -> TrainState:
-    """Step 0 of a run that trains `params` beside `frozen`; the optimizer state is born as `abstract` lays it out."""
-    shardings = shardings_of(abstract)
-    opt_state = jax.jit(make_optimizer(config.optim).init, out_shardings=shardings.opt_state)(params)
-    numbers = jnp.int32(0), jnp.int32(0), jnp.uint32(config.run.seed)
-    step, skipped, seed = jax.device_put(numbers, (shardings.step, shardings.skipped, shardings.seed))
-    return TrainState(step=step, params=params, opt_state=opt_state, skipped=skipped, seed=seed, frozen=frozen)
-
-
-def shardings_of(tree: Any) -> Any:
-    """The sharding of every array of a tree."""
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and shardings of one batch. Raises PunaError where its microbatches do not divide over the mesh."""
-    run = config.run
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if run.batch_size // run.gradient_accumulation_steps % ways:
-        raise PunaError(
-            f"run.batch_size {run.batch_size} in {run.gradient_accumulation_steps} microbatches "
-            f"(run.gradient_accumulation_steps) does not divide over {ways} devices (mesh data x fsdp)"
-        )
-    shape = (run.batch_size, config.data.max_length)
-    sharding = named_sharding(mesh, ("batch", None), shape, "batch")
-    return {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for key in BATCH_KEYS}
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _like_params(opt_state: Any, params: Any, mesh: Mesh, kind: str | None) -> Any:
-    """Lays out every array of the optimizer state as the parameter of its name and shape; the others are replicated."""
-    known = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-
-    def lay(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        own = known.get(_name(path))
-        sharding = own.sharding if own is not None and own.shape == x.shape else NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.with_memory_kind(kind) if kind else sharding)
-
-    return jax.tree_util.tree_map_with_path(lay, opt_state)
-
-
-def _name(path: Any) -> tuple[Any, ...]:
-    """A leaf's dict keys and whatever follows the last of them, which is the same in parameters and in their state."""
-    keys = [i for i, entry in enumerate(path) if isinstance(entry, jax.tree_util.DictKey)]
-    last = keys[-1] + 1 if keys else len(path)
-    return *(path[i] for i in keys), *path[last:]
-
-
-def _offload_kind(mesh: Mesh) -> str:
-    """The memory kind of the host. Raises PunaError on devices that cannot keep a step's arguments there."""
-    device = mesh.devices.flat[0]
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if "pinned_host" not in kinds:
-        raise PunaError(f"optim.offload: {device.device_kind} has no pinned_host memory; set it to false")
-    return "pinned_host"

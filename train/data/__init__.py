@@ -4,7 +4,7 @@
     for dataset in datasets.train:
         print(dataset.counts)                       # read, cut, split, masked ...
     sampler = Sampler(datasets, batch_size, seed)
-    batch = sampler.batch(step)                     # tokens, labels (shifted targets), segments, positions, rows
+    batch = sampler.batch(step)                     # tokens, labels (shifted targets), segments, rows
     mine = sampler.batch(step, start, stop)         # only these rows of the same global batch
     for batch in in_order(datasets.evaluation, batch_size): ...
 

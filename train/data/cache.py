@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from convert.command import atomic_path
+from cli.files import atomic_path, sha256_of
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.config import DataConfig, DataSource
@@ -31,8 +32,12 @@ from train.data.readers import Faults, SourceRecord, load_hub, read_rows, source
 from train.data.tokenize import Chunk, tokenize
 
 POLL_SECONDS = 0.2
-ROOT = Path(__file__).parents[2]
-CODE = ("model/chat*.py", "model/tokenizer.py", "model/vocabulary.py", "train/data/*.py")
+# The code that makes tokens and rows of records: what another version of it wrote is not taken for this one's.
+CODE = (
+    *("model.chat", "model.chat_jinja", "model.json_file", "model.tokenizer", "model.vocabulary"),
+    *("train.data.cache", "train.data.encode", "train.data.formats", "train.data.packing"),
+    *("train.data.readers", "train.data.tokenize"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,28 +80,22 @@ def cache_name(config: DataConfig, source: DataSource, tokenizer: Tokenizer) -> 
     """The name of `source` as tokenized: a hash of its content, the tokenizer's, every setting that matters, and the
     code that makes tokens of records (so that no old mask outlives a change to it)."""
     files = source_files(source.path)
-    content = [(str(file), file_hash(file)) for file in files] or [(source.path, load_hub(source.path)._fingerprint)]
+    content = [(str(file), sha256_of(file)) for file in files] or [(source.path, load_hub(source.path)._fingerprint)]
     settings = [source.format, source.template, source.response_template, sorted((source.columns or {}).items())]
     rows = [config.max_length, config.packing, config.packing_strategy]
     jinja = tokenizer.chat_template if source.template in ("auto", "chat_template") else None
     if source.template and source.template.endswith(".jinja"):
         jinja = Path(source.template).read_text(encoding="utf-8")
-    code = [file_hash(file) for pattern in CODE for file in sorted(ROOT.glob(pattern))]
+    code = [sha256_of(Path(str(sys.modules[name].__file__))) for name in CODE]
     described = [code, content, tokenizer_hash(tokenizer), settings, rows, jinja]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """SHA-256 over the names and contents of the tokenizer's files."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        hashes = {file.name: file_hash(file) for file in sorted(Path(folder).iterdir())}
+        hashes = {file.name: sha256_of(file) for file in sorted(Path(folder).iterdir())}
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
@@ -185,7 +184,7 @@ def tokenize_into(
     )
     meta = {"dtype": dtype.name, "paths": paths, "counts": asdict(counts)}
     written = (folder / "tokens.bin", folder / "trained.bin", folder / "index.npz")
-    meta["digest"] = hashlib.sha256("".join(map(file_hash, written)).encode()).hexdigest()
+    meta["digest"] = hashlib.sha256("".join(map(sha256_of, written)).encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

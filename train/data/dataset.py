@@ -46,11 +46,10 @@ class PackedDataset:
         """The rows with these numbers (-1 is an empty row), all int32 [B, T] with T = max_length:
 
         tokens; labels, the TARGETS, already shifted: `labels[:, t]` is what the model must say at t, namely token
-        t + 1 of the same segment where that token is trained, else -100; segments, from 1 in each row, 0 is padding;
-        positions, which restart at each segment.
+        t + 1 of the same segment where that token is trained, else -100; segments, from 1 in each row, 0 is padding.
         """
         chosen = np.asarray(rows, np.int64)
-        names = ("tokens", "labels", "segments", "positions")
+        names = ("tokens", "labels", "segments")
         batch = {name: np.zeros((len(chosen), self.max_length), np.int32) for name in names}
         batch["tokens"][:] = self.pad_id
         batch["labels"][:] = IGNORE_INDEX
@@ -71,7 +70,7 @@ class PackedDataset:
         targets[-1] = IGNORE_INDEX
         numbers = np.arange(len(part.length)) - np.repeat(part.offsets[:-1], counts)
         segments = np.repeat(numbers + 1, part.length)
-        for name, values in zip(names, (tokens, targets, segments, positions), strict=True):
+        for name, values in zip(names, (tokens, targets, segments), strict=True):
             batch[name].reshape(-1)[place] = values
         return batch
 

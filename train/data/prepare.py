@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import find_tokenizer
-from convert.command import atomic_path
+from cli.files import atomic_path
+from convert.tokenizer_files import find_tokenizer
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import detect_format, messages_of, text_at

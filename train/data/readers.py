@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from convert.hub import HUB_ID
 from model.errors import PunaError
 
 NAMED_FAULTS = 20
 
 _NOT_BLANK = re.compile(r"\S")
-_HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w\[\]%:.-]+))?")
+_HUB_ID = re.compile(HUB_ID + r"(?::([\w\[\]%:.-]+))?")  # with the split after it
 
 
 class SourceRecord(NamedTuple):

@@ -1,0 +1,212 @@
+"""Writes docs/figures.md from benchmarks/results/*.json: one table for each benchmark, nothing measured here.
+
+python benchmarks/figures.py            or `make figures`
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "figures.md"
+
+HEAD = """# Figures
+
+Written by `make figures` from `benchmarks/results/*.json`; edit those by running their benchmark, never this page.
+All were measured on 2 cores of an AMD EPYC without a GPU: `gguf.py`, `lora.py` and `quantized.py` on one with AVX-512,
+the rest on one without it. A ratio "of X" is our figure divided by X's. Times vary by a few percent from run to run;
+the two sides of a ratio were measured in turn, in the same run.
+"""
+MALLOC = {
+    "default": "as glibc has it",
+    "huge": "with huge pages",
+    "tuned": "told to keep memory",
+    "glibc.malloc.hugetlb=1": "with huge pages",
+}
+
+
+def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    head, rows = list(head), [list(row) for row in rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def section(title: str, command: str, setting: dict[str, Any], *parts: str) -> str:
+    """A heading, the command that measures, the versions that ran, and then `parts`."""
+    versions = setting.get("versions") or {name: setting[name] for name in ("jax", "xllamacpp") if name in setting}
+    ran = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return "\n\n".join([f"## {title}", f"`{command}`" + (f", {ran}" if ran else ""), *parts])
+
+
+def decode(result: dict[str, Any]) -> str:
+    rows = [
+        [row["batch"], f"{median(row['puna']):.0f}", f"{median(row['transformers']):.0f}", f"{row['ratio']:.2f}"]
+        for row in result["tokens_per_second"]
+    ]
+    return section(
+        "Greedy decoding of a 110M LLaMA, float32, beside transformers.generate",
+        "python benchmarks/decode.py",
+        result["setting"],
+        "Tokens a second, medians; both sides choose the same tokens.",
+        table(["batch", "puna", "transformers", "ratio"], rows),
+    )
+
+
+def train(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["train"]:
+        speeds = [row[side]["tokens_per_second"] for side in ("puna", "torch", "products")]
+        size = {"C15": "15M", "C110": "110M"}[row["shape"]]
+        measured = [f"{row['speed_ratio']:.2f}", f"{row['memory_ratio']:.2f}", f"{speeds[2] / speeds[1]:.2f}"]
+        rows.append([size, MALLOC[row["malloc"]], *(f"{speed:.0f}" for speed in speeds[:2]), *measured])
+    between, tokenizing = result["between_steps"], result["tokenize_and_pack_tokens_per_second"]
+    return section(
+        "Training beside transformers + torch, float32",
+        result["setting"]["command"],
+        result["setting"],
+        f'Tokens a second; `remat = "{result["setting"]["remat"]}"`. XLA\'s products are its matrix products with '
+        "weights alone: what a step would take if everything between them cost nothing.",
+        table(["model", "allocator, both sides", "puna", "torch", "speed", "memory", "XLA's products"], rows),
+        f"Between steps the loop takes {between['share']:.2%} of its time. Tokenizing and packing: "
+        f"{tokenizing['puna']:,} tokens a second (the `datasets` pipeline: {tokenizing['datasets']:,}).",
+    )
+
+
+def lora(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        seconds, memory = result["seconds"], result["MiB"]
+        peft, grown = "peft LoRA, none", memory["peft LoRA, none"]["process grew by"]
+        for name, took in seconds.items():
+            if name == peft:
+                continue
+            kind, remat = name.split(", ")
+            of_peft, of_full = took / seconds[peft], took / seconds[f"full, {remat}"]
+            times = [f"{took * 1e3:.0f}", f"{of_peft:.2f}", f"{of_full:.2f}", f"{memory[name]['sum']:.0f}"]
+            rows.append([MALLOC[result["setting"]["malloc"]], kind, remat, *times])
+        rows.append([MALLOC[result["setting"]["malloc"]], "peft's LoRA", "none", f"{seconds[peft] * 1e3:.0f}", "1.00"])
+        rows[-1] += ["", f"{grown:.0f}"]
+    return section(
+        "A LoRA step, rank 8 on every linear, 15M",
+        "` and `".join(result["setting"]["command"] for result in results),
+        results[0]["setting"],
+        "MiB are the compiler's account on our side, and what the process grew by on peft's.",
+        table(["allocator", "step", "remat", "ms", "of peft's time", "of our full step's", "MiB"], rows),
+    )
+
+
+def quantized(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        speed = f"{row['ms']:.2f} ms" if "ms" in row else f"{row['tokens/s']:.0f} tok/s"
+        ratios = [f"{row[key]:.2f}" for key in ("of float32's time", "of float32's bytes")]
+        rows.append([row["what"], row["format"], speed, *ratios])
+    return section(
+        "int8, int4 and nf4 weights beside float32",
+        result["setting"]["command"],
+        result["setting"],
+        "float32 is as decoding holds it, transposed; `[in, out]` is as training does. Decoding is of a 110M LLaMA.",
+        table(["what", "format", "speed", "of float32's time", "of its bytes"], rows),
+    )
+
+
+def quantized_7b(result: dict[str, Any]) -> str:
+    rows = [
+        [row["format"], row["tokens/s"], f"{row['GiB']:.1f}" if "GiB" in row else "", "yes" if row["AVX-512"] else "no"]
+        for row in result["rows"]
+    ]
+    return section(
+        "Decoding with a 7B-shaped model, batch 1",
+        "` / `".join(result["setting"]["command"]),
+        result["setting"],
+        "llama.cpp reads a Q4_0 file of the same shape.",
+        table(["weights", "tokens a second", "GiB of weights", "AVX-512"], rows),
+    )
+
+
+def gguf(result: dict[str, Any]) -> str:
+    rows = []
+    for kind in dict.fromkeys(row["type"] for row in result["continuations"]):
+        of_kind = [row for row in result["continuations"] if row["type"] == kind]
+        whole = [sum(row[key] == row["tokens"] for row in of_kind) for key in ("same_tokens", "same_tokens_widened")]
+        margin = max((row["margin"] for row in of_kind if row["margin"] is not None), default=None)
+        rows.append([kind, len(of_kind), *whole, "" if margin is None else f"{margin:.4f}"])
+    return section(
+        "llama-cpp-python on our GGUF files of stories260K",
+        result["setting"]["command"],
+        result["setting"],
+        "How many greedy texts of 200 tokens are ours, token for token: from the file, and from its numbers in a "
+        "float32 file. llama.cpp rounds activations to its weights' type, and so parts from us, and from itself, "
+        "where two tokens are near; the margin is the largest between ours and theirs where texts part.",
+        table(["type", "texts", "same", "same in float32", "largest margin"], rows),
+    )
+
+
+def convert(result: dict[str, Any]) -> str:
+    rows = []
+    for figures in result["conversions"]["figures"]:
+        for way in ("hf to orbax", "orbax to hf", "hf to meta", "meta to hf"):
+            rate = [f"{figures[way]['gb_s']:.2f}", f"{figures[way]['of_copy']:.2f}", f"{figures[way]['peak_gib']:.2f}"]
+            rows.append([way, figures["layers"], figures["gigabytes"], *rate])
+    load, quantize = result["load"]["figures"], result["quantize"]["figures"]
+    layout = result["layout"]["figures"]
+    apart, stacked = layout["per_layer"], layout["by way of the stack"]
+    sizes = [
+        [model, kind, f"{row['seconds']:.0f}", f"{row['disk_gib']:.2f}", f"{row['peak_gib']:.2f}"]
+        for model, kinds in result["sizes"]["figures"].items()
+        for kind, row in kinds.items()
+    ]
+    return section(
+        "Conversion of 7B-shaped bfloat16 folders, beside a plain copy",
+        "python benchmarks/convert.py",
+        result["setting"],
+        table(["way", "layers", "GB", "GB/s", "of a copy's rate", "anonymous memory, GiB"], rows),
+        f"`load_model` of {load['gigabytes']} GB takes {load['copies']:.1f} times a plain copy; of "
+        f"{quantize['gigabytes']} GB as nf4 it holds {quantize['held_gib']:.2f} GiB, "
+        f"{quantize['peak_gib']:.2f} at the peak.",
+        f"Eight such layers loaded for decoding keep {apart['kept_gib']:.2f} GiB and take {apart['peak_gib']:.2f} at "
+        f"the peak, a table of {apart['largest_gib']:.2f} among it ({stacked['peak_gib']:.2f} by way of the stack).",
+        table(["converted", "to", "seconds", "GiB on disk", "anonymous memory, GiB"], sizes),
+    )
+
+
+def checkpoint(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["gigabytes"],
+            *(f"{row[key]:.1f}" for key in ("save_blocks_s", "save_s", "raw_write_s")),
+            f"{row['save_in_raw_writes']:.2f}",
+            *(f"{row[key]:.1f}" for key in ("restore_same_mesh_s", "restore_other_mesh_s")),
+        ]
+        for row in result["checkpoints"]
+    ]
+    return section(
+        "Saving and restoring training state, proved by manifest and fingerprints",
+        result["command"],
+        result["setting"],
+        "Seconds. Training waits only while a save blocks.",
+        table(["GB", "blocks", "saved", "raw write", "in raw writes", "restored", "on another mesh"], rows),
+    )
+
+
+def page() -> str:
+    """The text of docs/figures.md."""
+    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    parts = [
+        decode(results["decode"]),
+        train(results["train"]),
+        lora([results["lora"], results["lora_huge"]]),
+        quantized(results["quantized"]),
+        quantized_7b(results["quantized_7b"]),
+        gguf(results["gguf"]),
+        convert(results["convert"]),
+        checkpoint(results["checkpoint"]),
+    ]
+    return "\n\n".join([HEAD.strip(), *parts]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

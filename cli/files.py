@@ -1,0 +1,110 @@
+"""Files that commands write: complete or not at all, never over what is read, never on a disk too small."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from model.errors import JobFailed, PunaError
+
+
+@contextmanager
+def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `destination` to write (a file or a folder); rename it when the block completes.
+
+    When the block fails or is interrupted the temporary is removed and an existing destination stays as it was.
+
+    Raises:
+        PunaError: `destination` exists and `overwrite` is false, or its folder cannot be written.
+    """
+    destination = Path(destination).absolute()
+    if os.path.lexists(destination) and not overwrite:
+        raise PunaError(f"{destination} exists: give another destination, or overwrite=True to replace it")
+    if Path.cwd().is_relative_to(destination):
+        raise PunaError(f"{destination} holds the current directory and cannot be replaced: give another destination")
+    parent = destination.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PunaError(f"{parent} cannot be written: give a destination in a folder you may write")
+    temporary = parent / f".{destination.name}.tmp-{os.getpid()}"
+    _remove(temporary)
+    try:
+        yield temporary
+        _replace(temporary, destination)
+    except OSError as error:
+        if error.filename is None:  # a failed write, as on a full disk, does not say which file
+            error.filename = str(destination)
+        raise
+    finally:
+        _remove(temporary)
+
+
+def check_apart(destination: str | Path, *inputs: str | Path) -> None:
+    """Refuse a `destination` that is or holds one of the inputs: replacing it would delete what is read.
+
+    Raises:
+        PunaError: naming the input.
+    """
+    place = Path(destination).absolute()
+    place = place.parent.resolve() / place.name  # of a link, the link itself is replaced
+    for given in inputs:
+        if os.path.lexists(given) and Path(given).resolve().is_relative_to(place):
+            raise PunaError(f"{destination} is or holds {given}, which is read: give another destination")
+
+
+def _replace(temporary: Path, destination: Path) -> None:
+    """Move `temporary` to `destination`; what stood there is moved aside first, so that it is never half gone."""
+    if not os.path.lexists(destination):
+        temporary.rename(destination)
+        return
+    old = destination.parent / f".{destination.name}.old-{os.getpid()}"
+    destination.rename(old)
+    try:
+        temporary.rename(destination)
+    except BaseException:
+        old.rename(destination)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_free_space(path: str | Path, size: int) -> None:
+    """Check that the disk that holds, or will hold, `path` has `size` bytes free.
+
+    Raises:
+        JobFailed: it has less.
+    """
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise JobFailed(f"{path} needs {size:,} bytes and its disk has {free:,} free: free some, or write elsewhere")
+
+
+def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Copy those files of the folder `source` that are there to the folder `target`."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` to `path` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in lower-case hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,72 @@
+"""How weights lie: transposed for decoding, layer by layer, and over the devices of a mesh."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh
+
+from model.config import LlamaConfig
+from model.lora import LoraArray, lora_shardings
+from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
+from model.quantize import QuantizedArray, quantized_shardings
+from model.selected import SelectedLora
+from model.sharding import named_sharding
+from model.transposed import TransposedArray
+
+Weight = Array | TransposedArray | QuantizedArray | LoraArray | SelectedLora
+
+
+def per_layer(params: Params) -> Params:
+    """Layers as a tuple, linear weights transposed: the form in which few tokens pass fastest. Unstacked layers stay.
+
+    `load_model(layout="per_layer")` reads a model into this form without building the stacked one. The head is
+    transposed too, and a tied embedding, which lies so already, is one; weights of other kinds, and those under
+    adapters, keep their form.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    head = _transposed(params["lm_head"]) if "lm_head" in params else TransposedArray(params["embed"])
+    return {**unstack(params, _transposed_linears), "lm_head": head}
+
+
+def _transposed_linears(layer: Params) -> Params:
+    return layer | {name: _transposed(layer[name]) for name in LINEARS}
+
+
+@jax.jit
+def _transposed(w: Weight) -> Weight:
+    return TransposedArray(w.T) if isinstance(w, Array) else w
+
+
+def weight_shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> Any:
+    """The `NamedSharding` of every leaf of a weight whose dimensions mean `axes` (..., in, out); `w` may be abstract.
+
+    Raises:
+        PunaError: a dimension of a plain array does not divide over the mesh.
+    """
+    match w:
+        case QuantizedArray():
+            return quantized_shardings(w, axes, mesh, name)
+        case LoraArray():
+            return lora_shardings(w, axes, mesh, name, weight_shardings(w.base, axes, mesh, name))
+        case TransposedArray():
+            return TransposedArray(named_sharding(mesh, axes[::-1], w.rows.shape, name))  # type: ignore[arg-type]
+        case _:
+            return named_sharding(mesh, axes, w.shape, name)
+
+
+def tree_shardings(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
+    """The `NamedSharding` of every leaf of stacked parameters, which may be abstract, whatever their kinds."""
+
+    def one(path: Any, spec: ParamSpec, w: Weight) -> Any:
+        return weight_shardings(w, spec.axes, mesh, "/".join(entry.key for entry in path))
+
+    specs = param_specs(config)
+    return jax.tree_util.tree_map_with_path(one, specs, params, is_leaf=lambda node: isinstance(node, ParamSpec))
+
+
+def place(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
+    """Moves stacked parameters of any kinds onto `mesh` as the parameter table says."""
+    return jax.device_put(params, tree_shardings(params, config, mesh))

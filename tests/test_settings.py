@@ -1,0 +1,235 @@
+"""Every setting changes something that can be seen, or is refused where nothing reads it."""
+
+import ast
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from model.errors import PunaError
+from model.tokenizer import load_tokenizer
+from train.config import Config, LoraConfig, QuantizeConfig, read_config
+from train.data import Sampler, load_dataset
+from train.data.config import DataConfig, sources
+from train.data.dataset import cache_folder
+from train.data.toy import make_examples, write_tokenizer
+from train.integrity import fingerprints
+from train.optim import make_schedule
+from train.start import mesh_of, model_of, tokenizer_of
+from train.state import abstract_batch, abstract_state, base_params, init_state, shardings_of
+from train.step import make_step
+
+ROOT = Path(__file__).parent.parent
+FEW = {
+    "vocab_size": 264, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+# setting: another value, and what it needs to act (its sections); how that shows follows from the section.
+MODEL = {
+    "vocab_size": (272, {}),
+    "hidden_size": (32, {}),
+    "intermediate_size": (48, {}),
+    "num_hidden_layers": (3, {}),
+    "num_attention_heads": (4, {}),
+    "num_key_value_heads": (1, {}),
+    "head_dim": (4, {}),
+    "max_position_embeddings": (128, {"model": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}}),
+    "rms_norm_eps": (1e-3, {}),
+    "rope_theta": (500.0, {}),
+    "rope_scaling": ({"rope_type": "linear", "factor": 2.0}, {}),
+    "tie_word_embeddings": (True, {}),
+    "attention_bias": (True, {}),
+    "mlp_bias": (True, {}),
+    "initializer_range": (0.5, {}),
+    "dtype": ("bfloat16", {}),
+    "param_dtype": ("bfloat16", {}),
+    "remat": ("full", {}),
+    "loss_chunk": (16, {}),
+    "block": ("configs.ablations.parallel_block:block", {}),
+    "attention": ("test_settings:causal", {}),
+    "norm": ("configs.ablations.layer_norm:norm", {}),
+    "loss": ("test_settings:no_loss", {}),
+}
+OPTIM = {
+    "optimizer": ("adafactor", {}),
+    "learning_rate": (1e-3, {}),
+    "lr_scheduler_type": ("linear", {}),
+    "warmup_ratio": (0.5, {}),
+    "warmup_steps": (5, {}),
+    "decay_ratio": (0.5, {"optim": {"lr_scheduler_type": "wsd"}}),
+    "min_lr_ratio": (0.5, {}),
+    "weight_decay": (0.1, {}),
+    "adam_beta1": (0.5, {}),
+    "adam_beta2": (0.5, {}),
+    "adam_epsilon": (1e-3, {}),
+    "max_grad_norm": (0.0, {}),
+    "z_loss": (1e-2, {}),
+    "offload": (True, {}),
+}
+LORA = {
+    "rank": (4, {}),
+    "alpha": (4.0, {}),
+    "dropout": (0.5, {}),
+    "targets": (["q_proj"], {}),
+    "modules_to_save": (["lm_head"], {}),
+    "rslora": (True, {}),
+    "dora": (True, {}),
+    "rank_pattern": ({"q_proj": 2}, {}),
+    "alpha_pattern": ({"q_proj": 2.0}, {}),
+}
+QUANTIZE = {"method": ("int8", {}), "double_quant": (True, {}), "block": (32, {"quantize": {"method": "int4"}})}
+MESH = {
+    "data": (2, {}),
+    "fsdp": (2, {"mesh": {"data": -1, "fsdp": 1}}),
+    "tensor": (2, {}),
+    "sequence_parallel": (True, {"mesh": {"tensor": 2}}),
+}
+DATA = {
+    "path": ("other.jsonl", {}),
+    "format": ("text", {"data": {"path": "text.jsonl"}}),
+    "columns": ({"completion": "prompt"}, {}),
+    "template": ("{prompt}: {completion}", {}),
+    "response_template": ("=", {"data": {"template": "{prompt} = {completion}"}}),
+    "max_length": (32, {}),
+    "packing": (True, {}),
+    "packing_strategy": ("wrapped", {"data": {"packing": True}}),
+    "eval_path": ("other.jsonl", {}),
+    "validation_split": (0.5, {}),
+    "seed": (3, {"data": {"validation_split": 0.5}}),
+    "cache_dir": ("elsewhere", {}),
+}
+UNREAD = [  # the value, what makes that nothing reads it, and the remedy
+    ("optim.z_loss", 1e-4, {"model": {"loss": "m:f"}}),
+    ("model.loss_chunk", 64, {"model": {"loss": "m:f"}}),
+    ("optim.adam_beta1", 0.8, {"optim": {"optimizer": "adafactor"}}),
+    ("optim.adam_beta2", 0.8, {"optim": {"optimizer": "adafactor"}}),
+    ("optim.adam_epsilon", 1e-6, {"optim": {"optimizer": "adafactor"}}),
+    ("optim.decay_ratio", 0.2, {}),
+    ("optim.min_lr_ratio", 0.2, {"optim": {"lr_scheduler_type": "constant"}}),
+    ("optim.warmup_ratio", 0.2, {"optim": {"warmup_steps": 3}}),
+    ("run.num_train_epochs", 2.0, {"run": {"max_steps": 3}}),
+    ("run.eval_steps", 5, {}),
+    ("run.keep_every", 5, {"run": {"save_steps": 0}}),
+    ("data.seed", 5, {}),
+    ("mesh.sequence_parallel", True, {}),
+]
+
+
+def causal(q, k, v, mask):
+    return q
+
+
+def no_loss(x, head, targets):
+    return x.sum() * 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_tokenizer(folder)
+    examples = make_examples(40)
+    for name, part in {"train": examples[:20], "other": examples[20:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in part))
+    texts = [{"text": "abc", **example} for example in examples]
+    (folder / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return folder
+
+
+def config_of(folder, *changes) -> Config:
+    sections: dict = {
+        "model": dict(FEW, tokenizer=str(folder)),
+        "data": {"path": "train.jsonl", "template": "plain", "max_length": 64, "cache_dir": str(folder / "cache")},
+        "mesh": {"fsdp": -1},
+        "run": {"batch_size": 8},
+    }
+    for change in changes:
+        for section, values in change.items():
+            sections[section] = sections.get(section, {}) | values
+    for key in ("path", "eval_path"):
+        if key in sections["data"]:
+            sections["data"][key] = str(folder / sections["data"][key])
+    if sections["data"]["cache_dir"] == "elsewhere":
+        sections["data"]["cache_dir"] = str(folder / "elsewhere")
+    return read_config(sections)
+
+
+def program(config) -> str:
+    """The lowered step, with its constants, shapes and shardings, and fingerprints of the state that it starts from."""
+    mesh = mesh_of(config)
+    model = model_of(config, tokenizer_of(config))
+    abstract = abstract_state(config, model, mesh)
+    step = make_step(config, model, mesh, make_schedule(config.optim, 20), shardings_of(abstract))
+    text = step.trace(abstract, abstract_batch(config, mesh)).lower().as_text()
+    state = init_state(config, model, base_params(config, model, mesh, None), abstract)
+    born = {name: int(value) for name, value in fingerprints(state).items()}
+    return f"{text}{born}"
+
+
+def rows(config) -> list:
+    """What the run reads, and where it keeps it."""
+    datasets = load_dataset(config.data, load_tokenizer(config.model.tokenizer))
+    sampler = Sampler(datasets, 4)
+    held_out = datasets.evaluation and (datasets.evaluation.digest, datasets.evaluation.rows.start.tolist())
+    seen = [{name: values.tolist() for name, values in sampler.batch(step).items()} for step in range(3)]
+    return [str(cache_folder(config.data)), seen, held_out, [source.path for source in sources(config.data)]]
+
+
+def names_of(record) -> set[str]:
+    return {field.name for field in fields(record)}
+
+
+def test_the_tables_name_every_setting():
+    assert MODEL.keys() | {"path", "preset", "tokenizer"} == names_of(type(read_config({"data": {"path": "x"}}).model))
+    plain = read_config({"data": {"path": "x"}})
+    assert OPTIM.keys() == names_of(type(plain.optim)) and MESH.keys() == names_of(type(plain.mesh))
+    assert LORA.keys() == names_of(LoraConfig) and QUANTIZE.keys() == names_of(QuantizeConfig)
+    assert MESH.keys() == names_of(type(read_config({"data": {"path": "x"}}).mesh)) and DATA.keys() == names_of(
+        DataConfig
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [(section, name) for section, table in (("model", MODEL), ("optim", OPTIM), ("mesh", MESH)) for name in table],
+)
+def test_a_setting_of_model_optim_and_mesh_changes_the_step(folder, section, name):
+    value, needs = {"model": MODEL, "optim": OPTIM, "mesh": MESH}[section][name]
+    changed = config_of(folder, needs, {section: {name: value}})
+    assert program(changed) != program(config_of(folder, needs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [(section, name) for section, table in (("lora", LORA), ("quantize", QUANTIZE)) for name in table],
+)
+def test_a_setting_of_lora_and_quantize_changes_the_step(folder, section, name):
+    value, needs = {"lora": LORA, "quantize": QUANTIZE}[section][name]
+    adapted = [{"lora": {}}, *([{"quantize": {}}] if section == "quantize" else []), needs]
+    assert program(config_of(folder, *adapted, {section: {name: value}})) != program(config_of(folder, *adapted))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_setting_of_data_changes_the_rows(folder, name):
+    value, needs = DATA[name]
+    assert rows(config_of(folder, needs, {"data": {name: value}})) != rows(config_of(folder, needs))
+
+
+@pytest.mark.parametrize(("setting", "value", "because"), UNREAD, ids=[setting for setting, *_ in UNREAD])
+def test_a_setting_that_nothing_reads_is_refused_by_name(folder, setting, value, because):
+    section, _, name = setting.partition(".")
+    with pytest.raises(PunaError, match=rf"{setting} is .*, which nothing reads with .*: leave it out, or change"):
+        config_of(folder, because, {section: {name: value}})
+
+
+def test_every_setting_of_a_run_is_read_by_the_code_that_runs_it():
+    """How often to save or log cannot be told from a step: the attribute must be read, outside the checks of it."""
+    read = set()
+    for path in (ROOT / "train").glob("*.py"):
+        if path.name not in ("config.py", "schema.py"):
+            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    run = type(read_config({"data": {"path": "x"}}).run)
+    assert is_dataclass(run) and names_of(run) <= read
