@@ -1,6 +1,7 @@
 """From logits to a token, each row by its own settings. Settings are arrays, so that new ones never recompile.
 
-Filters come in Hugging Face's order: repetition penalty, temperature, top-k, top-p, min-p. The exact top-k and top-p
+Filters come in Hugging Face's order: repetition penalty, temperature, top-k, top-p, min-p; OpenAI's penalties and bias
+come after the repetition penalty. The exact top-k and top-p
 thresholds are found by bisection over the ordered bits of a float, which reads the logits 32 times; sorting a
 vocabulary of 128,000 costs more.
 """
@@ -16,6 +17,8 @@ from jax import Array
 
 from model.errors import PunaError
 
+BIASES = 300  # tokens that one request may bias, at most: OpenAI's limit
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,6 +30,9 @@ class Sampling:
         top_p: keep a token where the likelier ones sum to at most p.
         min_p: keep the tokens at least this fraction as likely as the likeliest.
         repetition_penalty: positive logits of tokens seen, prompt included, are divided by it, negative multiplied.
+        presence_penalty: taken from the logits of tokens made so far, the prompt's left out.
+        frequency_penalty: the same, once for each time that a token was made.
+        logit_bias: pairs of a token id and what is added to its logit; at most BIASES.
         seed: the same seed gives the same text, alone or in a batch.
 
     Raises:
@@ -38,6 +44,9 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -47,20 +56,31 @@ class Sampling:
             ("top_p", "a number above 0 and at most 1", 0 < self.top_p <= 1),
             ("min_p", "a number from 0 to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "a number above 0; 1 is none", 0 < self.repetition_penalty < math.inf),
+            ("presence_penalty", "a number from -2 to 2", -2 <= self.presence_penalty <= 2),
+            ("frequency_penalty", "a number from -2 to 2", -2 <= self.frequency_penalty <= 2),
+            ("logit_bias", f"at most {BIASES} tokens with finite numbers", _is_bias(self.logit_bias)),
             ("seed", "a whole number from 0 to 2**63 - 1", 0 <= self.seed < 2**63),
         ):
             if not ok:
                 raise PunaError(f"{name} is {getattr(self, name)}: give {wanted}")
 
 
+def _is_bias(pairs: tuple[tuple[int, float], ...]) -> bool:
+    return len(pairs) <= BIASES and all(token >= 0 and math.isfinite(bias) for token, bias in pairs)
+
+
 class SamplingRows(NamedTuple):
-    """The settings of a batch, one array entry a row: [B] each, `key` a typed key array."""
+    """The settings of a batch, one array entry a row: [B] each, `bias_ids` and `bias` [B, BIASES], `key` typed keys."""
 
     temperature: Array
     top_k: Array
     top_p: Array
     min_p: Array
     repetition_penalty: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    bias_ids: Array
+    bias: Array
     key: Array
 
 
@@ -70,16 +90,28 @@ def stack_sampling(samplings: list[Sampling]) -> SamplingRows:
     def column(name: str, dtype: type) -> Array:
         return jnp.asarray(np.array([getattr(sampling, name) for sampling in samplings], dtype))
 
-    numbers = (column(name, np.float32) for name in ("top_p", "min_p", "repetition_penalty"))
+    names = ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    numbers = {name: column(name, np.float32) for name in names}
+    bias_ids, bias = np.zeros((len(samplings), BIASES), np.int32), np.zeros((len(samplings), BIASES), np.float32)
+    for row, sampling in enumerate(samplings):
+        for place, (token, value) in enumerate(sampling.logit_bias):
+            bias_ids[row, place], bias[row, place] = token, value
     # A seed of up to 63 bits in two halves, since JAX's integers have 32.
     low, high = (
         jnp.asarray(np.array([s.seed >> shift & 0xFFFFFFFF for s in samplings], np.uint32)) for shift in (0, 32)
     )
     keys = jax.vmap(lambda low, high: jax.random.fold_in(jax.random.key(low), high))(low, high)
-    return SamplingRows(column("temperature", np.float32), column("top_k", np.int32), *numbers, key=keys)
+    return SamplingRows(
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int32),
+        bias_ids=jnp.asarray(bias_ids),
+        bias=jnp.asarray(bias),
+        key=keys,
+        **numbers,
+    )
 
 
-def sample(logits: Array, rows: SamplingRows, seen: Array, positions: Array) -> Array:
+def sample(logits: Array, rows: SamplingRows, seen: Array, positions: Array, counts: Array | None = None) -> Array:
     """The next token of each row.
 
     Args:
@@ -87,11 +119,14 @@ def sample(logits: Array, rows: SamplingRows, seen: Array, positions: Array) -> 
         seen: bool [B, V], the tokens in a row's prompt and text so far.
         positions: int32 [B], where the new token will stand. Row b draws with `fold_in(key[b], positions[b])`, so
             that its text does not depend on its neighbours.
+        counts: int32 [B, V], how often each token was made; None where nobody has asked for OpenAI's penalties.
 
     Returns:
         int32 [B].
     """
     logits = penalize(logits, rows, seen)
+    if counts is not None:
+        logits = penalize_made(logits, rows, counts)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
@@ -109,6 +144,17 @@ def penalize(logits: Array, rows: SamplingRows, seen: Array) -> Array:
     """Repetition penalty (CTRL, Keskar et al. 2019, section 4.1) on the tokens `seen`."""
     penalty = rows.repetition_penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def penalize_made(logits: Array, rows: SamplingRows, counts: Array) -> Array:
+    """OpenAI's presence and frequency penalties and logit_bias, as its API reference gives them."""
+
+    def apply() -> Array:
+        taken = rows.presence_penalty[:, None] * (counts > 0) + rows.frequency_penalty[:, None] * counts
+        return (logits - taken).at[jnp.arange(len(logits))[:, None], rows.bias_ids].add(rows.bias, mode="drop")
+
+    wanted = (rows.presence_penalty != 0) | (rows.frequency_penalty != 0) | jnp.any(rows.bias != 0, axis=1)
+    return jax.lax.cond(jnp.any(wanted), apply, lambda: logits)
 
 
 def keep(logits: Array, rows: SamplingRows) -> Array:

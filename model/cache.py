@@ -64,7 +64,7 @@ def init_cache(
 class LayerCache(struct.PyTreeNode):
     """One layer's window on the cache during a pass: its `k` and `v`, all layers' with the index `layer`, or its own.
 
-    `slots` [B] are the cache rows that the batch's rows stand for (None: the same rows); attention reads the first
+    `slots` [B] are the cache rows that the batch's rows stand for (None: the first B rows); attention reads the first
     `window` positions only.
     """
 
@@ -89,12 +89,12 @@ class LayerCache(struct.PyTreeNode):
             k=self.k.at[at].set(k.astype(self.k.dtype), mode="drop"),
             v=self.v.at[at].set(v.astype(self.v.dtype), mode="drop"),
         )
-        return new._read(new.k, k.dtype), new._read(new.v, v.dtype), new
+        return new._read(new.k, k.dtype, len(k)), new._read(new.v, v.dtype, len(v)), new
 
-    def _read(self, array: Array, dtype: DTypeLike) -> Array:
+    def _read(self, array: Array, dtype: DTypeLike, batch: int) -> Array:
         if self.layer is not None:
             array = jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
         if self.slots is not None:
             array = array[self.slots]
         wider = max(array.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
-        return array[:, :, : self.window].astype(wider)
+        return array[:batch, :, : self.window].astype(wider)

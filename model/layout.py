@@ -11,10 +11,11 @@ from model.config import LlamaConfig
 from model.lora import LoraArray, lora_shardings
 from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
 from model.quantize import QuantizedArray, quantized_shardings
+from model.selected import SelectedLora
 from model.sharding import named_sharding
 from model.transposed import TransposedArray
 
-Weight = Array | TransposedArray | QuantizedArray | LoraArray
+Weight = Array | TransposedArray | QuantizedArray | LoraArray | SelectedLora
 
 
 def per_layer(params: Params) -> Params:

@@ -11,6 +11,7 @@ from model.layout import Weight
 from model.lora import LoraArray
 from model.quantize import QuantizedArray
 from model.quantized_matmul import quantized_matmul
+from model.selected import SelectedLora, selected
 from model.transposed import TransposedArray
 
 
@@ -32,6 +33,8 @@ def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
             return quantized_matmul(x, w).astype(out_dtype or x.dtype)
         case LoraArray():
             return lora.adapted(x, w, lambda x: product(x, w.base, out_dtype))
+        case SelectedLora():
+            return selected(x, w, lambda x: product(x, w.base, out_dtype))
         case TransposedArray():
             plain, rows_first = (partial(f, out_dtype=out_dtype) for f in (_times_rows, cpu.times_rows))
             return lax.platform_dependent(x, w.rows, cpu=rows_first, default=plain)

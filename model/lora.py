@@ -76,11 +76,11 @@ def adapted(x: Array, w: LoraArray, base: Callable[[Array], Array]) -> Array:
     update = update.astype(y.dtype)
     if w.magnitude is None:
         return y + update
-    gain = (w.magnitude / lax.stop_gradient(_column_norm(w, base))).astype(y.dtype)
+    gain = (w.magnitude / lax.stop_gradient(column_norm(w, base))).astype(y.dtype)
     return y + (gain - 1) * (y if w.key is None else base(dropped)) + gain * update
 
 
-def _column_norm(w: LoraArray, base: Callable[[Array], Array]) -> Array:
+def column_norm(w: LoraArray, base: Callable[[Array], Array]) -> Array:
     """The norm of each column of base + scale * a @ b, float32 [out], by the binomial formula."""
     a, b = w.a.astype(jnp.float32), w.b.astype(jnp.float32)
     cross = (base(a.T).astype(jnp.float32) * b).sum(axis=0)

@@ -1,0 +1,99 @@
+"""Several adapters over one base in one batch: each row names the one that it uses.
+
+All adapters of a weight lie side by side, so that a batch takes two dense products whatever its rows ask for; a mask
+keeps each row to its own (as S-LoRA, arXiv:2311.03285, batches them, but without a gather).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from model.errors import PunaError
+from model.lora import LoraArray, column_norm
+from model.params import Params
+
+
+@struct.dataclass
+class SelectedLora:
+    """One weight [in, out] with n adapters over it, of rank r at most.
+
+    `a` [in, n * r] and `b` [n * r, out] hold all factors, scales within b. `gain` [n, out] are DoRA's factors on the
+    columns, ones for plain LoRA; None where no adapter is DoRA. `index` int32 [B] says which adapter each row of the
+    batch uses, -1 none.
+    """
+
+    base: Any
+    a: Array
+    b: Array
+    gain: Array | None
+    index: Array
+    rank: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight: [in, out]."""
+        return self.base.shape
+
+
+def selected(x: Array, w: SelectedLora, base: Callable[[Array], Array]) -> Array:
+    """x [M, in] times the weight of each row's adapter -> [M, out]; M is B rows of M / B tokens. `base` multiplies by
+    `w.base`."""
+    index = jnp.repeat(w.index, len(x) // len(w.index), total_repeat_length=len(x))[:, None]
+    own = jnp.arange(w.a.shape[1]) // w.rank == index
+    y = base(x)
+    y = y + (jnp.where(own, x @ w.a.astype(x.dtype), 0) @ w.b.astype(x.dtype)).astype(y.dtype)
+    if w.gain is None:
+        return y
+    return jnp.where(index < 0, y, y * w.gain[index[:, 0]].astype(y.dtype))
+
+
+def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]) -> Params:
+    """Per-layer parameters of one base under different adapters as one tree, adapter i being the tree i's.
+
+    `product` multiplies by a base weight (DoRA's norms need it). Every row starts without an adapter: see `select`.
+    Raises:
+        PunaError: trees that differ in more than single adapters over linear weights.
+    """
+
+    def one(*leaves: Any) -> Any:
+        found = [leaf for leaf in leaves if isinstance(leaf, LoraArray)]
+        if not found:
+            return leaves[0]
+        if any(isinstance(leaf.base, LoraArray) for leaf in found):
+            raise PunaError("adapters beside each other are single ones: merge those that lie over one another first")
+        base, rank = found[0].base, max(leaf.a.shape[-1] for leaf in found)
+        n_in, n_out = found[0].shape
+        a, b, gain = [], [], []
+        for leaf in leaves:
+            if not isinstance(leaf, LoraArray):
+                a.append(jnp.zeros((n_in, rank)))
+                b.append(jnp.zeros((rank, n_out)))
+                gain.append(jnp.ones(n_out))
+                continue
+            missing = rank - leaf.a.shape[-1]
+            a.append(jnp.pad(leaf.a, ((0, 0), (0, missing))))
+            b.append(jnp.pad(leaf.b * leaf.scale, ((0, missing), (0, 0))))
+            is_dora = leaf.magnitude is not None
+            norm = column_norm(leaf, lambda x: product(x, base)) if is_dora else 1.0
+            gain.append(jnp.asarray(leaf.magnitude) / norm if is_dora else jnp.ones(n_out))
+        has_gain = any(leaf.magnitude is not None for leaf in found)
+        return SelectedLora(
+            base, jnp.concatenate(a, axis=1), jnp.concatenate(b, axis=0), jnp.stack(gain) if has_gain else None,
+            jnp.full(1, -1, jnp.int32), rank,
+        )  # fmt: skip
+
+    return jax.tree.map(one, *trees, is_leaf=lambda node: not isinstance(node, (dict, tuple)))
+
+
+def select(params: Params, index: Array) -> Params:
+    """The parameters for a batch whose row i uses adapter `index[i]` (int32 [B], -1 for none)."""
+
+    def choose(leaf: Any) -> Any:
+        return replace(leaf, index=index) if isinstance(leaf, SelectedLora) else leaf
+
+    return jax.tree.map(choose, params, is_leaf=lambda node: isinstance(node, SelectedLora))

@@ -1,0 +1,239 @@
+"""The engine makes what the uncached model makes, for every request of a storm, and compiles nothing on the way."""
+
+import threading
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infer import slots
+from infer.engine import Engine, Full, Request, run_all
+from infer.generate import generate
+from infer.sample import Sampling, sample, stack_sampling
+from model import LlamaConfig, forward, init_params
+from model.errors import PunaError
+from model.layout import per_layer
+from model.linear import product
+from model.lora import LoraArray, add
+from model.params import LINEARS
+from model.quantize import quantize
+from model.selected import side_by_side
+
+pytestmark = pytest.mark.slow
+
+CONFIG = LlamaConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4, eos_token_id=(),
+)  # fmt: skip
+STOP = 7
+OPENINGS = np.random.default_rng(0).integers(8, 96, (3, 40)).tolist()  # what prompts have in common
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture
+def engine(params):
+    return Engine(per_layer(params), CONFIG, rows=4, chunk=16, least_window=64)
+
+
+@partial(jax.jit, static_argnames="vocab")
+def choices(params, tokens, sampling, seen, counts, vocab):
+    """What each position of one text [T] makes of the next token, without a cache."""
+    logits = forward(params, tokens[None], CONFIG)[0][0]
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (len(tokens), *x.shape[1:])), sampling)
+    return sample(logits, rows, seen, jnp.arange(len(tokens)) + 1, counts)
+
+
+def recomputed(params, request, tokens):
+    """The tokens that follow the prompt, each computed from all before it at once."""
+    text = [*request.prompt, *tokens]
+    counts = np.zeros((128, CONFIG.vocab_size), np.int32)
+    for i, token in enumerate(tokens, len(request.prompt)):
+        counts[i:, token] += 1
+    seen = counts > 0
+    seen[:, list(request.prompt)] = True
+    padded = np.zeros(128, np.int32)
+    padded[: len(text)] = text
+    new = choices(params, padded, stack_sampling([request.sampling]), seen, counts, CONFIG.vocab_size)
+    return np.asarray(new)[len(request.prompt) - 1 : len(text) - 1].tolist()
+
+
+def random_request(rng):
+    sampling = Sampling(
+        temperature=rng.choice([0.0, 0.0, 0.7, 1.3]),
+        top_k=rng.choice([0, 5]),
+        top_p=rng.choice([1.0, 0.9]),
+        min_p=rng.choice([0.0, 0.05]),
+        repetition_penalty=rng.choice([1.0, 1.2]),
+        presence_penalty=rng.choice([0.0, 0.5]),
+        frequency_penalty=rng.choice([0.0, -0.3]),
+        logit_bias=rng.choice([(), ((11, 3.0), (12, -100.0))]),
+        seed=rng.randrange(2**40),
+    )
+    rest = [rng.randrange(8, 96) for _ in range(rng.randrange(1, 20))]
+    prompt = rng.choice(OPENINGS)[: rng.choice([0, 17, 30, 40])] + rest
+    return Request(prompt, rng.randrange(1, 40), sampling, stop_ids=rng.choice([(), (STOP,)]))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_a_storm_of_requests_gets_what_the_uncached_model_makes(params, rng):
+    """Fifty requests come at any time, some are cancelled, rows and prefixes are used again."""
+    engine = Engine(per_layer(params), CONFIG, rows=4, chunk=16, least_window=64)
+    submitted = []
+    for _ in range(50):
+        submitted.append(engine.submit(random_request(rng)))
+        for _ in range(rng.randrange(4)):
+            engine.step()
+        if rng.random() < 0.1:
+            rng.choice(submitted).cancel()
+    while engine.busy:
+        engine.step()
+    for progress in submitted:
+        request, tokens = progress.request, progress.tokens
+        assert tokens == recomputed(params, request, tokens), request
+        ended = bool(tokens) and tokens[-1] in request.stop_ids
+        assert progress.finish in ("cancelled", "stop" if ended else "length")
+        assert progress.finish == "cancelled" or ended or len(tokens) == request.max_new_tokens
+
+
+def test_a_common_prefix_is_read_once(params, engine):
+    first, *others = list(run_all(engine, [Request([*OPENINGS[0], token], 5) for token in (8, 9, 10)]))[-1]
+    again = list(run_all(engine, [Request([*OPENINGS[0], 11], 5)]))[-1][0]
+    assert first.reused == 0 and [progress.reused for progress in others] == [40, 40] and again.reused == 40
+    for progress in (first, *others, again):
+        assert progress.tokens == recomputed(params, progress.request, progress.tokens)
+
+
+def test_a_request_is_the_same_alone_in_company_and_offline(params, engine):
+    asked = [Request(OPENINGS[0][:n], 20, Sampling(temperature=1.0, seed=n)) for n in (1, 9, 40)]
+    company = list(run_all(engine, asked))[-1]
+    for request, progress in zip(asked, company, strict=True):
+        alone = list(run_all(engine, [request]))[-1][0]
+        offline = [rows[0] for rows in generate(params, CONFIG, [request.prompt], 20, [request.sampling])]
+        assert progress.tokens == alone.tokens == sum(offline, [])
+    assert [progress.finish for progress in company] == ["length"] * 3
+
+
+def test_scores_are_the_models_own(params, engine):
+    request = Request(OPENINGS[1], 12, Sampling(temperature=0.9, seed=3), logprobs=4, score_prompt=True)
+    (progress,) = list(run_all(engine, [request]))[-1]
+    text = [*request.prompt, *progress.tokens]
+    exact = np.asarray(jax.nn.log_softmax(forward(params, jnp.array([text]), CONFIG)[0][0]))
+    scores = [*progress.prompt_logprobs, *progress.logprobs]
+    assert [score.token for score in scores] == text[1:]
+    for i, score in enumerate(scores):
+        assert abs(score.logprob - exact[i, score.token]) < 1e-4
+        np.testing.assert_allclose([value for _, value in score.top], np.sort(exact[i])[::-1][:4], atol=1e-4)
+
+
+def test_after_warming_up_nothing_compiles(params, engine):
+    programs = engine.warm_up(scored=True)
+
+    def ask(seed):
+        sampling = Sampling(temperature=0.5 + seed / 10, top_p=0.9, seed=seed, logit_bias=((seed + 9, 1.0),))
+        prompts = [OPENINGS[seed % 3][: 1 + 7 * i] for i in range(6)]
+        return [Request(prompt, 30, sampling, stop_ids=(seed,), logprobs=seed % 2 or None) for prompt in prompts]
+
+    for seed in range(6):
+        list(run_all(engine, ask(seed)))
+    functions = (slots.decode, slots.extend, slots.admit, slots.copy_row)
+    assert sum(function._cache_size() for function in functions) == programs
+
+
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_rows_of_one_batch_use_their_own_adapters(params, form):
+    base = params if form is None else quantized_linears(params)
+    trees = []
+    for seed, dora in enumerate([False, True, False]):
+        _, tree = add(
+            base, CONFIG, jax.random.key(seed), rank=2 + seed, alpha=8, dora=dora, targets=["q_proj", "down_proj"]
+        )
+        trees.append(jax.tree.map(partial(trained, seed), tree, is_leaf=lambda node: isinstance(node, LoraArray)))
+    apart = [per_layer(tree) for tree in trees]
+    engine = Engine(side_by_side(apart, product), CONFIG, rows=4, chunk=16, least_window=64)
+    asked = [Request(OPENINGS[0][:20], 15, Sampling(), adapter=i) for i in (-1, 0, 1, 2)]
+    together = list(run_all(engine, asked))[-1]
+    texts = []
+    for progress, tree in zip(together, [per_layer(base), *apart], strict=True):
+        alone = sum((rows[0] for rows in generate(tree, CONFIG, [progress.request.prompt], 15)), [])
+        assert progress.tokens == alone
+        texts.append(tuple(alone))
+    assert len(set(texts)) == 4
+    again = list(run_all(engine, asked[::-1]))[-1]  # prefixes are used again only under the same adapter
+    assert [progress.tokens for progress in again[::-1]] == [progress.tokens for progress in together]
+
+
+def trained(seed, leaf):
+    """An adapter that does something."""
+    if not isinstance(leaf, LoraArray):
+        return leaf
+    return replace(leaf, b=jax.random.normal(jax.random.key(seed + 9), leaf.b.shape))
+
+
+def quantized_linears(params):
+    layers = {name: quantize(w, "nf4") if name in LINEARS else w for name, w in params["layers"].items()}
+    return params | {"layers": layers}
+
+
+def test_a_request_that_ends_early_frees_its_row(params):
+    engine = Engine(per_layer(params), CONFIG, rows=1, chunk=16, least_window=64, queue=1)
+    first = engine.submit(Request(OPENINGS[0], 80))
+    for _ in range(6):
+        engine.step()
+    second = engine.submit(Request(OPENINGS[1], 3))
+    with pytest.raises(Full, match="1 requests are waiting"):
+        engine.submit(Request(OPENINGS[2], 3))
+    first.cancel()
+    engine.step()
+    assert first.finish == "cancelled" and second.finish is None
+    late = None
+    while engine.busy:
+        engine.step()
+    assert second.finish == "length" and len(second.tokens) == 3
+    late = engine.submit(Request(OPENINGS[2], 3, deadline=0.0))
+    engine.step()
+    assert late.finish == "deadline" and late.tokens == []
+
+
+def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(params, engine, monkeypatch):
+    stopping = threading.Event()
+    thread = threading.Thread(target=engine.run, args=[stopping])
+    failures = iter([RuntimeError("device lost")])
+    real = engine._start_tokens
+
+    def fail_once():
+        for error in failures:
+            raise error
+        return real()
+
+    monkeypatch.setattr(engine, "_start_tokens", fail_once)
+    ended = threading.Event()
+    thread.start()
+    try:
+        broken = engine.submit(Request(OPENINGS[0], 5), lambda progress: progress.finish and ended.set())
+        assert ended.wait(60) and broken.finish == "error" and "device lost" in str(broken.error)
+        ended.clear()
+        request = Request(OPENINGS[0], 5)
+        good = engine.submit(request, lambda progress: progress.finish and ended.set())
+        assert ended.wait(60) and good.tokens == recomputed(params, request, good.tokens)
+    finally:
+        stopping.set()
+        thread.join()
+
+
+def test_what_can_never_be_met_is_refused_at_once(engine):
+    with pytest.raises(PunaError, match="together more than the context of 128"):
+        engine.submit(Request(OPENINGS[0], 100))
+    with pytest.raises(PunaError, match="9 stop tokens are given; at most 8"):
+        engine.submit(Request(OPENINGS[0], 1, stop_ids=range(9)))
+    with pytest.raises(PunaError, match="presence_penalty is 3"):
+        replace(Sampling(), presence_penalty=3)
