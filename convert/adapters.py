@@ -15,7 +15,7 @@ from convert.peft import Adapter, is_targeted, load_finite, module_name, read_ad
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.layout import weight_shardings
-from model.lora import MODULES, LoraArray, lora_shardings, untie, with_magnitude
+from model.lora import MODULES, LoraArray, on_mesh, untie, with_magnitude
 from model.params import Params, param_specs
 from model.pieces import Pieces
 from model.transposed import TransposedArray
@@ -129,15 +129,8 @@ def _adapted_layer(adapter: Adapter, number: int, layer: Params, specs: Params, 
         w = LoraArray(base, a, b, jnp.float32(factors.scale), ranks=(factors.rank,), dropout=rate)
         if factors.magnitude is not None:
             w = with_magnitude(w, jnp.asarray(load_finite(factors.magnitude, name).astype(np.float32)))
-        layer[name] = _on_mesh(w, specs[name].axes[1:], mesh, name)
+        layer[name] = on_mesh(w, specs[name].axes[1:], mesh, name)
     return layer
-
-
-def _on_mesh(w: LoraArray, axes: Sequence[str], mesh: Mesh | None, name: str) -> LoraArray:
-    if mesh is None:
-        return w
-    where = lora_shardings(w, axes, mesh, f"layers/{name}", None)
-    return replace(jax.device_put(replace(w, base=None), where), base=w.base)
 
 
 def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: Mesh | None) -> LoraArray:
@@ -163,7 +156,7 @@ def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: 
         has_own = np.array([row is not None for row in own])[:, None]
         # A layer without adapter keeps the base's norms, which change nothing.
         w = replace(w, magnitude=jnp.where(has_own, rows, jnp.asarray(w.magnitude)))
-    return _on_mesh(w, axes, mesh, name)
+    return on_mesh(w, axes, mesh, name)
 
 
 def _replace_saved(

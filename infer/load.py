@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from convert.adapters import apply_adapters, check_fits
+from convert.adapters import adapted_config, apply_adapters
 from convert.checkpoint import Checkpoint
 from convert.formats import open_model
 from convert.load import Quantize, load_params
@@ -28,7 +28,7 @@ class ModelSource(NamedTuple):
     """A model found and understood, its weights unread: requests can be refused before they are."""
 
     checkpoint: Checkpoint
-    config: LlamaConfig  # with the vocabulary that the adapters give it
+    config: LlamaConfig  # as the adapters make it
     tokenizer: Tokenizer
     generation: dict[str, Any]  # generation_config.json; empty where there is none
     adapters: tuple[Adapter, ...] = ()
@@ -55,9 +55,7 @@ def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequen
     checkpoint = open_model(model)
     config, found = checkpoint.config, tuple(read_adapter(folder) for folder in adapters)
     for adapter in found:
-        check_fits(adapter, config)
-        rows = max((tensor.shape[0] for tensor in adapter.saved.values()), default=config.vocab_size)
-        config = replace(config, vocab_size=rows)
+        config = adapted_config(adapter, config)
     place = tokenizer_folder(checkpoint.folder, [adapter.folder for adapter in found])
     try:
         own = find_tokenizer(tokenizer or place)

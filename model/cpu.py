@@ -19,8 +19,8 @@ PLATFORM = "cpu"
 FEW_ROWS = 64  # rows of x up to which the weight comes first in a product: XLA packs the second operand anew each time
 MIN_BLOCK, MAX_BLOCKS = 128, 4  # of queries: four blocks save 3/8 of the work, eight would save 7/16
 
-# The gradient of the head is summed as [V, D], which XLA multiplies half as fast again as [D, V].
-HEAD_GRADIENT_VOCAB_FIRST = True
+# What keys and values are kept in: XLA would widen a 16-bit cache at every token, for its scatter and for attention.
+CACHE_DTYPE = jnp.float32
 
 # Without it XLA would copy both moments of every weight, for fear that the new ones overwrite the old while these are
 # still read: 0.5 GiB at 110M parameters, by the compiler's own account of temporaries.
@@ -73,10 +73,9 @@ def in_query_blocks(attend: Callable[..., Array], q: Array, k: Array, v: Array, 
     return jnp.concatenate(parts, axis=1)
 
 
-def cache_dtype(dtype: DTypeLike) -> DTypeLike:
-    """What keys and values of a model in `dtype` are kept in: float32, since XLA would widen a 16-bit cache at every
-    token, for its scatter and for attention."""
-    return jnp.float32
+def sums_vocabulary_first(platform: str) -> bool:
+    """Whether the head's gradient is summed as [V, D], which XLA multiplies half as fast again as [D, V] on CPU."""
+    return platform == PLATFORM
 
 
 def platform_of(tree: Any) -> str:

@@ -202,11 +202,15 @@ def _fresh(
     a = jax.random.uniform(key, (L, n_in, r), jnp.float32, -bound, bound)
     a = jnp.where(jnp.arange(r) < jnp.array(ranks)[:, None, None], a, 0)
     w = LoraArray(base, a, jnp.zeros((L, r, n_out)), jnp.array(scale, jnp.float32), ranks=ranks, dropout=dropout)
-    w = with_magnitude(w, None) if dora else w
+    return on_mesh(with_magnitude(w, None) if dora else w, spec.axes, mesh, name)
+
+
+def on_mesh(w: LoraArray, axes: Sequence[str], mesh: Mesh | None, name: str) -> LoraArray:
+    """The adapter of weight `name`, whose dimensions mean `axes`, on the devices of its base; the base is not moved."""
     if mesh is None:
         return w
-    where = lora_shardings(w, spec.axes, mesh, f"layers/{name}", None)
-    return replace(jax.device_put(replace(w, base=None), where), base=base)
+    where = lora_shardings(w, axes, mesh, f"layers/{name}", None)
+    return replace(jax.device_put(replace(w, base=None), where), base=w.base)
 
 
 def with_magnitude(w: LoraArray, magnitude: Array | None) -> LoraArray:

@@ -62,4 +62,4 @@ def test_a_chunk_is_a_divisor_of_the_rows(n, width, weights):
 
 def test_caches_of_16_bit_models_are_float32_where_the_model_lies_on_a_cpu():
     assert cpu.platform_of({"embed": jnp.zeros(2)}) == cpu.PLATFORM
-    assert cpu.cache_dtype(jnp.bfloat16) == jnp.float32
+    assert cpu.CACHE_DTYPE == jnp.float32

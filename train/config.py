@@ -301,28 +301,27 @@ def _refuse_unread(config: Config) -> None:
     written out in full (config.toml of a run) can be read again. Where one setting wins over another, as max_steps over
     num_train_epochs, both may be given: an override on the command line is then a word, not two."""
     optim, model, run, data = config.optim, config.model, config.run, config.data
-    unread = {
-        "model.loss": (model.loss is not None, ("optim.z_loss", "model.loss_chunk")),
-        "optim.optimizer": (
-            optim.optimizer == "adafactor",
-            ("optim.adam_beta1", "optim.adam_beta2", "optim.adam_epsilon"),
-        ),
-        "optim.lr_scheduler_type": (optim.lr_scheduler_type != "wsd", ("optim.decay_ratio",)),
-        "optim.lr_scheduler_type ": (optim.lr_scheduler_type == "constant", ("optim.min_lr_ratio",)),
-        "data.eval_path": (data.eval_path is None and not data.validation_split, ("run.eval_steps",)),
-        "data.validation_split": (not data.validation_split, ("data.seed",)),
-        "mesh.tensor": (config.mesh.tensor == 1, ("mesh.sequence_parallel",)),
-        "run.save_steps": (not run.save_steps and not run.save_minutes, ("run.keep_every",)),
-    }
+    has_loss, is_adafactor = model.loss is not None, optim.optimizer == "adafactor"
+    unread = (  # the setting, the one because of which nothing reads it, and whether that is so
+        ("optim.z_loss", "model.loss", has_loss),
+        ("model.loss_chunk", "model.loss", has_loss),
+        ("optim.adam_beta1", "optim.optimizer", is_adafactor),
+        ("optim.adam_beta2", "optim.optimizer", is_adafactor),
+        ("optim.adam_epsilon", "optim.optimizer", is_adafactor),
+        ("optim.decay_ratio", "optim.lr_scheduler_type", optim.lr_scheduler_type != "wsd"),
+        ("optim.min_lr_ratio", "optim.lr_scheduler_type", optim.lr_scheduler_type == "constant"),
+        ("run.eval_steps", "data.eval_path", data.eval_path is None and not data.validation_split),
+        ("data.seed", "data.validation_split", not data.validation_split),
+        ("mesh.sequence_parallel", "mesh.tensor", config.mesh.tensor == 1),
+        ("run.keep_every", "run.save_steps", not run.save_steps and not run.save_minutes),
+    )
     given, plain = dict(flat(config)), dict(flat(Config(ModelConfig(), DataConfig())))
-    for cause, (holds, names) in unread.items():
-        cause = cause.strip()
-        for name in names:
-            if holds and given[name] != plain[name]:
-                raise PunaError(
-                    f"{name} is {given[name]!r}, which nothing reads with {cause} = {given.get(cause)!r}: "
-                    f"leave it out, or change {cause}"
-                )
+    for name, cause, holds in unread:
+        if holds and given[name] != plain[name]:
+            raise PunaError(
+                f"{name} is {given[name]!r}, which nothing reads with {cause} = {given.get(cause)!r}: "
+                f"leave it out, or change {cause}"
+            )
 
 
 def _positive_lora(lora: LoraConfig) -> dict[str, float]:

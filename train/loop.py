@@ -93,7 +93,8 @@ def train(config: Config) -> None:
         stack.enter_context(checkpoints)
         resuming = checkpoints.latest() is not None
         if resuming and config.lora is None:
-            state, done = _restore(config, checkpoints, abstract := abstract_state(config, model, mesh, base), data)
+            abstract = abstract_state(config, model, mesh, base)
+            state, done = _restore(config, checkpoints, abstract, data)
         else:
             start, shape_of = base_params(config, model, mesh, base), model if base is None else base.config
             abstract = state_like(config, shape_of, start, mesh)

@@ -67,7 +67,7 @@ def _local(
     """One device's part: x [b, T, D], head [D / fsdp, V / tensor], targets [b, T]. See `make_loss`."""
     B, T, D = x.shape
     dtype = head.dtype
-    vocab_first = cpu.HEAD_GRADIENT_VOCAB_FIRST and mesh.devices.flat[0].platform == cpu.PLATFORM
+    vocab_first = cpu.sums_vocabulary_first(mesh.devices.flat[0].platform)
     head = head.astype(x.dtype)
     if mesh.shape["fsdp"] > 1:
         head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
