@@ -113,23 +113,29 @@ def extend(
     tokens: Array,
     positions: Array,
     following: Array,
+    count: Array,
     row: Array,
     adapter: Array,
     config: LlamaConfig,
     window: int,
     scored: bool,
-) -> tuple[Slots, Made | None]:
-    """Writes tokens [1, T] into row `row` at positions [1, T]; padding stands at the cache's capacity.
+) -> tuple[Slots, Made | None, Array]:
+    """Writes tokens [1, T] into row `row` at positions [1, T].
 
-    scored: also how likely the tokens `following` [T] were, each after its own.
+    Args:
+        tokens: of which the first `count` are; padding stands at the cache's capacity.
+        following: [T], the tokens that are scored, each after its own.
+        scored: whether they are.
+
+    Returns:
+        The slots, the scores, and the last token's hidden state after the final norm, float32 [D].
     """
     params = select(params, adapter[None])
     x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window)
     assert cache is not None
     slots = slots._replace(cache=cache)
-    if not scored:
-        return slots, None
-    return slots, _scored(logits(params, x[0], config), following)
+    state = x[0, count - 1].astype(jnp.float32)
+    return slots, _scored(logits(params, x[0], config), following) if scored else None, state
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -149,15 +155,19 @@ def decode(
     params: Params,
     slots: Slots,
     kept: Array,
-    vocab_limit: Array,
+    allowed: Array,
     config: LlamaConfig,
     rows: int,
     window: int,
     scored: bool,
 ) -> tuple[Slots, Made]:
-    """One token for every live row of the first `rows`; a row that is not `kept` [N] ends first.
+    """One token for every live row of the first `rows`.
 
-    Tokens from the id `vocab_limit` on are never chosen. scored: see `Made`.
+    Args:
+        kept: bool [N]; a row that is not ends first.
+        allowed: uint32 [N, ceil(V / 32)], the tokens that may be chosen: a bit each, the lowest first.
+        window: how many positions attention reads; above every live row's.
+        scored: see `Made`.
     """
     params = select(params, slots.adapter[:rows])
     live = (slots.live & kept)[:rows]
@@ -166,7 +176,7 @@ def decode(
         params, slots.token[:rows, None], config, positions=position[:, None], cache=slots.cache, window=window
     )
     assert cache is not None
-    raw = jnp.where(jnp.arange(config.vocab_size) < vocab_limit, logits(params, x[:, 0], config), -jnp.inf)
+    raw = jnp.where(_bits(allowed[:rows], config.vocab_size), logits(params, x[:, 0], config), -jnp.inf)
     settings = jax.tree.map(lambda a: a[:rows], slots.settings)
     counts = slots.counts[:rows]
     new = sample(raw, settings, slots.in_prompt[:rows] | (counts > 0), position + 1, counts)
@@ -183,6 +193,12 @@ def decode(
         counts=slots.counts.at[jnp.arange(rows), new].add(live.astype(jnp.int32)),
     )
     return slots, made
+
+
+def _bits(words: Array, count: int) -> Array:
+    """The first `count` bits of uint32 [N, W], the lowest of a word first, as bool [N, count]."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(len(words), -1)[:, :count] == 1
 
 
 def _scored(raw: Array, tokens: Array) -> Made:

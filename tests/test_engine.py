@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer import slots
-from infer.engine import Engine, Full, Request, run_all
+from infer.engine import Engine, run_all
 from infer.generate import generate
+from infer.request import Full, Request
 from infer.sample import Sampling, sample, stack_sampling
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
