@@ -186,7 +186,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told."""
+    """Everything a run is told, by section; `lora` and `quantize` are None where the file has no such section."""
 
     model: ModelConfig
     data: DataConfig
