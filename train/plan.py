@@ -97,7 +97,7 @@ def make_plan(config: Config) -> Plan:
     """Compile the step that `config` describes for the devices of this process and read its cost off the program.
 
     Raises:
-        PunaError: a size does not divide over the mesh, the config describes no run, or the backend does not say how
+        PunaError: a size does not divide over the mesh, [model] is wrong, or the backend does not say how
             much memory a program takes.
     """
     base = base_of(config)

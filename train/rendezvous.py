@@ -31,7 +31,7 @@ def meet(address: str, count: int, index: int, timeout: float, hosts: Sequence[s
 
     Raises:
         MissingProcesses: naming the processes that did not come in time and, where known, their hosts.
-        PunaError: two processes have one index, the address is none, or process 0 cannot listen there.
+        PunaError: two processes have one index, the address is not host:port, or process 0 cannot listen there.
     """
     deadline = time.monotonic() + timeout
     host, _, port = address.rpartition(":")
