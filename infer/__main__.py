@@ -1,17 +1,41 @@
 """The commands that make text: `python -m infer generate MODEL --prompt TEXT`."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from cli.command import main
+from infer.engine import Engine
 from infer.generate import check_room, complete
-from infer.load import find_model, load, sampling, start_mesh
+from infer.load import (
+    LONGEST,
+    chat_template,
+    find_model,
+    load,
+    load_engine,
+    named_adapters,
+    sampling,
+    start_mesh,
+)
+from infer.options import (
+    AdapterOption,
+    BlockOption,
+    DoubleQuantOption,
+    DtypeOption,
+    Int8ActivationsOption,
+    MeshOption,
+    MinPOption,
+    ModelArgument,
+    QuantizeOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TokenizerOption,
+    TopKOption,
+    TopPOption,
+    quantization,
+)
 from model.errors import PunaError
-from model.quantize import Format, quantizer
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -23,24 +47,24 @@ def commands() -> None:
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Hub id (org/name[@revision]) or folder, of any format we read.")],
+    model: ModelArgument,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; give several for a batch.")],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Keep tokens this fraction as likely as the likeliest.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes tokens seen less likely.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Where the model's folder has no tokenizer.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; as stored when not given.")] = None,
-    quantize: Annotated[Format | None, typer.Option(help="What to quantize the linear weights to.")] = None,
-    block: Annotated[int | None, typer.Option(help="int4: 32, 64 (if not given) or 128 weights to a scale.")] = None,
-    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4: quantize its scales too.")] = False,
-    int8_activations: Annotated[bool, typer.Option("--int8-activations", help="int8: round activations too.")] = False,
-    adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter folder; several apply in order.")] = None,
-    mesh: Annotated[str | None, typer.Option(help="Devices to split the model over, as tensor=2.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    block: BlockOption = None,
+    double_quant: DoubleQuantOption = False,
+    int8_activations: Int8ActivationsOption = False,
+    adapter: AdapterOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Print each prompt and its continuation, and nothing else.
 
@@ -48,10 +72,7 @@ def generate(
     one form feed between two. Settings not given come from the model's generation_config.json; without `do_sample` in
     it, and without --temperature, --top-k, --top-p or --min-p, the likeliest token is taken each time.
     """
-    if quantize is None and (block is not None or double_quant or int8_activations):
-        raise PunaError("--block, --double-quant and --int8-activations are of --quantize: give it too")
-    activations = "int8" if int8_activations else "float"
-    form = None if quantize is None else quantizer(quantize, block or 64, double_quant, activations)
+    form = quantization(quantize, block, double_quant, int8_activations)
     source = find_model(model, tokenizer, adapter or [])
     settings = sampling(
         source.generation,
@@ -60,7 +81,7 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        seed=seed,
+        seed=seed or 0,
     )
     for number, text in enumerate(prompt, 1):
         ids = source.tokenizer.encode(text, add_bos=source.tokenizer.bos_id is not None)
@@ -86,6 +107,72 @@ def generate(
     else:
         texts = ["".join(parts) for parts in zip(prompt, *pieces, strict=True)]
         print("\n\f\n".join(texts))
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; its folder's name if not given.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH of a PEFT adapter, for requests by NAME.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="PUNA_API_KEY", help="Keys of which requests must bring one.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="How conversations are written; the checkpoint's own if any.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, max=1024, help="Requests worked on at once.")] = 8,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a request; the model's, 4096 at most.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused with 429.")] = 256,
+    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds that a request may take.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    block: BlockOption = None,
+    double_quant: DoubleQuantOption = False,
+    int8_activations: Int8ActivationsOption = False,
+    mesh: MeshOption = None,
+) -> None:
+    """Serve the model over OpenAI's API, with a page to talk to it at /.
+
+    SIGTERM ends it when the requests that it took are answered.
+    """
+    from infer.serve import engine_host, keep_programs  # only this command needs a web server
+    from infer.serve import serve as run_server
+    from infer.served import Served
+
+    keep_programs()
+    source = find_model(model, tokenizer)
+    adapters = named_adapters(adapter or [])
+    devices = start_mesh(mesh)
+    form = quantization(quantize, block, double_quant, int8_activations)
+    if context is not None and context > source.config.max_position_embeddings:
+        raise PunaError(
+            f"context={context} is more than the model's {source.config.max_position_embeddings}: give less"
+        )
+    limit = context or min(LONGEST, source.config.max_position_embeddings)
+
+    def make() -> Engine:
+        return load_engine(source, adapters, devices, dtype, form, rows=rows, length=limit, queue=queue)
+
+    served = Served(
+        name=name or source.name,
+        host=engine_host(make),
+        tokenizer=source.tokenizer,
+        vocab_size=source.config.vocab_size,
+        context=limit,
+        eos_ids=source.eos_ids,
+        generation=source.generation,
+        template=chat_template(template, source.tokenizer),
+        adapters={name: index for index, name in enumerate(adapters)},
+        timeout=timeout,
+    )
+    run_server(served, host, port, api_key or [])
 
 
 if __name__ == "__main__":

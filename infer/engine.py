@@ -8,6 +8,7 @@ while the host looks at text.
 import itertools
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from model.cache import init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params
+from model.sharding import relaxed_sharding
 from model.tokenizer import Tokenizer
 
 SHORTEST_REUSE = 16  # tokens of a common prefix that are worth copying from another row
@@ -100,13 +102,30 @@ class Engine:
         known = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
         words = np.packbits(np.arange(-(-config.vocab_size // 32) * 32) < known, bitorder="little").view(np.uint32)
         self._anything = np.tile(words, (rows, 1))  # what is no token of the tokenizer is never chosen
-        self._unconstrained = jax.device_put(self._anything)
+        self._unconstrained = self._put(self._anything)
         self.counts = Counts()
+        self.failing = False
         self._slots = self._fresh()
 
     def _fresh(self) -> Any:
-        cache = init_cache(self.config, len(self._rows), self.length, self._cache_dtype, self._mesh).unstack()
-        return empty_slots(cache, stack_sampling([Sampling()] * len(self._rows)), self.config.vocab_size)
+        """Empty slots, committed where the programs will return them, so that each compiles once."""
+        cache = init_cache(self.config, len(self._rows), self.length, self._cache_dtype, self._mesh, layout="per_layer")
+        slots = empty_slots(cache, stack_sampling([Sampling()] * len(self._rows)), self.config.vocab_size)
+        if self._mesh is None:
+            return self._put(slots)
+        rest = jax.tree.map(self._put, slots._replace(cache=None))
+        return rest._replace(
+            cache=cache.replace(lengths=self._put(cache.lengths)),
+            in_prompt=self._put(rest.in_prompt, "vocab"),
+            counts=self._put(rest.counts, "vocab"),
+        )
+
+    def _put(self, x: Any, *axes: str) -> Any:
+        """`x` [N, *axes] on the engine's device or devices."""
+        if self._mesh is None:
+            return jax.device_put(x, jax.local_devices()[0])
+        names = (None, *axes, *[None] * (x.ndim - 1 - len(axes)))
+        return jax.device_put(x, relaxed_sharding(self._mesh, names, x.shape))
 
     # --- from any thread
 
@@ -138,9 +157,27 @@ class Engine:
         """Whether there is anything to do."""
         return bool(self._waiting) or self._started is not None or any(row.progress for row in self._rows)
 
+    @property
+    def rows(self) -> int:
+        """How many requests are worked on at once, at most."""
+        return len(self._rows)
+
+    @property
+    def running(self) -> int:
+        """How many are now."""
+        return sum(row.progress is not None for row in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
     def run(self, stopping: threading.Event) -> None:
-        """Steps until `stopping` is set; sleeps while there is nothing to do. An error of a step ends the requests
-        that were worked on, and the engine goes on with an empty cache."""
+        """Steps until `stopping` is set; sleeps while there is nothing to do.
+
+        An error of a step ends the requests that were worked on, and the engine goes on with an empty cache; `failing`
+        says that it has not come so far yet.
+        """
         while not stopping.is_set():
             if not self.busy:
                 self._arrived.wait(0.05)
@@ -149,15 +186,27 @@ class Engine:
             try:
                 self.step()
             except Exception as error:  # whatever a device or a compiler may raise
+                traceback.print_exc()
+                self.failing = True
+                self._recover(error, stopping)
+
+    def _recover(self, error: BaseException, stopping: threading.Event) -> None:
+        """Resets until that works: a device may need time."""
+        while not stopping.is_set():
+            try:
                 self.reset(error)
+                self.failing = False
+                return
+            except Exception:  # as above
+                traceback.print_exc()
+                stopping.wait(1.0)
 
     def reset(self, error: BaseException) -> None:
         """Ends every request that is worked on with `error`, and starts from an empty cache."""
         self._started = None
         for row in self._rows:
             if row.progress is not None:
-                row.progress.error = error
-                self._end(row, "error")
+                self._fail(row, error)
             row.cached = []
         self._slots = self._fresh()
 
@@ -165,10 +214,12 @@ class Engine:
         """Compiles everything that requests will need (log-probabilities with `scored`); returns how many programs."""
         rows = {min(1 << i, len(self._rows)) for i in range(len(self._rows).bit_length() + 1)}
         windows = {self._window(1 << i) for i in range(self.length.bit_length() + 1)}
-        widths = {_power_of_two(n, 16) for n in range(1, self.chunk + 1)}
+        widths = {self._width(n): n for n in range(self.chunk, 0, -1)}  # and the shortest piece that is as wide
         resting = np.zeros(len(self._rows), bool)
         for window in sorted(windows):
-            for width in sorted(widths):
+            for width, shortest in sorted(widths.items()):
+                if window < self._window(shortest):
+                    continue
                 nowhere = np.full((1, width), self.length, np.int32)
                 tokens = np.zeros((1, width), np.int32)
                 for with_scores in {False, scored}:
@@ -269,7 +320,7 @@ class Engine:
         end = len(prompt) if request.embed else len(prompt) - 1
         stop = min(first + self.chunk, end)
         if stop > first:
-            width = _power_of_two(stop - first, 16)
+            width = self._width(stop - first)
             tokens = np.zeros((1, width), np.int32)
             positions = np.full((1, width), self.length, np.int32)
             following = np.zeros(width, np.int32)
@@ -329,12 +380,11 @@ class Engine:
         self._slots = admit(self._slots, *numbers, stops, np.int32(adapter), in_prompt, stack_sampling([sampling]))
 
     def _start_tokens(self) -> tuple[Made, list[_Row], list[Progress]] | None:
-        live = [row for row in self._rows if row.progress is not None and not row.reading]
+        allowed, live = self._allowed([row for row in self._rows if row.progress is not None and not row.reading])
         if not live:
             return None
         kept = np.zeros(len(self._rows), bool)
         kept[[row.index for row in live]] = True
-        allowed = self._allowed(live)
         for row in live:
             row.position += 1
         scored = any(row.progress.request.logprobs is not None for row in live if row.progress)
@@ -343,16 +393,21 @@ class Engine:
         self._slots, made = decode(self.params, self._slots, kept, allowed, self.config, rows, window, scored)
         return made, live, [row.progress for row in live if row.progress]
 
-    def _allowed(self, live: list[_Row]) -> Any:
-        """What each row may choose: see `decode`."""
-        bound = [(row.index, row.progress.request.constraint) for row in live if row.progress]
-        bound = [(index, constraint) for index, constraint in bound if constraint is not None]
-        if not bound:
-            return self._unconstrained
-        allowed = self._anything.copy()
-        for index, constraint in bound:
-            allowed[index] &= constraint.allowed()
-        return allowed
+    def _allowed(self, live: list[_Row]) -> tuple[Any, list[_Row]]:
+        """What each row may choose (see `decode`), and the rows that can go on."""
+        allowed, able = self._unconstrained, []
+        for row in live:
+            constraint = row.progress.request.constraint if row.progress else None
+            if constraint is not None:
+                try:
+                    words = constraint.allowed()
+                except PunaError as error:
+                    self._fail(row, error)
+                    continue
+                allowed = self._anything.copy() if allowed is self._unconstrained else allowed
+                allowed[row.index] &= words
+            able.append(row)
+        return allowed if allowed is self._unconstrained else self._put(allowed), able
 
     def _finish_tokens(self) -> None:
         """Reads the tokens that the step before started."""
@@ -374,7 +429,11 @@ class Engine:
         progress.tokens.append(token)
         self.counts.tokens += 1
         if request.constraint is not None:
-            request.constraint.accept(token)
+            try:
+                request.constraint.accept(token)
+            except PunaError as error:
+                self._fail(row, error)
+                return
         if request.logprobs is not None:
             progress.logprobs.append(_logprobs(made, row.index, request.logprobs))
         stopped = token in request.stop_ids
@@ -396,10 +455,19 @@ class Engine:
         row.progress, row.text, row.reading, row.used = None, None, False, next(self._clock)
         self._finished(progress, why)
 
+    def _fail(self, row: _Row, error: BaseException) -> None:
+        assert row.progress is not None
+        row.progress.error = error
+        self._end(row, "error")
+
     def _finished(self, progress: Progress, why: str | None) -> None:
         progress.finish = why
         self.counts.finished[str(why)] += 1
         progress.changed(progress)
+
+    def _width(self, count: int) -> int:
+        """The width of a piece of `count` tokens: few widths, since each is compiled."""
+        return next((width for width in (16, 64, 256) if count <= width < self.chunk), self.chunk)
 
     def _window(self, length: int) -> int:
         return min(_power_of_two(length, self.least_window), self.length)
@@ -416,7 +484,8 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Progre
 def _logprobs(made: Made, i: int, count: int | None) -> TokenLogprobs:
     assert made.logprob is not None and made.top_ids is not None and made.top_logprobs is not None
     top = zip(made.top_ids[i, :count].tolist(), made.top_logprobs[i, :count].tolist(), strict=True)
-    return TokenLogprobs(int(made.token[i]), float(made.logprob[i]), tuple(top))
+    able = tuple((token, logprob) for token, logprob in top if logprob > -np.inf)  # what a grammar left open
+    return TokenLogprobs(int(made.token[i]), float(made.logprob[i]), able)
 
 
 def _over(progress: Progress, now: float) -> str | None:

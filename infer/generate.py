@@ -169,7 +169,7 @@ def prefill_prompts(
     """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
     capacity = min(_round_up(longest, WINDOW), config.max_position_embeddings)
     dtype = cpu.CACHE_DTYPE if cpu.platform_of(params) == cpu.PLATFORM else params["embed"].dtype
-    cache = init_cache(config, len(prompts), capacity, dtype, mesh).unstack()
+    cache = init_cache(config, len(prompts), capacity, dtype, mesh, layout="per_layer")
     cache = jax.device_put(cache, jax.local_devices()[0]) if mesh is None else cache
     width = _round_up(max(len(prompt) for prompt in prompts), 16)
     tokens = np.zeros((len(prompts), width), np.int32)

@@ -18,6 +18,7 @@ from model.config import LlamaConfig
 from model.llama import hidden, logits
 from model.params import Params
 from model.selected import select
+from model.sharding import constrain
 
 STOPS = 8  # token ids that may end a row, at most
 TOP = 20  # log-probabilities of the likeliest tokens that a request may ask for, at most
@@ -92,7 +93,7 @@ def admit(
     def put(all: Array, one: Array) -> Array:
         return all.at[row].set(one)
 
-    return Slots(
+    admitted = Slots(
         cache=slots.cache,
         token=put(slots.token, token),
         position=put(slots.position, position),
@@ -104,6 +105,7 @@ def admit(
         counts=put(slots.counts, jnp.zeros_like(slots.counts[0])),
         settings=jax.tree.map(lambda all, one: all.at[row].set(one[0]), slots.settings, own),
     )
+    return _laid_out(admitted)
 
 
 @partial(jax.jit, static_argnames=("config", "window", "scored"), donate_argnames="slots")
@@ -133,7 +135,7 @@ def extend(
     params = select(params, adapter[None])
     x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window)
     assert cache is not None
-    slots = slots._replace(cache=cache)
+    slots = _laid_out(slots._replace(cache=cache))
     state = x[0, count - 1].astype(jnp.float32)
     return slots, _scored(logits(params, x[0], config), following) if scored else None, state
 
@@ -147,7 +149,7 @@ def copy_row(slots: Slots, source: Array, target: Array) -> Slots:
 
     cache = slots.cache
     cache = cache.replace(k=jax.tree.map(copy, cache.k), v=jax.tree.map(copy, cache.v), lengths=copy(cache.lengths))
-    return slots._replace(cache=cache)
+    return _laid_out(slots._replace(cache=cache))
 
 
 @partial(jax.jit, static_argnames=("config", "rows", "window", "scored"), donate_argnames="slots")
@@ -192,7 +194,23 @@ def decode(
         live=(slots.live & kept).at[:rows].set(live & ~ended),
         counts=slots.counts.at[jnp.arange(rows), new].add(live.astype(jnp.int32)),
     )
-    return slots, made
+    return _laid_out(slots), made
+
+
+def _laid_out(slots: Slots) -> Slots:
+    """Over a mesh, every array where the engine first put it: else each program's result would compile the next anew."""
+
+    def lay_out(x: Array, *axes: str | None) -> Array:
+        return constrain(x, (None, *axes, *[None] * (x.ndim - 1 - len(axes))))
+
+    cache = slots.cache
+    keys, values = (jax.tree.map(lambda x: lay_out(x, "kv_heads"), side) for side in (cache.k, cache.v))
+    rest = jax.tree.map(lay_out, slots._replace(cache=None))
+    return rest._replace(
+        cache=cache.replace(k=keys, v=values, lengths=lay_out(cache.lengths)),
+        in_prompt=lay_out(slots.in_prompt, "vocab"),
+        counts=lay_out(slots.counts, "vocab"),
+    )
 
 
 def _bits(words: Array, count: int) -> Array:
