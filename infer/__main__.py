@@ -5,13 +5,12 @@ from typing import Annotated
 import typer
 
 from cli.command import main
-from infer.engine import Engine
-from infer.generate import check_room, complete
+from infer.engine import Engine, run_all
+from infer.generate import check_room
 from infer.load import (
     LONGEST,
     chat_template,
     find_model,
-    load,
     load_engine,
     named_adapters,
     sampling,
@@ -35,6 +34,7 @@ from infer.options import (
     TopPOption,
     quantization,
 )
+from infer.request import Request
 from model.errors import PunaError
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
@@ -83,30 +83,26 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed or 0,
     )
+    requests = []
     for number, text in enumerate(prompt, 1):
         ids = source.tokenizer.encode(text, add_bos=source.tokenizer.bos_id is not None)
         check_room(f"prompt {number}", ids, max_new_tokens, source.config)
+        requests.append(Request(ids, max_new_tokens, settings, source.eos_ids, tuple(stop or ())))
     devices = start_mesh(mesh)
-    config, params = load(source, devices, dtype, form)
-    pieces = complete(
-        params,
-        config,
-        source.tokenizer,
-        prompt,
-        max_new_tokens,
-        [settings] * len(prompt),
-        source.eos_ids,
-        stop or [],
-        devices,
+    longest = max(len(request.prompt) for request in requests) + max_new_tokens
+    engine = load_engine(
+        source, {}, devices, dtype, form, rows=min(len(requests), 8), length=longest, queue=len(requests)
     )
-    if len(prompt) == 1:
+    alone = len(requests) == 1
+    if alone:
         print(prompt[0], end="", flush=True)
-        for (piece,) in pieces:
-            print(piece, end="", flush=True)
-        print()
-    else:
-        texts = ["".join(parts) for parts in zip(prompt, *pieces, strict=True)]
-        print("\n\f\n".join(texts))
+    shown, texts = 0, [""] * len(requests)
+    for progress in run_all(engine, requests):
+        texts = [one.text for one in progress]
+        if alone:
+            print(texts[0][shown:], end="", flush=True)
+            shown = len(texts[0])
+    print() if alone else print("\n\f\n".join(map("".join, zip(prompt, texts, strict=True))))
 
 
 @app.command()

@@ -245,24 +245,3 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def complete(
-    params: Params,
-    config: LlamaConfig,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    samplings: Sequence[Sampling] | None = None,
-    eos_ids: Sequence[int] = (),
-    stop: Sequence[str] = (),
-    mesh: Mesh | None = None,
-) -> Iterator[list[str]]:
-    """Continues text prompts as one batch, yielding each row's new text as it becomes certain. See `generate`."""
-    ids = [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts]
-    texts = [TextStream(tokenizer, row, stop) for row in ids]
-    stopped, known = (lambda row: texts[row].stopped), tokenizer.vocab_size
-    new = generate(params, config, ids, max_new_tokens, samplings, eos_ids, stopped, mesh, known)
-    for tokens in new:
-        yield [text.push(row) for text, row in zip(texts, tokens, strict=True)]
-    yield [text.flush() for text in texts]

@@ -82,7 +82,10 @@ class _Server(uvicorn.Server):
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache folder, so that a server starts faster the next time."""
+    """Keeps compiled programs in the user's cache folder, so that a server starts faster the next time. A folder that
+    JAX was given stays."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "puna" / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -86,7 +86,8 @@ async def _answered(handler: Handler, request: Request) -> Response:
     try:
         return await handler(request)
     except ApiError as error:
-        return _error(error)
+        # A body that is too large is not read to its end: the connection is of no more use.
+        return _error(error, {"Connection": "close"} if error.status == 413 else None)
     except PunaError as error:
         return _error(ApiError(400, str(error)))
     except Full as error:

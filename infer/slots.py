@@ -198,7 +198,7 @@ def decode(
 
 
 def _laid_out(slots: Slots) -> Slots:
-    """Over a mesh, every array where the engine first put it: else each program's result would compile the next anew."""
+    """Over a mesh, every array where the engine first put it: else the result of one program would compile the next."""
 
     def lay_out(x: Array, *axes: str | None) -> Array:
         return constrain(x, (None, *axes, *[None] * (x.ndim - 1 - len(axes))))
