@@ -632,7 +632,7 @@ def test_scrolling_follows_only_a_reader_at_the_end(page, server):
     assert page.locator("#scroll").evaluate("e => e.scrollTop") == top
     page.get_by_role("button", name="Go to the end").click()
     answer.released.set()
-    expect(page.get_by_text("The end.")).to_be_in_viewport()
+    expect(replies(page).get_by_text("The end.")).to_be_in_viewport()
     assert page.evaluate(from_end) < 2
 
 
