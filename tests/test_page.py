@@ -38,6 +38,7 @@ class Answer:
     finish: str | None = "stop"
     usage: dict | None = None
     error: str = ""  # at the end of the stream, instead of the finish reason
+    pace: float = 0  # seconds before each piece
     released: threading.Event = field(default_factory=threading.Event)
     disconnected: threading.Event = field(default_factory=threading.Event)
 
@@ -66,6 +67,7 @@ class Stream:
             if event is HOLD:
                 await self.hold(gone)
                 continue
+            await asyncio.sleep(self.answer.pace)
             await send(
                 {"type": "http.response.body", "body": b"data: %s\n\n" % json.dumps(event).encode(), "more_body": True}
             )
@@ -689,3 +691,39 @@ def assert_readable(page: Page):
     for text, colour, behind in found:
         dark, light = sorted((luminance(colour), luminance(behind)))
         assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{text}: {colour} on {behind}"
+
+
+DEMO = (
+    (
+        "Which animals of the puna are related to camels?",
+        "Four of them. All are **camelids**, which came to South America about three million years ago:\n\n"
+        "- *Llama* and *alpaca* are kept by people, the first to carry loads, the second for its wool.\n"
+        "- *Guanaco* and *vicuña* live wild. The vicuña is the ancestor of the alpaca, the guanaco of the llama.",
+    ),
+    (
+        "Write a function that sorts them by weight.",
+        "Weights are those of an adult, in kilograms:\n\n```python\n"
+        'WEIGHTS = {"llama": 150, "guanaco": 115, "alpaca": 65, "vicuña": 45}\n\n\n'
+        "def by_weight(names: list[str]) -> list[str]:\n"
+        '    """The names, the heaviest animal first."""\n'
+        "    return sorted(names, key=WEIGHTS.__getitem__, reverse=True)\n```\n\n"
+        '`by_weight(["vicuña", "llama"])` gives `["llama", "vicuña"]`.',
+    ),
+)
+
+
+def converse(page: Page, server: Server):
+    """A conversation to look at, at a pace as that of a small model."""
+    for question, reply in DEMO:
+        server.say(*re.findall(r"\s*\S+\s*", reply), pace=0.01)
+        ask(page, question)
+        expect(replies(page).last.get_by_role("button", name="Regenerate")).to_be_visible()
+
+
+if __name__ == "__main__":  # docs/chat.png anew
+    with Server() as server, sync_playwright() as playwright:
+        with playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+            page = browser.new_page(viewport={"width": 1100, "height": 750}, color_scheme="light")
+            page.goto(server.url)
+            converse(page, server)
+            page.screenshot(path=FILES.parent.parent / "docs/chat.png")

@@ -52,11 +52,17 @@ const FENCE = /^ {0,3}(`{3,}|~{3,}) *([^\s`]*)/;
 const HEADING = /^(#{1,6}) +(.*)/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/;
 const DEEPEST = 8; // lists in lists; deeper ones are shown as text
-// Code, bold, italic, a link, an escaped mark. Each part stops at the next mark of its kind, so none takes long.
-const INLINE =
-  /(`+)(?!`)(.+?)(?<!`)\1(?!`)|\*\*(?!\s)((?:[^*]|\*[^*]+\*)+)(?<!\s)\*\*|\*(?![\s*])([^*]+)(?<!\s)\*|\[([^[\]]+)\]\(([^()\s]+)\)|\\([*`\\[\]])/s;
+// Each part ends at the next mark of its kind, so that no text takes long to search.
+const INLINE = new RegExp(
+  [
+    /(`+)(?!`)(?<code>.+?)(?<!`)\1(?!`)/,
+    /\*\*(?!\s)(?<bold>(?:[^*]|\*[^*]+\*)+)(?<!\s)\*\*/,
+    /\*(?![\s*])(?<italic>[^*]+)(?<!\s)\*/,
+    /\[(?<label>[^[\]]+)\]\((?<url>[^()\s]+)\)/,
+    /\\(?<escaped>[*`\\[\]])/,
+  ].map((part) => part.source).join("|"), "s");
 
-/** The blocks of a text: {kind: "code" | "heading" | "list" | "text", lines}. A block never changes once another follows. */
+/** The blocks of a text: {kind: "code" | "heading" | "list" | "text", lines}. Only the last changes as text is added. */
 function blocks(text) {
   const found = [];
   let open = null; // the block that the next line may belong to
@@ -100,34 +106,39 @@ function listNode(lines, depth) {
   for (const line of lines) {
     const item = ITEM.exec(line);
     if (item && item[1].length <= indent.length + 1) items.push([line.slice(item[0].length)]);
-    else items.at(-1).push(line.replace(/^(\t| {1,4})/, (space) => space.slice(Math.min(space.length, mark.length + 1))));
+    else items.at(-1).push(dedent(line, indent.length + mark.length + 1));
   }
   const ordered = /\d/.test(mark);
   const list = make(ordered ? "ol" : "ul", ordered ? { start: parseInt(mark) } : {});
-  for (const item of items) {
-    const parts = blocks(item.join("\n"));
-    const inside = parts.map((b, i) => (i === 0 && b.kind === "text" ? inline(b.lines.join("\n")) : [blockNode(b, depth + 1)]));
-    list.append(make("li", {}, ...inside.flat()));
-  }
+  list.append(...items.map((item) => make("li", {}, ...itemNodes(item.join("\n"), depth))));
   return list;
+}
+
+/** `line` without its indentation, of which `most` characters are taken. */
+const dedent = (line, most) => line.slice(Math.min(most, /^\s*/.exec(line)[0].length));
+
+/** The first paragraph of an item stands in it without a <p>. */
+function itemNodes(text, depth) {
+  return blocks(text).flatMap((block, i) =>
+    i === 0 && block.kind === "text" ? inline(block.lines.join("\n")) : [blockNode(block, depth + 1)]);
 }
 
 function inline(text) {
   const nodes = [];
   for (let found; (found = INLINE.exec(text)); text = text.slice(found.index + found[0].length)) {
-    const [all, , code, bold, italic, label, url, escaped] = found;
+    const { code, bold, italic, label, url, escaped } = found.groups;
     nodes.push(text.slice(0, found.index));
     if (code) nodes.push(make("code", {}, code));
     else if (bold) nodes.push(make("strong", {}, ...inline(bold)));
     else if (italic) nodes.push(make("em", {}, ...inline(italic)));
-    else if (label) nodes.push(link(all, label, url));
+    else if (label) nodes.push(link(found[0], label, url));
     else nodes.push(escaped);
   }
   return [...nodes, text].filter((node) => node !== "");
 }
 
-function link(all, label, url) {
-  if (!/^https?:\/\//i.test(url) || !URL.canParse(url)) return all;
+function link(source, label, url) {
+  if (!/^https?:\/\//i.test(url) || !URL.canParse(url)) return source;
   return make("a", { href: url, title: url, target: "_blank", rel: "noopener noreferrer" }, ...inline(label));
 }
 

@@ -1,29 +1,6 @@
 // The chat page: conversations are kept in localStorage, replies come from /v1/chat/completions of the same server.
-// elements.js turns a reply into elements.
+// history.js keeps them, server.js talks to the server, elements.js makes elements; all share one scope.
 "use strict";
-
-// ---- What is kept in the browser -------------------------------------------------------------------------------
-
-/** JSON values in `area()` by name; null for what is not there, is not ours, or may not be read. */
-const kept = (area) => ({
-  get(name) {
-    try {
-      return JSON.parse(area().getItem("puna." + name));
-    } catch {
-      return null;
-    }
-  },
-  set(name, value) {
-    try {
-      if (value === null) area().removeItem("puna." + name);
-      else area().setItem("puna." + name, JSON.stringify(value));
-    } catch {
-      notice("The browser could not store this: its storage is full or turned off. Export what you want to keep.");
-    }
-  },
-});
-const store = kept(() => localStorage);
-const tab = kept(() => sessionStorage);
 
 const THEMES = { system: "follows the system", light: "light", dark: "dark" };
 document.documentElement.dataset.theme = Object.hasOwn(THEMES, store.get("theme")) ? store.get("theme") : "system";
@@ -48,124 +25,11 @@ const FIELDS = [
     "The same seed, settings and conversation give the same reply."],
 ];
 
-const chats = new Map(); // id -> {id, title, system, updated, editing, messages: [{role, content, end, error, note}]}
 const running = new Map(); // id of a chat -> {controller, reply}, while a reply is written
 const views = new WeakMap(); // message -> its element
 let chat = null; // the one that is shown
 let models = []; // as /v1/models lists them
 let settings = store.get("settings") ?? {}; // {model, temperature, ...}
-
-/** A conversation with the fields and types that the page relies on, whatever was stored or imported. */
-function cleanChat(raw, id) {
-  const text = (value) => (typeof value === "string" ? value : "");
-  const list = Array.isArray(raw?.messages) ? raw.messages : [];
-  const messages = list.filter((m) => ["user", "assistant"].includes(m?.role)).map((m) => ({
-    role: m.role, content: text(m.content), end: text(m.end) || "stopped", error: text(m.error), note: text(m.note),
-  }));
-  const { index, text: typed } = raw?.editing ?? {};
-  const editing = messages[index]?.role === "user" ? { index, text: text(typed) } : null;
-  return { id, title: text(raw?.title), system: text(raw?.system), updated: Number(raw?.updated) || 0, editing, messages };
-}
-
-function loadChats() {
-  try {
-    for (const key of Object.keys(localStorage)) {
-      const [, id] = /^puna\.chat\.(.+)$/.exec(key) ?? [];
-      if (id) chats.set(id, cleanChat(store.get("chat." + id), id));
-    }
-  } catch {
-    notice("This browser keeps nothing for this page: conversations end when it is closed.");
-  }
-}
-
-const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2); // randomUUID needs https
-const save = (some) => chats.has(some.id) && store.set("chat." + some.id, some);
-const newest = () => [...chats.values()].sort((a, b) => b.updated - a.updated);
-const titleOf = (some) => some.title || some.messages[0]?.content.trim().split("\n")[0].slice(0, 60) || "New conversation";
-const message = (role, content) => ({ role, content, end: "", error: "", note: "" });
-
-function blankChat() {
-  const empty = newest().find((some) => !some.messages.length && !some.title && !store.get("draft." + some.id));
-  const blank = empty ?? cleanChat({ system: chat?.system, updated: Date.now() }, newId());
-  chats.set(blank.id, blank);
-  save(blank);
-  return blank;
-}
-
-// ---- The server ------------------------------------------------------------------------------------------------
-
-let asking = null; // the promise of an API key, while the dialog is open
-
-function askKey(reason) {
-  asking ??= new Promise((resolve) => {
-    $("key-reason").textContent = reason;
-    $("ask-key").addEventListener("close", () => resolve((asking = null)), { once: true });
-    $("ask-key").showModal();
-  });
-  return asking;
-}
-
-/** Fetches `path`; asks for the API key as often as the server wants one. `sent` is when the last try was sent. */
-async function request(path, options = {}) {
-  for (;;) {
-    const key = tab.get("key");
-    const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-    const sent = performance.now();
-    const response = await fetch(path, { ...options, headers }).catch(lost("The server cannot be reached."));
-    if (response.ok) return { response, sent };
-    if (response.status !== 401) throw new Error(await problem(response));
-    if (tab.get("key") === key) await askKey(key ? "The server did not accept this key." : "This server asks for a key.");
-    if (tab.get("key") === key) throw new Error("The server asks for an API key.");
-  }
-}
-
-/** Browsers describe a lost connection each in their own words; `text` takes their place. */
-const lost = (text) => (error) => {
-  throw error.name === "AbortError" ? error : new Error(text);
-};
-
-async function problem(response) {
-  const body = await response.json().catch(() => null);
-  const wait = response.headers.get("retry-after");
-  const text = body?.error?.message ?? `The server answered with status ${response.status}.`;
-  return /^\d+$/.test(wait) ? `${text} Try again in ${wait} s.` : text;
-}
-
-/** The data of server-sent events. */
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read().catch(lost("The connection to the server was lost."));
-    const lines = (rest + (done ? "\n" : value)).split(/\r?\n/);
-    rest = lines.pop();
-    for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
-    if (done) return;
-  }
-}
-
-/** What is sent: empty replies are left out, and messages of one role in a row are one, as templates want it. */
-function payload(some, reply) {
-  const messages = some.system.trim() ? [{ role: "system", content: some.system }] : [];
-  for (const { role, content } of some.messages.slice(0, some.messages.indexOf(reply))) {
-    if (!content) continue;
-    if (messages.at(-1)?.role === role) messages.at(-1).content += "\n\n" + content;
-    else messages.push({ role, content });
-  }
-  const chosen = FIELDS.filter(([name]) => name in settings).map(([name]) => [name, settings[name]]);
-  const stream = { stream: true, stream_options: { include_usage: true } };
-  return { model: $("model").value, messages, ...stream, ...Object.fromEntries(chosen) };
-}
-
-async function loadModels() {
-  const { response } = await request("/v1/models");
-  models = (await response.json()).data;
-  $("model").replaceChildren(...models.map((model) => make("option", { value: model.id }, model.id)));
-  if (models.some((model) => model.id === settings.model)) $("model").value = settings.model;
-}
-
-const tryModels = () =>
-  loadModels().catch((error) => notice(`The models could not be listed. ${error.message}`, "Retry", tryModels));
 
 // ---- Replies ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +45,8 @@ async function write(some, reply, before) {
   try {
     if (!models.length) await loadModels();
     const body = JSON.stringify(payload(some, reply));
-    const options = { method: "POST", headers: { "Content-Type": "application/json" }, body, signal: controller.signal };
+    const headers = { "Content-Type": "application/json" };
+    const options = { method: "POST", headers, body, signal: controller.signal };
     const { response, sent } = await request("/v1/chat/completions", options);
     clock.sent = sent;
     for await (const event of events(response.body)) take(some, reply, event, clock);
@@ -222,11 +87,13 @@ function describe(reply, { usage, sent, first, last }) {
   const made = usage?.completion_tokens;
   const parts = [];
   if (made !== undefined) parts.push(`${made} tokens`);
-  if (made > 1 && last > first) parts.push(`${(((made - 1) * 1000) / (last - first)).toFixed(1)} tokens/s`);
+  const rate = ((made - 1) * 1000) / (last - first);
+  if (made > 1 && last > first) parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
   if (first !== undefined) parts.push(`first token after ${((first - sent) / 1000).toFixed(2)} s`);
   if (usage?.prompt_tokens !== undefined) parts.push(`prompt of ${usage.prompt_tokens} tokens`);
   if (reply.end === "length") parts.push("ended at the token limit");
-  if (reply.end === "stopped") parts.push(reply.error ? "incomplete" : "stopped");
+  if (reply.end === "stopped" && !reply.error) parts.push("stopped");
+  if (reply.error && reply.content) parts.push("incomplete");
   return parts.join(" · ");
 }
 
@@ -271,7 +138,8 @@ function rebuild(parent, children) {
 function notice(text, label, action) {
   const close = button("close", "Close this notice", () => notice(""), { iconOnly: true });
   const act = () => (notice(""), action());
-  $("notice").replaceChildren(...(text ? [make("p", {}, text), ...(label ? [button(null, label, act)] : []), close] : []));
+  const parts = [make("p", {}, text), ...(label ? [button(null, label, act)] : []), close];
+  $("notice").replaceChildren(...(text ? parts : []));
 }
 
 let stuck = true; // whether the reader is at the end, so that new text scrolls
@@ -340,7 +208,8 @@ function speak(reply, ended) {
   const sources = views.get(reply)?.firstChild.sources ?? [];
   const count = ended ? sources.length : sources.length - 1;
   for (let i = $("spoken").childElementCount; i < count; i++) $("spoken").append(make("p", {}, sources[i]));
-  if (ended) $("spoken").append(make("p", {}, reply.error || (reply.end === "stopped" ? "Stopped." : "Reply complete.")));
+  const end = reply.end === "stopped" ? "Stopped." : "Reply complete.";
+  if (ended) $("spoken").append(make("p", {}, reply.error || end));
 }
 
 /** Shows what depends on whether a reply is being written. */
@@ -390,7 +259,8 @@ function editor(index) {
   });
   const help = make("span", { class: "note" }, "Sending removes the messages after this one.");
   const cancel = button(null, "Cancel", () => endEdit(index));
-  const tools = make("div", { class: "tools" }, help, cancel, button(null, "Resend", () => resend(index), { class: "main" }));
+  const again = button(null, "Resend", () => resend(index), { class: "main" });
+  const tools = make("div", { class: "tools" }, help, cancel, again);
   return make("article", { class: "editor", "aria-label": "You" }, box, tools);
 }
 
@@ -401,7 +271,9 @@ const plainEnter = (event) => event.key === "Enter" && !event.shiftKey && !event
 const phone = matchMedia("(max-width: 760px)"); // as in page.css
 
 /** The message field gets the focus; on a phone the conversation does, since the field would open the keyboard. */
-const focusBox = () => $(phone.matches ? "scroll" : "box").focus();
+function focusBox() {
+  if (document.activeElement !== $("box")) $(phone.matches ? "scroll" : "box").focus();
+}
 
 function open(some) {
   chat = some;
@@ -508,9 +380,10 @@ function showSide(shown) {
 function showSettings() {
   const length = models.find((model) => model.id === $("model").value)?.max_model_len;
   $("fields").replaceChildren(...FIELDS.map(([name, label, limits, help]) => {
-    const attributes = { type: "number", id: name, ...limits, value: settings[name] ?? "", "aria-describedby": name + "-help" };
-    const input = make("input", { ...attributes, on: { change: () => setField(input) } });
-    const more = name === "max_tokens" && length ? ` This model holds ${length} tokens, the conversation included.` : "";
+    const attributes = { type: "number", id: name, ...limits, value: settings[name] ?? "", placeholder: "default" };
+    const described = { ...attributes, "aria-describedby": name + "-help" };
+    const input = make("input", { ...described, on: { change: () => setField(input) } });
+    const more = name === "max_tokens" && length ? ` The model holds ${length}, the conversation included.` : "";
     const text = make("p", { class: "help", id: name + "-help" }, help + more);
     return make("div", {}, make("label", { for: name }, label), input, text);
   }));
@@ -522,6 +395,11 @@ function setField(input) {
   delete settings[input.id];
   if (input.reportValidity() && input.value !== "") settings[input.id] = input.valueAsNumber;
   store.set("settings", settings);
+}
+
+function closeSettings(event) {
+  event.preventDefault();
+  if (event.target.reportValidity()) $("settings").close();
 }
 
 function setTheme(name) {
@@ -570,7 +448,7 @@ function listen() {
   on("box", "keydown", (event) => plainEnter(event) && (event.preventDefault(), send()));
   on("box", "input", () => store.set("draft." + chat.id, $("box").value || null));
   on("stop", "click", stop);
-  on("new", "click", () => visit(blankChat()));
+  on("new", "click", () => visit(blankChat(chat.system)));
   on("open-side", "click", () => showSide(true));
   on("close-side", "click", () => showSide(false));
   on("shade", "click", () => showSide(false));
@@ -582,7 +460,7 @@ function listen() {
   on("theme", "click", nextTheme);
   on("model", "change", () => ((settings.model = $("model").value), store.set("settings", settings)));
   on("open-settings", "click", showSettings);
-  on("settings-form", "submit", (event) => (event.preventDefault(), event.target.reportValidity() && $("settings").close()));
+  on("settings-form", "submit", closeSettings);
   on("system", "input", () => ((chat.system = $("system").value), save(chat)));
   on("reset", "click", () => ((settings = { model: settings.model }), store.set("settings", settings), showSettings()));
   on("key-form", "submit", (event) => (event.preventDefault(), tab.set("key", $("key").value), $("ask-key").close()));
