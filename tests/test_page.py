@@ -342,6 +342,7 @@ Second line
      x = 1
      ```
 4. four
+- another list
 
 ~~~python
 a = "**not bold**"
@@ -352,8 +353,8 @@ after"""
     server.say(text)
     ask(page, "A plan")
     body = replies(page).locator(".body")
-    expect(body.locator("> *")).to_have_count(5)
-    assert body.evaluate("e => [...e.children].map(c => c.tagName)") == ["H3", "P", "OL", "DIV", "P"]
+    expect(body.locator("> *")).to_have_count(6)
+    assert body.evaluate("e => [...e.children].map(c => c.tagName)") == ["H3", "P", "OL", "UL", "DIV", "P"]
     expect(body.locator("> p").first).to_have_text(
         "Some light and bold both text, a * b, 2 * 3 * 4, *no*, snake_case_name.\nSecond line"
     )
@@ -379,6 +380,7 @@ def test_text_made_to_be_slow_is_shown(page, server):
         "`" * 999 + "a" + "`" * 998,
         "[" * 5000,
         "- " * 3000,
+        "**a *b " * 2000,
         "[a](" * 2000,
         "1. " * 2000,
     ]
@@ -387,6 +389,22 @@ def test_text_made_to_be_slow_is_shown(page, server):
         ask(page, "Go")
         expect(replies(page).last.locator(".note")).to_contain_text("tokens")
         assert replies(page).last.locator(".body").inner_text().strip()
+
+
+def test_an_edit_ends_the_reply_that_it_replaces(page, server):
+    first = server.say("Old ", HOLD, "reply")
+    ask(page, "before")
+    expect(replies(page).locator(".body")).to_have_text("Old ")
+    second = server.say("New ", HOLD, "reply")
+    questions(page).get_by_role("button", name="Edit").click()
+    page.get_by_label("Your message").fill("after")
+    page.get_by_role("button", name="Resend").click()
+    assert first.disconnected.wait(10)
+    expect(replies(page).locator(".body")).to_have_text(["New "])
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    second.released.set()
+    expect(replies(page).locator(".body")).to_have_text(["New reply"])
+    assert server.requests[-1]["messages"] == [{"role": "user", "content": "after"}]
 
 
 def test_phone(browser, server):
@@ -403,6 +421,8 @@ def test_phone(browser, server):
         expect(page.get_by_role("button", name="New conversation")).to_be_focused()
         assert page.locator("#column").evaluate("e => e.inert")
         no_sideways_scroll(page)
+        page.emulate_media(reduced_motion="reduce")
+        assert page.locator("#side").evaluate("e => getComputedStyle(e).transitionProperty") == "none"
         page.keyboard.press("Escape")
         expect(page.locator("#side")).to_be_hidden()
         expect(page.get_by_role("button", name="List of conversations")).to_be_focused()
@@ -477,6 +497,7 @@ def test_reload_keeps_history_and_typed_text(page, server):
     expect(replies(page).locator(".body")).to_have_text("Kept ")
     expect(box(page)).to_have_value("half a sent")
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+    expect(page.locator("#spoken")).to_be_empty()  # old replies are not read out
 
 
 def test_a_key_is_asked_for(page, server):
@@ -615,6 +636,9 @@ def test_conversations_rename_delete_export_import(page, server, tmp_path):
     path.write_text("[]")
     page.get_by_label("A file of conversations").set_input_files(path)
     expect(page.get_by_role("status")).to_contain_text("one.json is not a file of conversations")
+    path.write_text(json.dumps({"conversations": [{"system": "x" * 11_000_000}]}))
+    page.get_by_label("A file of conversations").set_input_files(path)
+    expect(page.get_by_role("status")).to_contain_text("its storage is full")
 
 
 def test_scrolling_follows_only_a_reader_at_the_end(page, server):
@@ -713,9 +737,18 @@ DEMO = (
 
 
 def converse(page: Page, server: Server):
-    """A conversation to look at, at a pace as that of a small model."""
+    """Conversations to look at, at the pace of a small model."""
+    for other in ("A poem about the altiplano", "Explain rotary embeddings"):
+        server.say("Yes.")
+        ask(page, other)
+        expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+        page.locator("#new").click()
+    prompt = 0
     for question, reply in DEMO:
-        server.say(*re.findall(r"\s*\S+\s*", reply), pace=0.01)
+        pieces = re.findall(r"\s*\S+\s*", reply)
+        usage = {"prompt_tokens": prompt + len(question.split()) + 9, "completion_tokens": len(pieces)}
+        prompt = sum(usage.values())
+        server.say(*pieces, pace=0.01, usage=usage)
         ask(page, question)
         expect(replies(page).last.get_by_role("button", name="Regenerate")).to_be_visible()
 

@@ -62,18 +62,24 @@ const INLINE = new RegExp(
     /\\(?<escaped>[*`\\[\]])/,
   ].map((part) => part.source).join("|"), "s");
 
-/** The blocks of a text: {kind: "code" | "heading" | "list" | "text", lines}. Only the last changes as text is added. */
+/** Whether `line` goes on in the list that starts with `first`. */
+function inList(line, first) {
+  const [item, start] = [ITEM.exec(line), ITEM.exec(first)];
+  if (!item || item[1].length > start[1].length + 1) return /^( {2,}|\t)/.test(line);
+  return /\d/.test(item[2]) === /\d/.test(start[2]);
+}
+
+/** The blocks of a text: {kind: "code", "heading", "list" or "text", lines}. Only the last changes as text is added. */
 function blocks(text) {
   const found = [];
   let open = null; // the block that the next line may belong to
   const start = (kind, line) => found.push((open = { kind, lines: [line] }));
   for (const line of text.split("\n")) {
     const fence = FENCE.exec(line);
-    const inList = open?.kind === "list" && (/^( {2,}|\t)/.test(line) || ITEM.test(line));
     if (open?.kind === "code") {
       open.lines.push(line);
       if (fence?.[1].startsWith(FENCE.exec(open.lines[0])[1]) && !fence[2]) open = null;
-    } else if (inList) open.lines.push(line);
+    } else if (open?.kind === "list" && inList(line, open.lines[0])) open.lines.push(line);
     else if (fence) start("code", line);
     else if (HEADING.test(line)) start("heading", line), (open = null);
     else if (ITEM.test(line)) start("list", line);

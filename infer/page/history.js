@@ -14,8 +14,10 @@ const kept = (area) => ({
     try {
       if (value === null) area().removeItem("puna." + name);
       else area().setItem("puna." + name, JSON.stringify(value));
+      return true;
     } catch {
       notice("The browser could not store this: its storage is full or turned off. Export what you want to keep.");
+      return false;
     }
   },
 });

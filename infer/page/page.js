@@ -61,7 +61,7 @@ async function write(some, reply, before) {
   reply.note ||= describe(reply, clock);
   save(some);
   refresh(some);
-  if (some === chat) speak(reply, true);
+  if (some === chat && !reply.error) speak(reply, true); // an error is an alert
 }
 
 function take(some, reply, event, clock) {
@@ -200,7 +200,7 @@ function fill(reply, element) {
 function update(some, reply) {
   if (some !== chat || !views.get(reply)?.isConnected) return;
   fill(reply, views.get(reply));
-  speak(reply, false);
+  if (running.get(some.id)?.reply === reply) speak(reply, false);
 }
 
 /** Gives finished blocks, and at the end the last one, to screen readers. */
@@ -208,8 +208,7 @@ function speak(reply, ended) {
   const sources = views.get(reply)?.firstChild.sources ?? [];
   const count = ended ? sources.length : sources.length - 1;
   for (let i = $("spoken").childElementCount; i < count; i++) $("spoken").append(make("p", {}, sources[i]));
-  const end = reply.end === "stopped" ? "Stopped." : "Reply complete.";
-  if (ended) $("spoken").append(make("p", {}, reply.error || end));
+  if (ended) $("spoken").append(make("p", {}, reply.end === "stopped" ? "Stopped." : "Reply complete."));
 }
 
 /** Shows what depends on whether a reply is being written. */
@@ -279,7 +278,6 @@ function open(some) {
   chat = some;
   tab.set("current", chat.id);
   $("box").value = store.get("draft." + chat.id) ?? "";
-  $("system").value = chat.system;
   $("spoken").replaceChildren();
   stuck = true;
   showMessages();
@@ -359,9 +357,9 @@ async function importChats(file) {
   try {
     const { conversations } = JSON.parse(await file.text());
     const made = conversations.map((raw) => cleanChat(raw, newId()));
-    for (const some of made) chats.set(some.id, some), save(some);
+    for (const some of made) chats.set(some.id, some);
     if (made.length) open(made[0]);
-    notice(`Imported conversations: ${made.length}`);
+    if (made.every(save)) notice(`Imported conversations: ${made.length}`);
   } catch {
     notice(`${file.name} is not a file of conversations: choose one that "Export" of this page wrote.`);
   }
@@ -378,6 +376,7 @@ function showSide(shown) {
 // ---- Settings and start ----------------------------------------------------------------------------------------
 
 function showSettings() {
+  $("system").value = chat.system;
   const length = models.find((model) => model.id === $("model").value)?.max_model_len;
   $("fields").replaceChildren(...FIELDS.map(([name, label, limits, help]) => {
     const attributes = { type: "number", id: name, ...limits, value: settings[name] ?? "", placeholder: "default" };
@@ -480,6 +479,6 @@ document.addEventListener("DOMContentLoaded", () => {
   setTheme(document.documentElement.dataset.theme);
   listen();
   open(chats.get(tab.get("current")) ?? newest()[0] ?? blankChat());
-  focusBox();
+  if (!phone.matches) focusBox();
   tryModels();
 });

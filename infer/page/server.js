@@ -21,7 +21,8 @@ async function request(path, options = {}) {
     const response = await fetch(path, { ...options, headers }).catch(lost("The server cannot be reached."));
     if (response.ok) return { response, sent };
     if (response.status !== 401) throw new Error(await problem(response));
-    if (tab.get("key") === key) await askKey(key ? "The server did not accept this key." : "This server asks for a key.");
+    const reason = key ? "The server did not accept this key." : "This server asks for a key.";
+    if (tab.get("key") === key) await askKey(reason);
     if (tab.get("key") === key) throw new Error("The server asks for an API key.");
   }
 }
@@ -38,16 +39,20 @@ async function problem(response) {
   return /^\d+$/.test(wait) ? `${text} Try again in ${wait} s.` : text;
 }
 
-/** The data of server-sent events. */
+/** The data of server-sent events. Who stops reading them closes the connection. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read().catch(lost("The connection to the server was lost."));
-    const lines = (rest + (done ? "\n" : value)).split(/\r?\n/);
-    rest = lines.pop();
-    for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
-    if (done) return;
+  try {
+    for (;;) {
+      const { value, done } = await reader.read().catch(lost("The connection to the server was lost."));
+      const lines = (rest + (done ? "\n" : value)).split(/\r?\n/);
+      rest = lines.pop();
+      for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
+      if (done) return;
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // already closed
   }
 }
 
@@ -66,7 +71,7 @@ function payload(some, reply) {
 
 async function loadModels() {
   const { response } = await request("/v1/models");
-  models = (await response.json()).data;
+  models = (await response.json()).data ?? [];
   $("model").replaceChildren(...models.map((model) => make("option", { value: model.id }, model.id)));
   if (models.some((model) => model.id === settings.model)) $("model").value = settings.model;
 }
