@@ -1,158 +1,18 @@
 """The chat page in a headless Chromium, against a server that answers what a test tells it to."""
 
-import asyncio
 import json
 import re
-import threading
-from collections import deque
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import uvicorn
+from page_server import FILES, HOLD, Server
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse
-from starlette.routing import Route
 
 pytestmark = pytest.mark.slow
 
 CHROMIUM = Path("/usr/bin/chromium")
-FILES = Path(__file__).parent.parent / "infer/page"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-HOLD = object()  # a stream waits here until it is released
-
-
-@dataclass
-class Answer:
-    """What the server says to one request: a stream of pieces, or an error."""
-
-    pieces: list = field(default_factory=list)
-    status: int = 200
-    message: str = ""
-    finish: str | None = "stop"
-    usage: dict | None = None
-    error: str = ""  # at the end of the stream, instead of the finish reason
-    pace: float = 0  # seconds before each piece
-    released: threading.Event = field(default_factory=threading.Event)
-    disconnected: threading.Event = field(default_factory=threading.Event)
-
-
-class Stream:
-    """An ASGI response that sends an answer's pieces as events, and sees when the browser goes away."""
-
-    def __init__(self, answer: Answer):
-        self.answer = answer
-
-    def events(self):
-        for piece in self.answer.pieces:
-            yield piece if piece is HOLD else {"choices": [{"delta": {"content": piece}, "finish_reason": None}]}
-        if self.answer.error:
-            yield {"error": {"message": self.answer.error}}
-        elif self.answer.finish:
-            yield {"choices": [{"delta": {}, "finish_reason": self.answer.finish}]}
-            usage = self.answer.usage or {"prompt_tokens": 7, "completion_tokens": len(self.answer.pieces)}
-            yield {"choices": [], "usage": usage}
-
-    async def __call__(self, scope, receive, send):
-        headers = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        gone = asyncio.create_task(self.gone(receive))
-        for event in self.events():
-            if event is HOLD:
-                await self.hold(gone)
-                continue
-            await asyncio.sleep(self.answer.pace)
-            await send(
-                {"type": "http.response.body", "body": b"data: %s\n\n" % json.dumps(event).encode(), "more_body": True}
-            )
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if self.answer.finish else b""})
-        gone.cancel()
-
-    async def hold(self, gone: asyncio.Task):
-        released = asyncio.create_task(asyncio.to_thread(self.answer.released.wait))
-        await asyncio.wait({released, gone}, return_when=asyncio.FIRST_COMPLETED)
-        self.answer.released.set()
-        await released
-        self.answer.released.clear()
-
-    async def gone(self, receive):
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.answer.disconnected.set()
-
-
-class Server:
-    """The API that `infer serve` has, in one thread: it serves the page and gives the answers in turn."""
-
-    def __init__(self):
-        self.reset()
-        routes = [
-            Route("/", lambda request: self.file("index.html")),
-            Route("/page/{name}", lambda request: self.file(request.path_params["name"])),
-            Route("/v1/models", self.models),
-            Route("/v1/chat/completions", self.complete, methods=["POST"]),
-        ]
-        config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="error", ws="none", lifespan="off")
-        self.uvicorn = uvicorn.Server(config)
-        self.ready = threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()))
-
-    def reset(self):
-        self.answers: deque[Answer] = deque()
-        self.requests: list[dict] = []
-        self.keys: list[str | None] = []
-        self.key: str | None = None
-
-    async def serve(self):
-        socket = self.uvicorn.config.bind_socket()
-        self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-        self.ready.set()
-        await self.uvicorn.serve(sockets=[socket])
-
-    def __enter__(self):
-        self.thread.start()
-        assert self.ready.wait(30)
-        return self
-
-    def __exit__(self, *_):
-        self.uvicorn.should_exit = True
-        self.thread.join()
-
-    def say(self, *pieces, **more) -> Answer:
-        """Give these pieces as the next reply."""
-        self.answers.append(Answer(list(pieces), **more))
-        return self.answers[-1]
-
-    def file(self, name: str):
-        return FileResponse(FILES / name, headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-store"})
-
-    def refused(self, request: Request):
-        self.keys.append(request.headers.get("authorization"))
-        if self.key and self.keys[-1] != f"Bearer {self.key}":
-            return problem(401, "The API key is missing or wrong.")
-
-    async def models(self, request: Request):
-        entries = [{"id": "llama-3.2-1b", "max_model_len": 4096}, {"id": "poems"}]
-        return self.refused(request) or JSONResponse({"object": "list", "data": entries})
-
-    async def complete(self, request: Request):
-        if refused := self.refused(request):
-            return refused
-        self.requests.append(await request.json())
-        answer = self.answers.popleft()
-        return Stream(answer) if answer.status == 200 else problem(answer.status, answer.message)
-
-
-def problem(status: int, message: str) -> JSONResponse:
-    headers = {"Retry-After": "3"} if status == 429 else {}
-    error = {"message": message, "type": "error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status, headers)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +44,7 @@ def context(browser: Browser, server: Server):
         seen = []
         context.on("console", lambda message: seen.append(message.text))
         context.on("weberror", lambda error: seen.append(str(error.error)))
-        context.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+        context.on("dialog", lambda dialog: seen.append(dialog.message) or dialog.dismiss())
         context.on("request", lambda request: seen.append(request.url) if not ours(request.url, server) else None)
         yield context
         # Chromium itself writes one line for each answer that is an error.
@@ -229,7 +89,7 @@ def test_a_reply_streams(page, server):
     ask(page, "Tell me about the Andes")
     expect(replies(page).locator(".body")).to_have_text("The Andes ")
     expect(replies(page)).to_have_attribute("aria-busy", "true")
-    answer.released.set()
+    answer.gate.release()
     expect(replies(page).locator(".body")).to_have_text("The Andes are high.")
     expect(replies(page).locator("strong")).to_have_text("high")
     expect(replies(page).locator(".note")).to_have_text(
@@ -241,6 +101,22 @@ def test_a_reply_streams(page, server):
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def test_events_may_be_cut_anywhere(page, server):
+    first, second = (
+        json.dumps({"choices": [{"delta": {"content": text}}]}, ensure_ascii=False) for text in ("A", "ñu")
+    )
+    raw = f": a comment\r\n\r\ndata: {first}\r\n\r\ndata:{second}\r\n\r\n".encode()
+    cuts = [0, raw.index("ñ".encode()) + 1, len(raw) - 3, len(raw)]  # in the letter, in the last line ends
+    one, two, three = (raw[start:end] for start, end in pairwise(cuts))
+    answer = server.say(one, HOLD, two, HOLD, three, "!")
+    ask(page, "Hello")
+    expect(replies(page).locator(".body")).to_have_text("A")
+    answer.gate.release()
+    expect(replies(page).locator(".body")).to_have_text("A")
+    answer.gate.release()
+    expect(replies(page).locator(".body")).to_have_text("Añu!")
 
 
 def test_stop_ends_the_request(page, server):
@@ -402,7 +278,7 @@ def test_an_edit_ends_the_reply_that_it_replaces(page, server):
     assert first.disconnected.wait(10)
     expect(replies(page).locator(".body")).to_have_text(["New "])
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    second.released.set()
+    second.gate.release()
     expect(replies(page).locator(".body")).to_have_text(["New reply"])
     assert server.requests[-1]["messages"] == [{"role": "user", "content": "after"}]
 
@@ -602,7 +478,7 @@ def test_conversations_rename_delete_export_import(page, server, tmp_path):
     page.get_by_role("button", name="New conversation").click()
     ask(page, "Second question")
     expect(replies(page).locator(".body")).to_have_text("Quick")
-    first.released.set()  # written while another conversation is shown
+    first.gate.release()  # written while another conversation is shown
     page.get_by_role("button", name="First question").click()
     expect(replies(page).locator(".body")).to_have_text("Slow reply")
     assert not second.disconnected.is_set()
@@ -653,11 +529,11 @@ def test_scrolling_follows_only_a_reader_at_the_end(page, server):
     page.mouse.wheel(0, -600)
     expect(page.get_by_role("button", name="Go to the end")).to_be_visible()
     top = page.locator("#scroll").evaluate("e => e.scrollTop")
-    answer.released.set()
+    answer.gate.release()
     expect(replies(page).locator(".body > p")).to_have_count(200)
     assert page.locator("#scroll").evaluate("e => e.scrollTop") == top
     page.get_by_role("button", name="Go to the end").click()
-    answer.released.set()
+    answer.gate.release()
     expect(replies(page).get_by_text("The end.")).to_be_in_viewport()
     assert page.evaluate(from_end) < 2
 
@@ -753,10 +629,14 @@ def converse(page: Page, server: Server):
         expect(replies(page).last.get_by_role("button", name="Regenerate")).to_be_visible()
 
 
-if __name__ == "__main__":  # docs/chat.png anew
+def save_picture():
     with Server() as server, sync_playwright() as playwright:
         with playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
             page = browser.new_page(viewport={"width": 1100, "height": 750}, color_scheme="light")
             page.goto(server.url)
             converse(page, server)
             page.screenshot(path=FILES.parent.parent / "docs/chat.png")
+
+
+if __name__ == "__main__":  # docs/chat.png anew
+    save_picture()

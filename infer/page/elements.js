@@ -103,7 +103,7 @@ function codeNode([first, ...lines]) {
   if (lines.length && lines.at(-1).trim().startsWith(mark)) lines.pop();
   const code = lines.join("\n");
   const bar = make("div", { class: "bar" }, make("span", {}, language || "Code"), copyButton(() => code));
-  return make("div", { class: "code" }, bar, make("pre", { tabindex: 0 }, make("code", {}, code)));
+  return make("div", { class: "code", dir: "ltr" }, bar, make("pre", { tabindex: 0 }, make("code", {}, code)));
 }
 
 function listNode(lines, depth) {

@@ -25,7 +25,7 @@ const FIELDS = [
     "The same seed, settings and conversation give the same reply."],
 ];
 
-const running = new Map(); // id of a chat -> {controller, reply}, while a reply is written
+const running = new Map(); // id of a chat -> {some, controller, reply}, while a reply is written to `some`
 const views = new WeakMap(); // message -> its element
 let chat = null; // the one that is shown
 let models = []; // as /v1/models lists them
@@ -37,7 +37,7 @@ let settings = store.get("settings") ?? {}; // {model, temperature, ...}
 async function write(some, reply, before) {
   const controller = new AbortController();
   const clock = {};
-  running.set(some.id, { controller, reply });
+  running.set(some.id, { some, controller, reply });
   some.updated = Date.now();
   save(some);
   $("spoken").replaceChildren();
@@ -86,7 +86,7 @@ function take(some, reply, event, clock) {
 function describe(reply, { usage, sent, first, last }) {
   const made = usage?.completion_tokens;
   const parts = [];
-  if (made !== undefined) parts.push(`${made} tokens`);
+  if (made !== undefined) parts.push(`${made} ${made === 1 ? "token" : "tokens"}`);
   const rate = ((made - 1) * 1000) / (last - first);
   if (made > 1 && last > first) parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
   if (first !== undefined) parts.push(`first token after ${((first - sent) / 1000).toFixed(2)} s`);
@@ -167,7 +167,7 @@ function showMessages() {
 
 function view(some, index) {
   if (some.role === "user") return chat.editing?.index === index ? editor(index) : question(some, index);
-  const parts = ["body", "error", "tools"].map((name) => make("div", { class: name }));
+  const parts = ["body", "error", "tools"].map((name) => make("div", { class: name, dir: "auto" }));
   const element = make("article", { class: "reply", "aria-label": "Reply" }, ...parts);
   views.set(some, element);
   fill(some, element);
@@ -176,14 +176,13 @@ function view(some, index) {
 
 function question({ content }, index) {
   const edit = button("edit", "Edit", () => startEdit(index, content), { data: { key: "edit-" + index } });
-  const parts = [make("p", { class: "body" }, content), make("div", { class: "tools" }, edit)];
+  const parts = [make("p", { class: "body", dir: "auto" }, content), make("div", { class: "tools" }, edit)];
   return make("article", { class: "question", "aria-label": "You" }, ...parts);
 }
 
 function fill(reply, element) {
   const [body, error, tools] = element.children;
   const busy = running.get(chat.id)?.reply === reply;
-  element.classList.toggle("busy", busy);
   element.setAttribute("aria-busy", busy);
   showMarkdown(body, reply.content);
   if (busy && !reply.content) body.replaceChildren(make("p", { class: "waiting" }, "Waiting for the first token"));
@@ -249,7 +248,7 @@ function resend(index) {
 }
 
 function editor(index) {
-  const box = make("textarea", { "aria-label": "Your message", rows: 2 });
+  const box = make("textarea", { "aria-label": "Your message", rows: 2, dir: "auto" });
   box.value = chat.editing.text;
   box.addEventListener("input", () => ((chat.editing = { index, text: box.value }), save(chat)));
   box.addEventListener("keydown", (event) => {
@@ -258,8 +257,8 @@ function editor(index) {
   });
   const help = make("span", { class: "note" }, "Sending removes the messages after this one.");
   const cancel = button(null, "Cancel", () => endEdit(index));
-  const again = button(null, "Resend", () => resend(index), { class: "main" });
-  const tools = make("div", { class: "tools" }, help, cancel, again);
+  const resendIt = button(null, "Resend", () => resend(index), { class: "main" });
+  const tools = make("div", { class: "tools" }, help, cancel, resendIt);
   return make("article", { class: "editor", "aria-label": "You" }, box, tools);
 }
 
@@ -381,7 +380,7 @@ function showSettings() {
   $("fields").replaceChildren(...FIELDS.map(([name, label, limits, help]) => {
     const attributes = { type: "number", id: name, ...limits, value: settings[name] ?? "", placeholder: "default" };
     const described = { ...attributes, "aria-describedby": name + "-help" };
-    const input = make("input", { ...described, on: { change: () => setField(input) } });
+    const input = make("input", { ...described, on: { input: () => setField(input) } });
     const more = name === "max_tokens" && length ? ` The model holds ${length}, the conversation included.` : "";
     const text = make("p", { class: "help", id: name + "-help" }, help + more);
     return make("div", {}, make("label", { for: name }, label), input, text);
@@ -389,10 +388,10 @@ function showSettings() {
   if (!$("settings").open) $("settings").showModal();
 }
 
-/** Keeps a valid value. One that is not is shown as such, and not sent. */
+/** Keeps a valid value. Another one has a red border, and is not sent. */
 function setField(input) {
   delete settings[input.id];
-  if (input.reportValidity() && input.value !== "") settings[input.id] = input.valueAsNumber;
+  if (input.validity.valid && input.value !== "") settings[input.id] = input.valueAsNumber;
   store.set("settings", settings);
 }
 
@@ -435,9 +434,9 @@ function onStorage({ key, newValue }) {
 
 /** Stops what is being written and keeps what is there. */
 function onLeave() {
-  for (const [id, { controller }] of running) {
+  for (const { some, controller } of running.values()) {
     controller.abort();
-    save(chats.get(id));
+    save(some);
   }
 }
 
