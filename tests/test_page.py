@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,8 +19,16 @@ CHROMIUM = Path("/usr/bin/chromium")
 @pytest.fixture(scope="module")
 def browser():
     assert CHROMIUM.exists(), f"{CHROMIUM} is missing: the page is tested in it. Install Debian's package `chromium`."
+    expect.set_options(timeout=20_000)
+    with chromium() as browser:
+        yield browser
+
+
+@contextmanager
+def chromium():
     with sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+        arguments = ["--no-sandbox", "--disable-smooth-scrolling"]
+        with playwright.chromium.launch(executable_path=CHROMIUM, args=arguments) as browser:
             yield browser
 
 
@@ -39,7 +48,7 @@ def server(running_server):
 def context(browser: Browser, server: Server):
     """A browser without history. The page may say nothing on the console, open no dialog and call no other server."""
     with browser.new_context(viewport={"width": 1100, "height": 750}) as context:
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(20_000)
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
         seen = []
         context.on("console", lambda message: seen.append(message.text))
@@ -47,8 +56,8 @@ def context(browser: Browser, server: Server):
         context.on("dialog", lambda dialog: seen.append(dialog.message) or dialog.dismiss())
         context.on("request", lambda request: seen.append(request.url) if not ours(request.url, server) else None)
         yield context
-        # Chromium itself writes one line for each answer that is an error.
-        assert not [line for line in seen if not line.startswith("Failed to load resource: the server responded")]
+    # Chromium itself writes one line for each answer that is an error.
+    assert not [line for line in seen if not line.startswith("Failed to load resource: the server responded")]
 
 
 def ours(url: str, server: Server) -> bool:
@@ -241,11 +250,13 @@ after"""
     expect(body.locator("> ol pre")).to_have_text("x = 1")
     expect(body.locator("> .code pre")).to_have_text('a = "**not bold**"\n\n# no heading')
     body.locator("> .code").get_by_role("button", name="Copy").click()
-    expect(body.locator("> .code").get_by_role("button")).to_have_text("Copied")
-    assert page.evaluate("navigator.clipboard.readText()") == 'a = "**not bold**"\n\n# no heading'
+    wait_for_clipboard(page, 'a = "**not bold**"\n\n# no heading')
     page.locator(".reply > .tools").get_by_role("button", name="Copy").click()
-    expect(page.locator(".reply > .tools .copy")).to_have_text("Copied")
-    assert page.evaluate("navigator.clipboard.readText()") == text
+    wait_for_clipboard(page, text)
+
+
+def wait_for_clipboard(page: Page, text: str):
+    page.wait_for_function("text => navigator.clipboard.readText().then(found => found === text)", arg=text)
 
 
 def test_text_made_to_be_slow_is_shown(page, server):
@@ -596,17 +607,14 @@ def assert_readable(page: Page):
 DEMO = (
     (
         "Which animals of the puna are related to camels?",
-        "Four of them. All are **camelids**, which came to South America about three million years ago:\n\n"
-        "- *Llama* and *alpaca* are kept by people, the first to carry loads, the second for its wool.\n"
-        "- *Guanaco* and *vicuña* live wild. The vicuña is the ancestor of the alpaca, the guanaco of the llama.",
+        "The **llama**, the **alpaca**, the *guanaco* and the *vicuña*. People keep the first two.",
     ),
     (
         "Write a function that sorts them by weight.",
         "Weights are those of an adult, in kilograms:\n\n```python\n"
-        'WEIGHTS = {"llama": 150, "guanaco": 115, "alpaca": 65, "vicuña": 45}\n\n\n'
+        'WEIGHTS = {"llama": 150, "guanaco": 115, "alpaca": 65, "vicuña": 45}\n'
         "def by_weight(names: list[str]) -> list[str]:\n"
-        '    """The names, the heaviest animal first."""\n'
-        "    return sorted(names, key=WEIGHTS.__getitem__, reverse=True)\n```\n\n"
+        "    return sorted(names, key=WEIGHTS.get, reverse=True)\n```\n\n"
         '`by_weight(["vicuña", "llama"])` gives `["llama", "vicuña"]`.',
     ),
 )
@@ -630,12 +638,11 @@ def converse(page: Page, server: Server):
 
 
 def save_picture():
-    with Server() as server, sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
-            page = browser.new_page(viewport={"width": 1100, "height": 750}, color_scheme="light")
-            page.goto(server.url)
-            converse(page, server)
-            page.screenshot(path=FILES.parent.parent / "docs/chat.png")
+    with Server() as server, chromium() as browser:
+        page = browser.new_page(viewport={"width": 1100, "height": 750}, color_scheme="light")
+        page.goto(server.url)
+        converse(page, server)
+        page.screenshot(path=FILES.parent.parent / "docs/chat.png")
 
 
 if __name__ == "__main__":  # docs/chat.png anew
