@@ -1,17 +1,36 @@
-"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`."""
+"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, `python -m infer chat MODEL`."""
 
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, cast
 
 import typer
 
 from cli.command import main
-from infer.generate import check_room, complete
+from infer.engine import Engine
+from infer.generate import cache_dtype, check_room, complete
 from infer.load import find_model, load, sampling, start_mesh
+from infer.options import (
+    AdapterOption,
+    BlockOption,
+    DoubleQuantOption,
+    DtypeOption,
+    Int8ActivationsOption,
+    MeshOption,
+    MinPOption,
+    ModelArgument,
+    QuantizeOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TokenizerOption,
+    TopKOption,
+    TopPOption,
+    quantization,
+)
 from model.errors import PunaError
-from model.quantize import Format, quantizer
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -23,24 +42,24 @@ def commands() -> None:
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Hub id (org/name[@revision]) or folder, of any format we read.")],
+    model: ModelArgument,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; give several for a batch.")],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Keep tokens this fraction as likely as the likeliest.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes tokens seen less likely.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Where the model's folder has no tokenizer.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="What to compute in; as stored when not given.")] = None,
-    quantize: Annotated[Format | None, typer.Option(help="What to quantize the linear weights to.")] = None,
-    block: Annotated[int | None, typer.Option(help="int4: 32, 64 (if not given) or 128 weights to a scale.")] = None,
-    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4: quantize its scales too.")] = False,
-    int8_activations: Annotated[bool, typer.Option("--int8-activations", help="int8: round activations too.")] = False,
-    adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter folder; several apply in order.")] = None,
-    mesh: Annotated[str | None, typer.Option(help="Devices to split the model over, as tensor=2.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    block: BlockOption = None,
+    double_quant: DoubleQuantOption = False,
+    int8_activations: Int8ActivationsOption = False,
+    adapter: AdapterOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Print each prompt and its continuation, and nothing else.
 
@@ -48,10 +67,7 @@ def generate(
     one form feed between two. Settings not given come from the model's generation_config.json; without `do_sample` in
     it, and without --temperature, --top-k, --top-p or --min-p, the likeliest token is taken each time.
     """
-    if quantize is None and (block is not None or double_quant or int8_activations):
-        raise PunaError("--block, --double-quant and --int8-activations are of --quantize: give it too")
-    activations = "int8" if int8_activations else "float"
-    form = None if quantize is None else quantizer(quantize, block or 64, double_quant, activations)
+    form = quantization(quantize, block, double_quant, int8_activations)
     source = find_model(model, tokenizer, adapter or [])
     settings = sampling(
         source.generation,
@@ -86,6 +102,100 @@ def generate(
     else:
         texts = ["".join(parts) for parts in zip(prompt, *pieces, strict=True)]
         print("\n\f\n".join(texts))
+
+
+@app.command()
+def chat(
+    model: Annotated[str | None, typer.Argument(help="Hub id (org/name[@revision]) or folder.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="URL of a server of OpenAI's API, instead of MODEL.")] = None,
+    served: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Which of the endpoint's models; its only one if any.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Of the endpoint; else in the variable OPENAI_API_KEY.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="How messages are written; as the model's own chat template says if it has one.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    load_from: Annotated[
+        Path | None, typer.Option("--load", metavar="FILE", help="Go on with a conversation that !!save wrote.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a reply; 512, or half the context, when not given.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and reply; the model's, or 8192, when not given.")
+    ] = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = None,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    block: BlockOption = None,
+    double_quant: DoubleQuantOption = False,
+    int8_activations: Int8ActivationsOption = False,
+    adapter: AdapterOption = None,
+    mesh: MeshOption = None,
+) -> None:
+    """Talk with a model, or with a server of OpenAI's API.
+
+    In a terminal, !!help lists the commands. Where stdin is no terminal, each of its lines is a message or a command
+    (one that ends with a backslash goes on in the next), and replies alone go to stdout; the exit code is 1 if a line
+    could not be done. Where a conversation outgrows the context, its oldest exchanges are left out of what the model
+    reads, and a line says so. Sampling settings not given come from the model's generation_config.json, as in
+    `generate`, or are the server's.
+    """
+    # prompt_toolkit and openai take long to import: only here, and only where they are used.
+    from infer.chat import Chat, in_pipe, in_terminal, note, to_pipe, to_terminal
+    from infer.conversation import Conversation, load_conversation
+
+    if (model is None) == (endpoint is None):
+        raise PunaError("MODEL and --endpoint each say who replies: give one of them")
+    if model is None:
+        others = {
+            "--template": template, "--context": context, "--tokenizer": tokenizer, "--dtype": dtype, "--mesh": mesh,
+            "--quantize": quantize, "--block": block, "--double-quant": double_quant,
+            "--int8-activations": int8_activations, "--adapter": adapter,
+        }  # fmt: skip
+    else:
+        others = {"--model": served, "--api-key": api_key}
+    if wrong := [flag for flag, value in others.items() if value]:
+        raise PunaError(f"{', '.join(wrong)}: of {'MODEL' if model is None else '--endpoint'} alone")
+    conversation = Conversation() if load_from is None else load_conversation(load_from)
+    conversation = replace(conversation, system=conversation.system if system is None else system)
+    options = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        if endpoint is not None:
+            from infer.endpoint import connect
+
+            speaker = stack.enter_context(connect(endpoint, served, api_key, max_new_tokens, options))
+        else:
+            from infer.speaker import LocalModel, choose_template, room, running
+
+            form = quantization(quantize, block, double_quant, int8_activations)
+            source = find_model(cast(str, model), tokenizer, adapter or [])
+            settings = sampling(source.generation, **options)
+            template = choose_template(template or conversation.template, source.tokenizer, conversation.system)
+            context, max_new_tokens = room(source.config, context, max_new_tokens)
+            devices = start_mesh(mesh)
+            config, params = load(source, devices, dtype, form)
+            engine = Engine(
+                params, config, source.tokenizer, rows=1, length=context, mesh=devices, cache_dtype=cache_dtype(params)
+            )
+            stack.enter_context(running(engine))
+            speaker = LocalModel(engine, source.tokenizer, template, settings, max_new_tokens, source.eos_ids, note)
+            conversation = replace(conversation, template=template)
+        if sys.stdin.isatty():
+            note("!!help lists the commands, Ctrl-D leaves")
+            in_terminal(Chat(speaker, conversation, to_terminal if sys.stdout.isatty() else to_pipe))
+        elif not in_pipe(Chat(speaker, conversation, to_pipe)):
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":
