@@ -129,7 +129,8 @@ class LocalModel:
         template = get_template(self.template, self.tokenizer)
         fitting = fit(messages, template, self.tokenizer, self.engine.length - self.max_new_tokens)
         if fitting is None:
-            alone = encode_prompt([*messages[:-1][:1], messages[-1]], template, self.tokenizer)
+            system = messages[:1] if messages[0]["role"] == "system" else []
+            alone = encode_prompt([*system, messages[-1]], template, self.tokenizer)
             raise PunaError(
                 f"the message is too long: with the system message and the template it has {len(alone)} tokens, and "
                 f"max_new_tokens is {self.max_new_tokens}, together more than the context of {self.engine.length}"
@@ -159,8 +160,8 @@ class LocalModel:
                 shown = len(text)
         finally:
             progress.cancel()
-            while finish is None:  # until the engine has let go of it, so that the next request finds its row free
-                _, finish = sent.get()
+            while progress.finish is None:  # its row is free for the next request then
+                sent.get()
         if progress.error is not None:
             raise JobFailed(f"the model failed: {type(progress.error).__name__}: {progress.error}")
 
