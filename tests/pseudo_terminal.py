@@ -10,24 +10,31 @@ import termios
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PASTE_ON = "\x1b[?2004h"  # what a program writes as it begins to read an input line
-READY = "<input line>"  # how such a place is shown
-PATIENCE = 20  # seconds without output after which a test has failed
-START = "import os, sys; os.login_tty(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+READY, SENT = "<input line>", "<sent>"  # how it is shown that an input line begins, and ends
+MARKS = {"\x1b[?2004h": READY, "\x1b[?2004l": SENT}  # bracketed paste is on while a line is read
+PATIENCE = 60  # seconds without output after which a test has failed
+START = """
+import os, sys
+output, *arguments = sys.argv[1:]
+os.login_tty(0)
+if output:
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+os.execv(sys.executable, [sys.executable, *arguments])
+"""
 CONTROLS = re.compile(r"\x1b\[[\d;?]*[A-Za-z]|\x1b[=>]|\x1b\][^\x07]*\x07")
 
 
 class PseudoTerminal:
-    """Runs `python ARGUMENTS...`; leave it as a context manager."""
+    """Runs `python ARGUMENTS...`, with stdout in the file `output` if given; leave it as a context manager."""
 
-    def __init__(self, *arguments, environment=()):
+    def __init__(self, *arguments, environment=(), output=""):
         self._ours, theirs = os.openpty()
         termios.tcsetwinsize(theirs, (40, 120))
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._shown = ""  # and not expected yet
         variables = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | dict(environment)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, *map(str, arguments)],
+            [sys.executable, "-c", START, str(output), *map(str, arguments)],
             cwd=ROOT,
             env=os.environ | variables,
             stdin=theirs,
@@ -39,12 +46,22 @@ class PseudoTerminal:
     def type(self, text):
         os.write(self._ours, text.encode())
 
+    def enter(self, text):
+        """Types `text` into the next input line."""
+        self.expect(READY)
+        self.type(text)
+
     def expect(self, text):
         """Waits until `text` is shown after all that was expected before; returns what came before it."""
         while text not in self._shown:
             assert self._read(), f"{text!r} never came: {self._shown!r}"
         before, self._shown = self._shown.split(text, 1)
         return before
+
+    def expect_any(self):
+        """Waits until anything but white space is shown."""
+        while not self._shown.strip():
+            assert self._read(), "nothing came"
 
     def end(self):
         """Waits until the program has left; returns what else it showed, and its exit code."""
@@ -60,7 +77,9 @@ class PseudoTerminal:
         except OSError:  # Linux: nobody has the other side open
             return False
         text = self._shown + self._decoder.decode(data)
-        self._shown = CONTROLS.sub("", text.replace(PASTE_ON, READY))
+        for control, mark in MARKS.items():
+            text = text.replace(control, mark)
+        self._shown = CONTROLS.sub("", text)
         return bool(data)
 
     def __enter__(self):

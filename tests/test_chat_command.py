@@ -7,6 +7,7 @@ import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pseudo_terminal import SENT, PseudoTerminal
 from small_tokenizer import CHATML, LLAMA3, small_tokenizer
 from typer.testing import CliRunner
 
@@ -35,12 +36,21 @@ WARM_SAMPLING = Sampling(1.5, top_p=0.9, seed=5)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random model whose checkpoint brings Llama 3's chat template."""
-    folder = tmp_path_factory.mktemp("model")
+def make(tmp_path_factory):
+    """Make a folder with a random model whose checkpoint brings Llama 3's chat template."""
     tokenizer = load_tokenizer(small_tokenizer(tmp_path_factory.mktemp("tokenizer"), LLAMA3))
-    save_model(folder / "m", CONFIG, init_params(CONFIG, jax.random.key(0)), tokenizer=tokenizer)
-    return folder / "m"
+
+    def make(config):
+        folder = tmp_path_factory.mktemp("model") / "m"
+        save_model(folder, config, init_params(config, jax.random.key(0)), tokenizer=tokenizer)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def folder(make):
+    return make(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +306,26 @@ def test_the_room_of_a_conversation():
 
 
 # --- the rest
+
+
+def test_ctrl_c_stops_the_model_and_keeps_what_came(make, reply, tmp_path):
+    endless = make(replace(CONFIG, max_position_embeddings=65536))
+    file, environment = tmp_path / "c.json", {"XDG_STATE_HOME": str(tmp_path)}
+    flags = ["--context", "60000", "--max-new-tokens", "50000"]
+    with PseudoTerminal("-m", "infer", "chat", endless, *flags, environment=environment) as terminal:
+        for _ in range(2):
+            terminal.enter("Why?\r")
+            terminal.expect(SENT)
+            terminal.expect_any()
+            terminal.type("\x03")
+        terminal.enter(f"!!save {file}\r")
+        terminal.expect("2 exchanges written")
+        terminal.enter("\x04")
+        assert terminal.end()[1] == 0
+    messages = json.loads(file.read_text())["messages"]
+    for last in (1, 3):
+        whole, came = reply(messages[:last], new=200), messages[last]["content"]
+        assert came and (whole.startswith(came) or came.startswith(whole))
 
 
 def test_a_failing_step_is_an_error_and_the_conversation_goes_on(source, monkeypatch):

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import uvicorn
-from pseudo_terminal import READY, PseudoTerminal
+from pseudo_terminal import PseudoTerminal
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -222,8 +222,9 @@ def terminal(server, tmp_path):
     """Start `python -m infer chat --endpoint` in a pseudo-terminal."""
     environment = {"XDG_STATE_HOME": str(tmp_path / "state")}
 
-    def terminal():
-        return PseudoTerminal("-m", "infer", "chat", "--endpoint", server.url, environment=environment)
+    def terminal(output=""):
+        arguments = ("-m", "infer", "chat", "--endpoint", server.url)
+        return PseudoTerminal(*arguments, environment=environment, output=output)
 
     return terminal
 
@@ -237,29 +238,26 @@ def test_lines_are_typed_pasted_and_kept(terminal, server, tmp_path):
     file = tmp_path / "c.json"
     with terminal() as first:
         first.expect("!!help lists the commands")
-        first.expect(READY)
-        first.type("one\x1b\rtwo\\\rthree\r")  # Alt+Enter, and a backslash
+        first.enter("one\x1b\rtwo\\\rthree\r")  # Alt+Enter, and a backslash
         first.expect("You said: one")
-        first.type("\x1b[200~a\nb\\\nc\x1b[201~\r")  # pasted
+        first.enter("\x1b[200~a\nb\\\nc\x1b[201~\r")  # pasted
         first.expect("You said: a")
-        first.type("half\x03")  # Ctrl-C empties the line
-        first.expect(READY)
-        first.type("!!help\r")
+        first.enter("half\x03")  # Ctrl-C empties the line
+        first.enter("!!help\r")
         first.expect("!!regen        ask")
-        first.type("Gut\x1b[D\x1b[Da\r")  # edited: left, left
+        first.enter("Gut\x1b[D\x1b[Da\r")  # edited: left, left
         first.expect("You said: Gaut")
-        first.type(f"!!save {file}\r")
+        first.enter(f"!!save {file}\r")
         first.expect("3 exchanges written")
-        first.type("\x04")
+        first.enter("\x04")
         assert first.end()[1] == 0
     assert [message["content"] for message in saved(file)[::2]] == ["one\ntwo\nthree", "a\nb\\\nc", "Gaut"]
     history = tmp_path / "state" / "puna" / "chat_history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     with terminal() as second:
-        second.expect(READY)
-        second.type("\x1b[A\x1b[A\r")  # up to the message before !!save
+        second.enter("\x1b[A\x1b[A\r")  # up to the message before !!save
         second.expect("You said: Gaut")
-        second.type("!!exit\r")
+        second.enter("!!exit\r")
         assert second.end()[1] == 0
 
 
@@ -268,37 +266,39 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_came(terminal, server, tmp_path):
     file = tmp_path / "c.json"
     server.script = [["Once upon\x1b]0;a title\x07", ...], [...], (400, "not so")]
     with terminal() as opened:
-        opened.expect(READY)
-        opened.type("Hi\r")
+        opened.enter("Hi\r")
         opened.expect("Once upon\ufffd]0;a title\ufffd")  # no orders to the terminal
         opened.type("\x03")
-        opened.expect(READY)
-        opened.type("Silence\r")
+        opened.enter("Silence\r")
         server.expect(2)
         opened.type("\x03")
-        opened.expect(READY)
-        opened.expect("Silence")  # to be changed
-        opened.type("!\r")
+        opened.enter("!\r")  # the message is back in the input line
         opened.expect("error: ")
         opened.expect("not so")
-        opened.expect(READY)
-        opened.expect("Silence!")
-        opened.type("!\r")
+        opened.enter("!\r")
         opened.expect("You said: Silence!!")
-        opened.type(f"!!save {file}\r")
+        opened.enter(f"!!save {file}\r")
         opened.expect("2 exchanges written")
-        opened.type("\x04")
+        opened.enter("\x04")
         assert opened.end()[1] == 0
     partial = "Once upon\x1b]0;a title\x07"
     assert saved(file) == [user("Hi"), assistant(partial), user("Silence!!"), assistant("You said: Silence!!")]
 
 
 @pytest.mark.slow
+def test_replies_alone_go_to_a_file(terminal, tmp_path):
+    with terminal(output=tmp_path / "replies") as opened:
+        opened.enter("Hi\r")
+        opened.enter("\x04")
+        assert opened.end()[1] == 0
+    assert (tmp_path / "replies").read_text() == "You said: Hi\n"
+
+
+@pytest.mark.slow
 def test_sigterm_ends_the_program_in_a_line(terminal, server):
     server.script = [["Once upon", ...]]
     with terminal() as opened:
-        opened.expect(READY)
-        opened.type("Hi\r")
+        opened.enter("Hi\r")
         opened.expect("Once upon")
         os.kill(opened.process.pid, signal.SIGTERM)
         shown, code = opened.end()
