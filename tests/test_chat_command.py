@@ -11,7 +11,8 @@ from pseudo_terminal import SENT, PseudoTerminal
 from small_tokenizer import CHATML, LLAMA3, small_tokenizer
 from typer.testing import CliRunner
 
-from convert import save_model
+from convert import load_model, save_model
+from convert.peft import save_adapter
 from infer.__main__ import app
 from infer.engine import Engine
 from infer.generate import TextStream, generate
@@ -21,6 +22,8 @@ from infer.speaker import LocalModel, choose_template, fit, room, running, strip
 from model import LlamaConfig, init_params
 from model.chat import TEMPLATES, encode_prompt, get_template, stop_ids
 from model.errors import JobFailed, PunaError
+from model.lora import LoraArray, add
+from model.quantize import quantizer
 from model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -60,8 +63,12 @@ def source(folder):
 
 @pytest.fixture(scope="module")
 def reply(source):
+    return replier(source)
+
+
+def replier(source, quantize=None):
     """The reply to messages by way of `generate`."""
-    config, params = load(source)
+    config, params = load(source, quantize=quantize)
 
     def reply(messages, sampling=GREEDY, template="chat_template", new=NEW):
         chosen = get_template(template, source.tokenizer)
@@ -114,6 +121,28 @@ def test_each_reply_is_what_generate_makes_of_the_messages_so_far(talk, reply, t
     expected = conversation(reply, *USERS, system=system, sampling=sampling, template=template or "chat_template")
     assert len({message["content"] for message in expected}) == 7
     assert talk(*LINES, flags=["--system", system, *flags, *named]) == (spoken(expected), [], 0)
+
+
+def test_a_model_over_two_devices_says_the_same(talk, reply):
+    expected = conversation(reply, *USERS[:2], sampling=WARM_SAMPLING)
+    assert talk(*USERS[:2], flags=["--mesh", "tensor=2", *WARM]) == (spoken(expected), [], 0)
+
+
+def test_adapters_and_quantization_are_those_of_generate(folder, talk, reply, tmp_path):
+    config, params = load_model(folder)
+    _, adapted = add(params, config, jax.random.key(1), rank=4)
+    noise = iter(jax.random.split(jax.random.key(2), 100))
+    moved = jax.tree.map(
+        lambda w: w.replace(b=jax.random.normal(next(noise), w.b.shape)) if isinstance(w, LoraArray) else w,
+        adapted,
+        is_leaf=lambda w: isinstance(w, LoraArray),
+    )
+    save_adapter(tmp_path / "a", moved)
+    quantized = replier(find_model(str(folder), adapters=[tmp_path / "a"]), quantizer("int4", 32))
+    expected = conversation(quantized, *USERS[:2])
+    assert expected[1] != conversation(reply, *USERS[:1])[1]
+    flags = ["--adapter", tmp_path / "a", "--quantize", "int4", "--block", "32"]
+    assert talk(*USERS[:2], flags=flags) == (spoken(expected), [], 0)
 
 
 def test_a_reply_begins_with_what_the_cache_holds_of_the_conversation(source):
