@@ -39,7 +39,7 @@ Ctrl-C stops a reply and keeps what came. A line that begins with a space is a m
 """
 
 # What could move the cursor or give the terminal orders, in a text that others wrote.
-_CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], "\ufffd") | {ord("\n"): "\n", ord("\t"): "\t"}
+_CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], "\ufffd") | {10: "\n", 9: "\t", 13: ""}
 
 
 def note(line: str) -> None:
@@ -76,10 +76,10 @@ class Chat:
             if line.strip():
                 self._answer(self.conversation, line.strip(), 0)
             return
-        name, _, text = line[2:].partition(" ")
-        if name.strip() not in self._commands:
-            raise PunaError(f"!!{name.strip()} is no command: !!help lists them")
-        self._commands[name.strip()](text.strip())
+        name, text = (*line[2:].split(maxsplit=1), "", "")[:2]
+        if name not in self._commands:
+            raise PunaError(f"!!{name} is no command: !!help lists them")
+        self._commands[name](text.strip())
 
     def _answer(self, before: Conversation, user: str, attempt: int) -> None:
         """Asks for the reply to `user` that follows `before`; an interrupted one is kept as far as it came."""
@@ -133,7 +133,7 @@ class Chat:
 
 
 def _path(command: str, text: str) -> Path:
-    if not text:
+    if not text or "\0" in text:
         raise PunaError(f"!!{command} names no file: give one")
     try:
         return Path(text).expanduser()
@@ -155,7 +155,7 @@ def converse(chat: Chat, read: Callable[[str], str]) -> bool:
         try:
             before, again = again, ""
             line = read(before)
-            if line.strip() == "!!exit":
+            if line.rstrip() == "!!exit":
                 return done
             again = "" if line.startswith("!!") else line
             chat.take(line)

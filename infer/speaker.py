@@ -57,7 +57,10 @@ def choose_template(name: str | None, tokenizer: Tokenizer, system: str | None =
         )
     name = name or "chat_template"
     first = [] if system is None else [{"role": "system", "content": system}]
-    encode_prompt([*first, {"role": "user", "content": "?"}], get_template(name, tokenizer), tokenizer)
+    try:
+        encode_prompt([*first, {"role": "user", "content": "?"}], get_template(name, tokenizer), tokenizer)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PunaError(f"template {name} cannot be read: {error}") from None
     return name
 
 

@@ -5,10 +5,8 @@ from dataclasses import replace
 
 import jax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pseudo_terminal import SENT, PseudoTerminal
-from small_tokenizer import CHATML, LLAMA3, small_tokenizer
+from small_tokenizer import LLAMA3, small_tokenizer
 from typer.testing import CliRunner
 
 from convert import load_model, save_model
@@ -18,9 +16,9 @@ from infer.engine import Engine
 from infer.generate import TextStream, generate
 from infer.load import find_model, load
 from infer.sample import Sampling
-from infer.speaker import LocalModel, choose_template, fit, room, running, stripped
+from infer.speaker import LocalModel, running
 from model import LlamaConfig, init_params
-from model.chat import TEMPLATES, encode_prompt, get_template, stop_ids
+from model.chat import encode_prompt, get_template, stop_ids
 from model.errors import JobFailed, PunaError
 from model.lora import LoraArray, add
 from model.quantize import quantizer
@@ -193,14 +191,17 @@ def test_commands_change_what_the_model_reads(talk, reply):
 
 
 def test_commands_that_cannot_be_done_are_errors_in_a_line(talk, reply):
-    output, errors, code = talk("!!rest", "!!remove", "!!regen", "!!save", "!!load ~nobody-of-that-name/x", "Hello!")
+    output, errors, code = talk(
+        "!!rest", "!!remove", "!!regen", "!!save", "!!load a\0b", "!!load ~nobody-of-that-name/x", "Hello!"
+    )
     assert output == spoken(conversation(reply, "Hello!")) and code == 1
-    assert errors[:4] == [
+    assert errors[:5] == [
         "error: !!rest is no command: !!help lists them",
         *["error: the conversation is empty: write a message first"] * 2,
         "error: !!save names no file: give one",
+        "error: !!load names no file: give one",
     ]
-    assert len(errors) == 5
+    assert len(errors) == 6
     assert talk(" !!rest")[:2] == (spoken(conversation(reply, "!!rest")), [])
 
 
@@ -299,18 +300,6 @@ def test_the_oldest_exchanges_are_left_out_of_the_prompt_and_of_nothing_else(tal
     assert json.loads(file.read_text())["messages"] == messages[1:]
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(0, 40), max_size=8), st.booleans(), st.integers(10, 200))
-def test_what_fits_is_the_longest_end_of_the_conversation(source, lengths, system, room):
-    template = TEMPLATES["chatml"]
-    first = [{"role": "system", "content": "s"}] if system else []
-    turns = [{"role": ("user", "assistant")[i % 2], "content": "x" * n} for i, n in enumerate(lengths)]
-    turns = [*turns[: len(turns) // 2 * 2], {"role": "user", "content": "?"}]
-    ends = [encode_prompt([*first, *turns[2 * k :]], template, source.tokenizer) for k in range(len(turns) // 2 + 1)]
-    fitting = [(ids, left_out) for left_out, ids in enumerate(ends) if len(ids) <= room]
-    assert fit([*first, *turns], template, source.tokenizer, room) == (fitting[0] if fitting else None)
-
-
 def test_a_message_that_does_not_fit_alone_is_refused_with_the_numbers(talk, reply, source):
     long = "Hello " * 300
     message = [{"role": "user", "content": long.strip()}]
@@ -321,17 +310,6 @@ def test_a_message_that_does_not_fit_alone_is_refused_with_the_numbers(talk, rep
         f"error: the message is too long: with the system message and the template it has {tokens} tokens, and "
         f"max_new_tokens is {NEW}, together more than the context of 512"
     ]
-
-
-def test_the_room_of_a_conversation():
-    wide = replace(CONFIG, max_position_embeddings=131072)
-    assert room(CONFIG, None, None) == (512, 256) and room(wide, None, None) == (8192, 512)
-    assert room(wide, 131072, 100) == (131072, 100)
-    with pytest.raises(PunaError, match="--context is 513: give a number from 2 to 512"):
-        room(CONFIG, 513, None)
-    for new in (0, 64):
-        with pytest.raises(PunaError, match=f"max_new_tokens is {new}: .* below the context of 64"):
-            room(CONFIG, 64, new)
 
 
 # --- the rest
@@ -369,25 +347,6 @@ def test_a_failing_step_is_an_error_and_the_conversation_goes_on(source, monkeyp
         with pytest.raises(JobFailed, match="the model failed: RuntimeError: device lost"):
             list(speaker.reply(messages))
         assert "".join(speaker.reply(messages))
-
-
-@given(st.text(" \nab"), st.lists(st.integers(0, 6)))
-def test_white_space_at_the_ends_of_a_text_is_left_out(text, sizes):
-    cuts = [0, *(min(sum(sizes[:i]), len(text)) for i in range(1, len(sizes) + 1)), len(text)]
-    pieces = list(stripped(text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)))
-    assert "".join(pieces) == text.strip() and all(pieces)
-
-
-def test_a_template_is_the_checkpoint_s_own_or_named(source, tmp_path):
-    assert choose_template(None, source.tokenizer) == "chat_template"
-    assert choose_template("llama2", source.tokenizer) == "llama2"
-    bare = load_tokenizer(small_tokenizer(tmp_path))
-    with pytest.raises(PunaError, match="brings no chat template: name .* --template, one of alpaca, vicuna_v1.1, "):
-        choose_template(None, bare)
-    with pytest.raises(PunaError, match="has no place for a system message"):
-        choose_template("qlora", bare, "Be kind.")
-    (tmp_path / "own.jinja").write_text(CHATML)
-    assert choose_template(str(tmp_path / "own.jinja"), bare).endswith("own.jinja")
 
 
 @pytest.mark.parametrize(
