@@ -9,6 +9,7 @@ from typing import Annotated, cast
 import typer
 
 from cli.command import main
+from infer.conversation import Conversation, load_conversation
 from infer.engine import Engine
 from infer.generate import cache_dtype, check_room, complete
 from infer.load import find_model, load, sampling, start_mesh
@@ -30,6 +31,7 @@ from infer.options import (
     TopPOption,
     quantization,
 )
+from infer.speaker import LocalModel, choose_template, room, running
 from model.errors import PunaError
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
@@ -148,9 +150,8 @@ def chat(
     reads, and a line says so. Sampling settings not given come from the model's generation_config.json, as in
     `generate`, or are the server's.
     """
-    # prompt_toolkit and openai take long to import: only here, and only where they are used.
+    # prompt_toolkit and openai take long to import: no other command waits for them.
     from infer.chat import Chat, in_pipe, in_terminal, note, to_pipe, to_terminal
-    from infer.conversation import Conversation, load_conversation
 
     if (model is None) == (endpoint is None):
         raise PunaError("MODEL and --endpoint each say who replies: give one of them")
@@ -176,8 +177,6 @@ def chat(
 
             speaker = stack.enter_context(connect(endpoint, served, api_key, max_new_tokens, options))
         else:
-            from infer.speaker import LocalModel, choose_template, room, running
-
             form = quantization(quantize, block, double_quant, int8_activations)
             source = find_model(cast(str, model), tokenizer, adapter or [])
             settings = sampling(source.generation, **options)
