@@ -1,4 +1,4 @@
-"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, `python -m infer chat MODEL`."""
+"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, `chat MODEL`, `serve MODEL`."""
 
 import sys
 from contextlib import ExitStack
@@ -11,8 +11,17 @@ import typer
 from cli.command import main
 from infer.conversation import Conversation, load_conversation
 from infer.engine import Engine
-from infer.generate import cache_dtype, check_room, complete
-from infer.load import find_model, load, sampling, start_mesh
+from infer.generate import check_room, complete
+from infer.load import (
+    LONGEST,
+    chat_template,
+    find_model,
+    load,
+    load_engine,
+    named_adapters,
+    sampling,
+    start_mesh,
+)
 from infer.options import (
     AdapterOption,
     BlockOption,
@@ -78,7 +87,7 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        seed=seed,
+        seed=seed or 0,
     )
     for number, text in enumerate(prompt, 1):
         ids = source.tokenizer.encode(text, add_bos=source.tokenizer.bos_id is not None)
@@ -125,7 +134,7 @@ def chat(
         int | None, typer.Option(help="Most tokens of a reply; 512, or half the context, when not given.")
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and reply; the model's, or 8192, when not given.")
+        int | None, typer.Option(help="Most tokens of prompt and reply; the model's, 4096 at most, when not given.")
     ] = None,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
@@ -183,10 +192,7 @@ def chat(
             template = choose_template(template or conversation.template, source.tokenizer, conversation.system)
             context, max_new_tokens = room(source.config, context, max_new_tokens)
             devices = start_mesh(mesh)
-            config, params = load(source, devices, dtype, form)
-            engine = Engine(
-                params, config, source.tokenizer, rows=1, length=context, mesh=devices, cache_dtype=cache_dtype(params)
-            )
+            engine = load_engine(source, {}, devices, dtype, form, rows=1, length=context)
             stack.enter_context(running(engine))
             speaker = LocalModel(engine, source.tokenizer, template, settings, max_new_tokens, source.eos_ids, note)
             conversation = replace(conversation, template=template)
@@ -195,6 +201,72 @@ def chat(
             in_terminal(Chat(speaker, conversation, to_terminal if sys.stdout.isatty() else to_pipe))
         elif not in_pipe(Chat(speaker, conversation, to_pipe)):
             raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; its folder's name if not given.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH of a PEFT adapter, for requests by NAME.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="PUNA_API_KEY", help="Keys of which requests must bring one.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="How conversations are written; the checkpoint's own if any.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, max=1024, help="Requests worked on at once.")] = 8,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a request; the model's, 4096 at most.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused with 429.")] = 256,
+    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds that a request may take.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    block: BlockOption = None,
+    double_quant: DoubleQuantOption = False,
+    int8_activations: Int8ActivationsOption = False,
+    mesh: MeshOption = None,
+) -> None:
+    """Serve the model over OpenAI's API, with a page to talk to it at /.
+
+    SIGTERM ends it when the requests that it took are answered.
+    """
+    from infer.serve import engine_host, keep_programs  # only this command needs a web server
+    from infer.serve import serve as run_server
+    from infer.served import Served
+
+    keep_programs()
+    source = find_model(model, tokenizer)
+    adapters = named_adapters(adapter or [])
+    devices = start_mesh(mesh)
+    form = quantization(quantize, block, double_quant, int8_activations)
+    if context is not None and context > source.config.max_position_embeddings:
+        raise PunaError(
+            f"context={context} is more than the model's {source.config.max_position_embeddings}: give less"
+        )
+    limit = context or min(LONGEST, source.config.max_position_embeddings)
+
+    def make() -> Engine:
+        return load_engine(source, adapters, devices, dtype, form, rows=rows, length=limit, queue=queue)
+
+    served = Served(
+        name=name or source.name,
+        host=engine_host(make),
+        tokenizer=source.tokenizer,
+        vocab_size=source.config.vocab_size,
+        context=limit,
+        eos_ids=source.eos_ids,
+        generation=source.generation,
+        template=chat_template(template, source.tokenizer),
+        adapters={name: index for index, name in enumerate(adapters)},
+        timeout=timeout,
+    )
+    run_server(served, host, port, api_key or [])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ while the host looks at text.
 import itertools
 import threading
 import time
-from collections import deque
+import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,78 +20,37 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer.generate import TextStream, check_room
+from infer.request import Full, Progress, Request, TokenLogprobs
 from infer.sample import Sampling, stack_sampling
 from infer.slots import STOPS, Made, admit, copy_row, decode, empty_slots, extend
 from model.cache import init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params
+from model.sharding import relaxed_sharding
 from model.tokenizer import Tokenizer
 
 SHORTEST_REUSE = 16  # tokens of a common prefix that are worth copying from another row
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """The log-probability of one token, and those of the likeliest tokens in its place."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to continue, and how.
-
-    Args:
-        prompt: token ids, at least one.
-        max_new_tokens: most tokens to make.
-        sampling: how tokens are chosen.
-        stop_ids: tokens that end the text; the one that did is its last. At most `STOPS`.
-        stop: strings that end the text, which leaves them out.
-        logprobs: log-probabilities of this many likeliest tokens beside each token's own; None for none at all.
-        score_prompt: log-probabilities of the prompt's tokens too, from the second on.
-        adapter: which of the engine's adapters to use; -1 is the model without any.
-        deadline: seconds on `time.monotonic`'s clock after which it ends, done or not.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = Sampling()
-    stop_ids: Sequence[int] = ()
-    stop: Sequence[str] = ()
-    logprobs: int | None = None
-    score_prompt: bool = False
-    adapter: int = -1
-    deadline: float | None = None
-
-
 @dataclass
-class Progress:
-    """What has become of a request. `finish` is None until it ends: "stop", "length", "cancelled", "deadline" or
-    "error" (then `error` says which). `text` and `tokens` grow; they are read while the engine works."""
+class Counts:
+    """What an engine has done since it was made."""
 
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    reused: int = 0
-    finish: str | None = None
-    error: BaseException | None = None
-    cancelled: bool = False
-    changed: Callable[["Progress"], None] = lambda progress: None
-
-    def cancel(self) -> None:
-        """Asks the engine to end it at the next step."""
-        self.cancelled = True
+    steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class _Row:
-    """The host's side of one cache row. `cached` are the tokens whose keys are in it; `written` how many of the prompt
-    are, while it is being read; `pending` steps are started and not read."""
+    """The host's side of one cache row.
+
+    `cached` are the tokens whose keys are in it. A request in it has `begun` when its prompt's place is known, and is
+    `reading` while the prompt is written. `used` says when it was, on the engine's clock.
+    """
 
     index: int
     cached: list[int] = field(default_factory=list)
@@ -139,12 +99,33 @@ class Engine:
         self._arrived = threading.Event()
         self._started: tuple[Made, list[_Row], list[Progress]] | None = None
         self._clock = itertools.count(1)
-        self._limit = np.int32(min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size))
+        known = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
+        words = np.packbits(np.arange(-(-config.vocab_size // 32) * 32) < known, bitorder="little").view(np.uint32)
+        self._anything = np.tile(words, (rows, 1))  # what is no token of the tokenizer is never chosen
+        self._unconstrained = self._put(self._anything)
+        self.counts = Counts()
+        self.failing = False
         self._slots = self._fresh()
 
     def _fresh(self) -> Any:
-        cache = init_cache(self.config, len(self._rows), self.length, self._cache_dtype, self._mesh).unstack()
-        return empty_slots(cache, stack_sampling([Sampling()] * len(self._rows)), self.config.vocab_size)
+        """Empty slots, committed where the programs will return them, so that each compiles once."""
+        cache = init_cache(self.config, len(self._rows), self.length, self._cache_dtype, self._mesh, layout="per_layer")
+        slots = empty_slots(cache, stack_sampling([Sampling()] * len(self._rows)), self.config.vocab_size)
+        if self._mesh is None:
+            return self._put(slots)
+        rest = jax.tree.map(self._put, slots._replace(cache=None))
+        return rest._replace(
+            cache=cache.replace(lengths=self._put(cache.lengths)),
+            in_prompt=self._put(rest.in_prompt, "vocab"),
+            counts=self._put(rest.counts, "vocab"),
+        )
+
+    def _put(self, x: Any, *axes: str) -> Any:
+        """`x` [N, *axes] on the engine's device or devices."""
+        if self._mesh is None:
+            return jax.device_put(x, jax.local_devices()[0])
+        names = (None, *axes, *[None] * (x.ndim - 1 - len(axes)))
+        return jax.device_put(x, relaxed_sharding(self._mesh, names, x.shape))
 
     # --- from any thread
 
@@ -176,9 +157,27 @@ class Engine:
         """Whether there is anything to do."""
         return bool(self._waiting) or self._started is not None or any(row.progress for row in self._rows)
 
+    @property
+    def rows(self) -> int:
+        """How many requests are worked on at once, at most."""
+        return len(self._rows)
+
+    @property
+    def running(self) -> int:
+        """How many are now."""
+        return sum(row.progress is not None for row in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
     def run(self, stopping: threading.Event) -> None:
-        """Steps until `stopping` is set; sleeps while there is nothing to do. An error of a step ends the requests
-        that were worked on, and the engine goes on with an empty cache."""
+        """Steps until `stopping` is set; sleeps while there is nothing to do.
+
+        An error of a step ends the requests that were worked on, and the engine goes on with an empty cache; `failing`
+        says that it has not come so far yet.
+        """
         while not stopping.is_set():
             if not self.busy:
                 self._arrived.wait(0.05)
@@ -187,15 +186,27 @@ class Engine:
             try:
                 self.step()
             except Exception as error:  # whatever a device or a compiler may raise
+                traceback.print_exc()
+                self.failing = True
+                self._recover(error, stopping)
+
+    def _recover(self, error: BaseException, stopping: threading.Event) -> None:
+        """Resets until that works: a device may need time."""
+        while not stopping.is_set():
+            try:
                 self.reset(error)
+                self.failing = False
+                return
+            except Exception:  # as above
+                traceback.print_exc()
+                stopping.wait(1.0)
 
     def reset(self, error: BaseException) -> None:
         """Ends every request that is worked on with `error`, and starts from an empty cache."""
         self._started = None
         for row in self._rows:
             if row.progress is not None:
-                row.progress.error = error
-                self._end(row, "error")
+                self._fail(row, error)
             row.cached = []
         self._slots = self._fresh()
 
@@ -203,21 +214,29 @@ class Engine:
         """Compiles everything that requests will need (log-probabilities with `scored`); returns how many programs."""
         rows = {min(1 << i, len(self._rows)) for i in range(len(self._rows).bit_length() + 1)}
         windows = {self._window(1 << i) for i in range(self.length.bit_length() + 1)}
-        widths = {_power_of_two(n, 16) for n in range(1, self.chunk + 1)}
+        widths = {self._width(n): n for n in range(self.chunk, 0, -1)}  # and the shortest piece that is as wide
         resting = np.zeros(len(self._rows), bool)
         for window in sorted(windows):
-            for width in sorted(widths):
+            for width, shortest in sorted(widths.items()):
+                if window < self._window(shortest):
+                    continue
                 nowhere = np.full((1, width), self.length, np.int32)
                 tokens = np.zeros((1, width), np.int32)
-                self._extend(tokens, nowhere, tokens[0], self._rows[0], window, False)
+                for with_scores in {False, scored}:
+                    self._extend(tokens, nowhere, tokens[0], 1, self._rows[0], window, with_scores)
             for count in sorted(rows):
                 for with_scores in {False, scored}:
                     self._slots, _ = decode(
-                        self.params, self._slots, resting, self._limit, self.config, count, window, with_scores
+                        self.params, self._slots, resting, self._unconstrained, self.config, count, window, with_scores
                     )
         self._slots = copy_row(self._slots, np.int32(0), np.int32(0))
         self._place(0, 0, 0, 0, (), -1, (), Sampling())
         self._slots = self._fresh()
+        return self.programs
+
+    @property
+    def programs(self) -> int:
+        """How many programs this process has compiled for engines."""
         programs: tuple[Any, ...] = (decode, extend, copy_row, admit)
         return sum(program._cache_size() for program in programs)
 
@@ -228,9 +247,12 @@ class Engine:
         self._drop_ended()
         self._take_waiting()
         self._read_prompt()
+        if any(row.progress and row.progress.request.constraint for row in self._rows):
+            self._finish_tokens()  # what may come next depends on what came
         started = self._start_tokens()
         self._finish_tokens()
         self._started = started
+        self.counts.steps += 1
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
@@ -243,8 +265,7 @@ class Engine:
             for progress in ended:
                 self._waiting.remove(progress)
         for progress in ended:
-            progress.finish = _over(progress, now)
-            progress.changed(progress)
+            self._finished(progress, _over(progress, now))
 
     def _take_waiting(self) -> None:
         """The oldest requests into free rows, each into the one that has most of its prompt already."""
@@ -261,7 +282,8 @@ class Engine:
     def _begin(self, row: _Row, progress: Progress) -> None:
         """Keeps what the row's cache has of the prompt, or copies what another row has."""
         prompt = progress.request.prompt
-        most = 0 if progress.request.score_prompt else len(prompt) - 1  # each token that is scored is computed
+        # Each token that is scored is computed, and so is the last.
+        most = 0 if progress.request.score_prompt else len(prompt) - 1
         best = max(self._rows, key=lambda row: _shared(row, progress.request))
         own, shared = (min(_shared(row, progress.request), most) for row in (row, best))
         if shared >= own + SHORTEST_REUSE:
@@ -269,50 +291,74 @@ class Engine:
             own = shared
         row.begun, row.cached, progress.reused = True, list(prompt[:own]), own
         row.adapter = progress.request.adapter
+        self.counts.prompt_tokens += len(prompt)
+        self.counts.reused_tokens += own
+
+    def _awaits_another(self, row: _Row) -> bool:
+        """Whether a prompt not begun will share more with one that is being read now than with what is cached."""
+        if row.begun or row.progress is None or row.progress.request.score_prompt:
+            return False
+        request = row.progress.request
+        cached = max(_shared(other, request) for other in self._rows)
+        read = [other.progress.request for other in self._rows if other.reading and other.begun and other.progress]
+        same = [other.prompt for other in read if other.adapter == request.adapter]
+        coming = max((_common(prompt[:-1], request.prompt[:-1]) for prompt in same), default=0)
+        return coming > cached and coming >= _shared(row, request) + SHORTEST_REUSE
 
     def _read_prompt(self) -> None:
-        """One piece of the prompt of the request that came first; the last piece makes its row live."""
-        reading = [row for row in self._rows if row.reading]
+        """One piece of one prompt, each row in its turn; the last piece makes its row live."""
+        reading = [row for row in self._rows if row.reading and not self._awaits_another(row)]
         if not reading:
             return
         row = min(reading, key=lambda row: row.used)
+        row.used = next(self._clock)
         assert row.progress is not None
         if not row.begun:
             self._begin(row, row.progress)
         request = row.progress.request
         prompt, first = request.prompt, len(row.cached)
-        stop = min(first + self.chunk, len(prompt) - 1)
+        end = len(prompt) if request.embed else len(prompt) - 1
+        stop = min(first + self.chunk, end)
         if stop > first:
-            width = _power_of_two(stop - first, 16)
+            width = self._width(stop - first)
             tokens = np.zeros((1, width), np.int32)
             positions = np.full((1, width), self.length, np.int32)
             following = np.zeros(width, np.int32)
             tokens[0, : stop - first], positions[0, : stop - first] = prompt[first:stop], range(first, stop)
-            following[: stop - first] = prompt[first + 1 : stop + 1]
-            made = self._extend(tokens, positions, following, row, self._window(stop), request.score_prompt)
+            scored = prompt[first + 1 : stop + 1]
+            following[: len(scored)] = scored
+            made, state = self._extend(
+                tokens, positions, following, stop - first, row, self._window(stop), request.score_prompt
+            )
             row.cached = list(prompt[:stop])
             if made is not None:
                 scores = jax.device_get(made)
-                row.progress.prompt_logprobs += [_logprobs(scores, i, request.logprobs) for i in range(stop - first)]
-        if len(row.cached) >= len(prompt) - 1:
+                row.progress.prompt_logprobs += [_logprobs(scores, i, request.logprobs) for i in range(len(scored))]
+            if request.embed and stop == end:
+                row.progress.embedding = jax.device_get(state)
+                self._end(row, "stop")
+                return
+        if len(row.cached) >= end:
             self._admit(row, request)
 
     def _extend(
-        self, tokens: np.ndarray, positions: np.ndarray, following: np.ndarray, row: _Row, window: int, scored: bool
-    ) -> Made | None:
-        self._slots, made = extend(
+        self, tokens: np.ndarray, positions: np.ndarray, following: np.ndarray, count: int, row: _Row, window: int,
+        scored: bool,
+    ) -> tuple[Made | None, jax.Array]:  # fmt: skip
+        self._slots, made, state = extend(
             self.params,
             self._slots,
             tokens,
             positions,
             following,
+            np.int32(count),
             np.int32(row.index),
             np.int32(row.adapter),
             self.config,
             window,
             scored,
         )
-        return made
+        return made, state
 
     def _admit(self, row: _Row, request: Request) -> None:
         position = len(request.prompt) - 1
@@ -334,7 +380,7 @@ class Engine:
         self._slots = admit(self._slots, *numbers, stops, np.int32(adapter), in_prompt, stack_sampling([sampling]))
 
     def _start_tokens(self) -> tuple[Made, list[_Row], list[Progress]] | None:
-        live = [row for row in self._rows if row.progress is not None and not row.reading]
+        allowed, live = self._allowed([row for row in self._rows if row.progress is not None and not row.reading])
         if not live:
             return None
         kept = np.zeros(len(self._rows), bool)
@@ -344,8 +390,24 @@ class Engine:
         scored = any(row.progress.request.logprobs is not None for row in live if row.progress)
         rows = min(_power_of_two(max(row.index for row in live) + 1, 1), len(self._rows))
         window = self._window(max(row.position for row in live))
-        self._slots, made = decode(self.params, self._slots, kept, self._limit, self.config, rows, window, scored)
+        self._slots, made = decode(self.params, self._slots, kept, allowed, self.config, rows, window, scored)
         return made, live, [row.progress for row in live if row.progress]
+
+    def _allowed(self, live: list[_Row]) -> tuple[Any, list[_Row]]:
+        """What each row may choose (see `decode`), and the rows that can go on."""
+        allowed, able = self._unconstrained, []
+        for row in live:
+            constraint = row.progress.request.constraint if row.progress else None
+            if constraint is not None:
+                try:
+                    words = constraint.allowed()
+                except PunaError as error:
+                    self._fail(row, error)
+                    continue
+                allowed = self._anything.copy() if allowed is self._unconstrained else allowed
+                allowed[row.index] &= words
+            able.append(row)
+        return allowed if allowed is self._unconstrained else self._put(allowed), able
 
     def _finish_tokens(self) -> None:
         """Reads the tokens that the step before started."""
@@ -365,6 +427,13 @@ class Engine:
         before = progress.tokens[-1] if progress.tokens else request.prompt[-1]
         row.cached.append(before)
         progress.tokens.append(token)
+        self.counts.tokens += 1
+        if request.constraint is not None:
+            try:
+                request.constraint.accept(token)
+            except PunaError as error:
+                self._fail(row, error)
+                return
         if request.logprobs is not None:
             progress.logprobs.append(_logprobs(made, row.index, request.logprobs))
         stopped = token in request.stop_ids
@@ -384,15 +453,24 @@ class Engine:
         if row.text is not None:
             progress.text += row.text.flush()
         row.progress, row.text, row.reading, row.used = None, None, False, next(self._clock)
+        self._finished(progress, why)
+
+    def _fail(self, row: _Row, error: BaseException) -> None:
+        assert row.progress is not None
+        row.progress.error = error
+        self._end(row, "error")
+
+    def _finished(self, progress: Progress, why: str | None) -> None:
         progress.finish = why
+        self.counts.finished[str(why)] += 1
         progress.changed(progress)
+
+    def _width(self, count: int) -> int:
+        """The width of a piece of `count` tokens: few widths, since each is compiled."""
+        return next((width for width in (16, 64, 256) if count <= width < self.chunk), self.chunk)
 
     def _window(self, length: int) -> int:
         return min(_power_of_two(length, self.least_window), self.length)
-
-
-class Full(Exception):
-    """The queue is full: the request may be tried again later."""
 
 
 def run_all(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Progress]]:
@@ -406,7 +484,8 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Progre
 def _logprobs(made: Made, i: int, count: int | None) -> TokenLogprobs:
     assert made.logprob is not None and made.top_ids is not None and made.top_logprobs is not None
     top = zip(made.top_ids[i, :count].tolist(), made.top_logprobs[i, :count].tolist(), strict=True)
-    return TokenLogprobs(int(made.token[i]), float(made.logprob[i]), tuple(top))
+    able = tuple((token, logprob) for token, logprob in top if logprob > -np.inf)  # what a grammar left open
+    return TokenLogprobs(int(made.token[i]), float(made.logprob[i]), able)
 
 
 def _over(progress: Progress, now: float) -> str | None:

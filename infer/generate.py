@@ -168,7 +168,8 @@ def prefill_prompts(
 ) -> State:
     """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
     capacity = min(_round_up(longest, WINDOW), config.max_position_embeddings)
-    cache = init_cache(config, len(prompts), capacity, cache_dtype(params), mesh).unstack()
+    dtype = cpu.CACHE_DTYPE if cpu.platform_of(params) == cpu.PLATFORM else params["embed"].dtype
+    cache = init_cache(config, len(prompts), capacity, dtype, mesh, layout="per_layer")
     cache = jax.device_put(cache, jax.local_devices()[0]) if mesh is None else cache
     width = _round_up(max(len(prompt) for prompt in prompts), 16)
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -188,11 +189,6 @@ def prefill_prompts(
     done = np.zeros(len(prompts), bool)
     rest = (_placed(last, mesh), _placed(position, mesh), _placed(seen, mesh, "vocab"), _placed(done, mesh))
     return State(cache, *rest)
-
-
-def cache_dtype(params: Params) -> jnp.dtype:
-    """What keys and values of a model with these parameters are kept in."""
-    return jnp.dtype(cpu.CACHE_DTYPE) if cpu.platform_of(params) == cpu.PLATFORM else params["embed"].dtype
 
 
 def _placed(array: np.ndarray, mesh: Mesh | None, *axes: str) -> Array:

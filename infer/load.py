@@ -1,6 +1,6 @@
 """What every command of `infer` starts with: a model, its tokenizer, its devices, and how it wishes to be sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +15,20 @@ from convert.formats import open_model
 from convert.load import Quantize, load_params
 from convert.peft import Adapter, read_adapter
 from convert.tokenizer_files import find_tokenizer, tokenizer_folder
+from infer.engine import Engine
 from infer.sample import Sampling
+from model import cpu
+from model.chat import Template, get_template
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.json_file import read_json
+from model.linear import product
 from model.params import Params
+from model.selected import side_by_side
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer
+
+LONGEST = 4096  # tokens that an engine makes room for where nobody says
 
 
 class ModelSource(NamedTuple):
@@ -32,6 +39,11 @@ class ModelSource(NamedTuple):
     tokenizer: Tokenizer
     generation: dict[str, Any]  # generation_config.json; empty where there is none
     adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What to call it: the last part of its folder's name."""
+        return self.checkpoint.folder.resolve().name
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -75,6 +87,68 @@ def load(
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
         params = load_params(source.checkpoint, dtype, mesh, quantize, layout="per_layer")
         return apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
+
+
+def load_engine(
+    source: ModelSource,
+    adapters: Mapping[str, Adapter],
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    quantize: Quantize | None = None,
+    *,
+    rows: int = 8,
+    length: int | None = None,
+    queue: int = 1024,
+) -> Engine:
+    """An engine over a model, with `adapters` side by side: request i's adapter is the i-th of them.
+
+    Args:
+        length: tokens of the longest request; None is the model's context, 4,096 at most.
+
+    Raises:
+        PunaError: an adapter does not fit the model, or does more than adapt its linear weights.
+    """
+    config, params = load(source, mesh, dtype, quantize)
+    trees = [apply_adapters(params, config, [adapter], mesh)[1] for adapter in adapters.values()]
+    if trees:
+        params = side_by_side([params, *trees][1:], product)
+    on_cpu = cpu.platform_of(params) == cpu.PLATFORM
+    return Engine(
+        params,
+        config,
+        source.tokenizer,
+        rows=rows,
+        length=length or min(LONGEST, config.max_position_embeddings),
+        queue=queue,
+        mesh=mesh,
+        cache_dtype=cpu.CACHE_DTYPE if on_cpu else params["embed"].dtype,
+    )
+
+
+def named_adapters(given: Sequence[str]) -> dict[str, Adapter]:
+    """The adapters that options such as `--adapter poet=adapters/poet` name.
+
+    Raises:
+        PunaError: not NAME=PATH, a name twice, or no adapter there.
+    """
+    found: dict[str, Adapter] = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path or name in found:
+            raise PunaError(f"--adapter {text}: give NAME=PATH, each name once")
+        found[name] = read_adapter(path)
+    return found
+
+
+def chat_template(name: str | None, tokenizer: Tokenizer) -> Template | None:
+    """The template `name`, or the checkpoint's own; None where it has none.
+
+    Raises:
+        PunaError: no template of that name.
+    """
+    if name is None:
+        return get_template("chat_template", tokenizer) if tokenizer.chat_template is not None else None
+    return get_template(name, tokenizer)
 
 
 def sampling(generation: dict[str, Any], **given: Any) -> Sampling:

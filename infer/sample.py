@@ -70,7 +70,8 @@ def _is_bias(pairs: tuple[tuple[int, float], ...]) -> bool:
 
 
 class SamplingRows(NamedTuple):
-    """The settings of a batch, one array entry a row: [B] each, `bias_ids` and `bias` [B, BIASES], `key` typed keys."""
+    """The settings of a batch, one array entry a row: [B] each, `bias_ids` and `bias` [B, BIASES], `key` uint32 [B, 2],
+    the words of JAX's keys."""
 
     temperature: Array
     top_k: Array
@@ -106,7 +107,7 @@ def stack_sampling(samplings: list[Sampling]) -> SamplingRows:
         top_k=column("top_k", np.int32),
         bias_ids=jnp.asarray(bias_ids),
         bias=jnp.asarray(bias),
-        key=keys,
+        key=jax.random.key_data(keys),
         **numbers,
     )
 
@@ -133,7 +134,7 @@ def sample(logits: Array, rows: SamplingRows, seen: Array, positions: Array, cou
         warm = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
         filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
         kept = jax.lax.cond(jnp.any(filtered), lambda: keep(warm, rows), lambda: warm)
-        keys = jax.vmap(jax.random.fold_in)(rows.key, positions)
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(rows.key), positions)
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(rows.temperature > 0, drawn, likeliest)
 

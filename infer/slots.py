@@ -18,6 +18,7 @@ from model.config import LlamaConfig
 from model.llama import hidden, logits
 from model.params import Params
 from model.selected import select
+from model.sharding import constrain
 
 STOPS = 8  # token ids that may end a row, at most
 TOP = 20  # log-probabilities of the likeliest tokens that a request may ask for, at most
@@ -92,7 +93,7 @@ def admit(
     def put(all: Array, one: Array) -> Array:
         return all.at[row].set(one)
 
-    return Slots(
+    admitted = Slots(
         cache=slots.cache,
         token=put(slots.token, token),
         position=put(slots.position, position),
@@ -104,6 +105,7 @@ def admit(
         counts=put(slots.counts, jnp.zeros_like(slots.counts[0])),
         settings=jax.tree.map(lambda all, one: all.at[row].set(one[0]), slots.settings, own),
     )
+    return _laid_out(admitted)
 
 
 @partial(jax.jit, static_argnames=("config", "window", "scored"), donate_argnames="slots")
@@ -113,23 +115,29 @@ def extend(
     tokens: Array,
     positions: Array,
     following: Array,
+    count: Array,
     row: Array,
     adapter: Array,
     config: LlamaConfig,
     window: int,
     scored: bool,
-) -> tuple[Slots, Made | None]:
-    """Writes tokens [1, T] into row `row` at positions [1, T]; padding stands at the cache's capacity.
+) -> tuple[Slots, Made | None, Array]:
+    """Writes tokens [1, T] into row `row` at positions [1, T].
 
-    scored: also how likely the tokens `following` [T] were, each after its own.
+    Args:
+        tokens: of which the first `count` are; padding stands at the cache's capacity.
+        following: [T], the tokens that are scored, each after its own.
+        scored: whether they are.
+
+    Returns:
+        The slots, the scores, and the last token's hidden state after the final norm, float32 [D].
     """
     params = select(params, adapter[None])
     x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window)
     assert cache is not None
-    slots = slots._replace(cache=cache)
-    if not scored:
-        return slots, None
-    return slots, _scored(logits(params, x[0], config), following)
+    slots = _laid_out(slots._replace(cache=cache))
+    state = x[0, count - 1].astype(jnp.float32)
+    return slots, _scored(logits(params, x[0], config), following) if scored else None, state
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -141,7 +149,7 @@ def copy_row(slots: Slots, source: Array, target: Array) -> Slots:
 
     cache = slots.cache
     cache = cache.replace(k=jax.tree.map(copy, cache.k), v=jax.tree.map(copy, cache.v), lengths=copy(cache.lengths))
-    return slots._replace(cache=cache)
+    return _laid_out(slots._replace(cache=cache))
 
 
 @partial(jax.jit, static_argnames=("config", "rows", "window", "scored"), donate_argnames="slots")
@@ -149,15 +157,19 @@ def decode(
     params: Params,
     slots: Slots,
     kept: Array,
-    vocab_limit: Array,
+    allowed: Array,
     config: LlamaConfig,
     rows: int,
     window: int,
     scored: bool,
 ) -> tuple[Slots, Made]:
-    """One token for every live row of the first `rows`; a row that is not `kept` [N] ends first.
+    """One token for every live row of the first `rows`.
 
-    Tokens from the id `vocab_limit` on are never chosen. scored: see `Made`.
+    Args:
+        kept: bool [N]; a row that is not ends first.
+        allowed: uint32 [N, ceil(V / 32)], the tokens that may be chosen: a bit each, the lowest first.
+        window: how many positions attention reads; above every live row's.
+        scored: see `Made`.
     """
     params = select(params, slots.adapter[:rows])
     live = (slots.live & kept)[:rows]
@@ -166,7 +178,7 @@ def decode(
         params, slots.token[:rows, None], config, positions=position[:, None], cache=slots.cache, window=window
     )
     assert cache is not None
-    raw = jnp.where(jnp.arange(config.vocab_size) < vocab_limit, logits(params, x[:, 0], config), -jnp.inf)
+    raw = jnp.where(_bits(allowed[:rows], config.vocab_size), logits(params, x[:, 0], config), -jnp.inf)
     settings = jax.tree.map(lambda a: a[:rows], slots.settings)
     counts = slots.counts[:rows]
     new = sample(raw, settings, slots.in_prompt[:rows] | (counts > 0), position + 1, counts)
@@ -182,7 +194,29 @@ def decode(
         live=(slots.live & kept).at[:rows].set(live & ~ended),
         counts=slots.counts.at[jnp.arange(rows), new].add(live.astype(jnp.int32)),
     )
-    return slots, made
+    return _laid_out(slots), made
+
+
+def _laid_out(slots: Slots) -> Slots:
+    """Over a mesh, every array where the engine first put it: else each program's result would compile the next anew."""
+
+    def lay_out(x: Array, *axes: str | None) -> Array:
+        return constrain(x, (None, *axes, *[None] * (x.ndim - 1 - len(axes))))
+
+    cache = slots.cache
+    keys, values = (jax.tree.map(lambda x: lay_out(x, "kv_heads"), side) for side in (cache.k, cache.v))
+    rest = jax.tree.map(lay_out, slots._replace(cache=None))
+    return rest._replace(
+        cache=cache.replace(k=keys, v=values, lengths=lay_out(cache.lengths)),
+        in_prompt=lay_out(slots.in_prompt, "vocab"),
+        counts=lay_out(slots.counts, "vocab"),
+    )
+
+
+def _bits(words: Array, count: int) -> Array:
+    """The first `count` bits of uint32 [N, W], the lowest of a word first, as bool [N, count]."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(len(words), -1)[:, :count] == 1
 
 
 def _scored(raw: Array, tokens: Array) -> Made:

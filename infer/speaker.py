@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from infer.engine import Engine, Request
+from infer.engine import Engine
+from infer.load import LONGEST
+from infer.request import Request
 from infer.sample import Sampling
 from model.chat import TEMPLATES, Message, Template, encode_prompt, get_template, stop_ids
 from model.config import LlamaConfig
 from model.errors import JobFailed, PunaError
 from model.tokenizer import Tokenizer
 
-LARGEST_CACHE = 8192  # tokens, where nothing is said: contexts of 131072 would take tens of GB
 REPLY = 512  # tokens, where nothing is said
 
 Note = Callable[[str], None]  # shows a line beside the conversation
@@ -73,7 +74,7 @@ def room(config: LlamaConfig, context: int | None, max_new_tokens: int | None) -
     most = config.max_position_embeddings
     if context is not None and not 2 <= context <= most:
         raise PunaError(f"--context is {context}: give a number from 2 to {most} (max_position_embeddings)")
-    context = context or min(most, LARGEST_CACHE)
+    context = context or min(most, LONGEST)
     new = max_new_tokens if max_new_tokens is not None else min(REPLY, context // 2)
     if not 0 < new < context:
         raise PunaError(f"max_new_tokens is {new}: give a number above 0 and below the context of {context}")

@@ -5,7 +5,7 @@ parameters and one stacked array beside stacked ones: as a scan *carry* it is up
 would be copied. Donate the cache to the jitted function that updates it.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,23 +40,33 @@ class KVCache(struct.PyTreeNode):
 
 
 def init_cache(
-    config: LlamaConfig, batch: int, max_length: int, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+    config: LlamaConfig,
+    batch: int,
+    max_length: int,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    layout: Literal["stacked", "per_layer"] = "stacked",
 ) -> KVCache:
-    """An empty stacked cache for `batch` rows of up to `max_length` tokens (`.unstack()` it for unstacked layers).
+    """An empty cache for `batch` rows of up to `max_length` tokens, in the layout of the parameters beside it.
 
     Over a mesh, heads are split as the model's are, or replicated where there are too few.
     """
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+    shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+
+    def side() -> Any:
+        if layout == "per_layer":
+            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+        return jnp.zeros((config.num_hidden_layers, *shape), dtype)
 
     def zeros() -> KVCache:
-        return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), lengths=jnp.zeros(batch, jnp.int32))
+        return KVCache(k=side(), v=side(), lengths=jnp.zeros(batch, jnp.int32))
 
     if mesh is None:
         return zeros()
     axes = ("layers", None, "kv_heads", None, None)
 
     def lay_out(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        return relaxed_sharding(mesh, axes if x.ndim == len(axes) else (None,), x.shape)
+        return relaxed_sharding(mesh, (None,) if x.ndim == 1 else axes[-x.ndim :], x.shape)
 
     return jax.jit(zeros, out_shardings=jax.tree.map(lay_out, jax.eval_shape(zeros)))()
 

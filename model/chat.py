@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from model.chat_jinja import jinja_render
+from model.chat_jinja import jinja_render, referenced_names
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 
@@ -109,6 +109,10 @@ def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
 class Template:
     """How a conversation is written: `render(messages, add_generation_prompt)` gives the pieces, and `encode` their
     token ids and mask. `stop` are texts that end a reply, and `stop_tokens` the special tokens that do.
+
+    Attributes:
+        with_tools: the same template beside functions that the model may call (JSON schemas, as OpenAI's `tools`); None
+            where it has no place for them.
     """
 
     name: str
@@ -116,6 +120,7 @@ class Template:
     encode: Callable[[Sequence[Piece], Tokenizer], tuple[list[int], list[bool]]]
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[str, ...] = (EOS,)
+    with_tools: "Callable[[Sequence[Mapping[str, Any]]], Template] | None" = None
 
 
 def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -361,10 +366,18 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
     """
     render = jinja_render(source, tokenizer)
 
-    def pieces(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
-        asked = [{**message, "content": _asked(message)} for message in messages]
-        return [Piece(*piece) for piece in render(asked, add_generation_prompt, not add_generation_prompt)]
+    def template(
+        stop_tokens: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None, with_tools: Callable | None
+    ) -> Template:
+        def pieces(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+            asked = [{**message, "content": _asked(message)} for message in messages]
+            return [Piece(*piece) for piece in render(asked, add_generation_prompt, not add_generation_prompt, tools)]
+
+        return Template("chat_template", pieces, encode_aligned, stop_tokens=stop_tokens, with_tools=with_tools)
 
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     written = [text for text, _, special in render(conversation, False, False) if special]
-    return Template("chat_template", pieces, encode_aligned, stop_tokens=(*written[-1:], EOS))
+    stop_tokens = (*written[-1:], EOS)
+    takes_tools = "tools" in referenced_names(source)
+    with_tools = (lambda tools: template(stop_tokens, tools, None)) if takes_tools else None
+    return template(stop_tokens, None, with_tools)

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -76,11 +77,10 @@ def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def jinja_render(
-    source: str, tokenizer: Tokenizer
-) -> Callable[[Sequence[Mapping[str, Any]], bool, bool], list[tuple[str, bool, bool]]]:
-    """Compile `source`. The result, `render(messages, add_generation_prompt, masked)`, gives (text, trained, special)
-    in order; without `masked` nothing is trained.
+def jinja_render(source: str, tokenizer: Tokenizer) -> Callable[..., list[tuple[str, bool, bool]]]:
+    """Compile `source`. The result, `render(messages, add_generation_prompt, masked, tools=None)`, gives (text, trained,
+    special) in order; without `masked` nothing is trained. `tools` are functions that the model may call, as OpenAI's
+    API has them.
 
     Raises:
         PunaError: the template does not compile, refuses the messages, or rewrites earlier turns so that what each
@@ -98,7 +98,6 @@ def jinja_render(
     specials = _Specials(tokenizer.special_tokens)
     names: dict[int | None, str] = {number: text for text, number in tokenizer.special_tokens.items()}
     constants: dict[str, Any] = {
-        "tools": None,
         "documents": None,
         "bos_token": names.get(tokenizer.bos_id, ""),
         "eos_token": names.get(tokenizer.eos_id, ""),
@@ -106,18 +105,23 @@ def jinja_render(
         "unk_token": names.get(tokenizer.unk_id, ""),
     }
 
-    def text_of(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def text_of(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Any = None) -> str:
         try:
-            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt, **constants)
+            return compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **constants
+            )
         except Exception as error:  # a template is foreign code: whatever it does wrong, it refuses
             raise PunaError(f"the chat template refuses these messages: {error}") from error
 
     def render(
-        messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, masked: bool
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        masked: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[tuple[str, bool, bool]]:
-        mark = _unused_mark(messages)
+        mark = _unused_mark([*messages, *(tools or [])])
         protected = [specials.protect(message, mark) for message in messages]
-        text = text_of(protected, add_generation_prompt)
+        text = text_of(protected, add_generation_prompt, None if tools is None else specials.protect(tools, mark))
         if _OPEN in text:
             text, spans = _tagged_spans(text)
         else:
@@ -125,6 +129,19 @@ def jinja_render(
         return _split(text, spans, specials, mark)
 
     return render
+
+
+def referenced_names(source: str) -> set[str]:
+    """The names that a template reads from outside, such as `tools`.
+
+    Raises:
+        PunaError: the template does not compile.
+    """
+    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    try:
+        return find_undeclared_variables(environment.parse(source))
+    except TemplateError as error:
+        raise PunaError(f"the chat template does not compile: {error}") from error
 
 
 def _unused_mark(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -63,6 +63,8 @@ def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]
     def one(*leaves: Any) -> Any:
         found = [leaf for leaf in leaves if isinstance(leaf, LoraArray)]
         if not found:
+            if not all(leaf is leaves[0] or _equal(leaf, leaves[0]) for leaf in leaves):
+                raise PunaError("an adapter brings whole weights (modules_to_save): merge it into a model of its own")
             return leaves[0]
         if any(isinstance(leaf.base, LoraArray) for leaf in found):
             raise PunaError("adapters beside each other are single ones: merge those that lie over one another first")
@@ -88,6 +90,12 @@ def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]
         )  # fmt: skip
 
     return jax.tree.map(one, *trees, is_leaf=lambda node: not isinstance(node, (dict, tuple)))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two leaves of any kind hold the same numbers."""
+    one, other = jax.tree.leaves(a), jax.tree.leaves(b)
+    return type(a) is type(b) and all(bool(jnp.array_equal(x, y)) for x, y in zip(one, other, strict=True))
 
 
 def select(params: Params, index: Array) -> Params:

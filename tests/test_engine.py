@@ -11,18 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer import slots
-from infer.engine import Engine, Full, Request, run_all
+from infer.engine import Engine, run_all
 from infer.generate import generate
+from infer.request import Full, Request
 from infer.sample import Sampling, sample, stack_sampling
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
-from model.layout import per_layer
+from model.layout import per_layer, place
 from model.linear import product
+from model.llama import hidden
 from model.lora import LoraArray, add
 from model.params import LINEARS
 from model.quantize import quantize
 from model.selected import side_by_side
+from model.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
 
@@ -135,18 +137,66 @@ def test_scores_are_the_models_own(params, engine):
         np.testing.assert_allclose([value for _, value in score.top], np.sort(exact[i])[::-1][:4], atol=1e-4)
 
 
+class Only:
+    """A constraint: the text is one of the tokens `first`, then `then` for ever."""
+
+    def __init__(self, first, then):
+        self.orders, self.accepted = [first, [then]], []
+
+    def allowed(self):
+        bits = np.zeros(CONFIG.vocab_size, bool)
+        bits[self.orders[min(len(self.accepted), 1)]] = True
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def accept(self, token):
+        if token == 50:
+            raise PunaError("no 50")
+        self.accepted.append(token)
+
+
+def test_a_constraint_is_asked_before_each_token_and_binds_its_row_alone(params, engine):
+    free = Request(OPENINGS[0], 9, Sampling(temperature=1.0, seed=4))
+    bound = [Request(OPENINGS[0], 9, Sampling(), constraint=Only([20, 30, 40], 50 + i)) for i in range(2)]
+    beside, broken, progress = list(run_all(engine, [free, *bound]))[-1]
+    assert beside.tokens == recomputed(params, free, beside.tokens) and len(beside.tokens) == 9
+    logits = np.asarray(forward(params, jnp.array([OPENINGS[0]]), CONFIG)[0][0, -1])
+    first = max([20, 30, 40], key=lambda token: logits[token])
+    assert progress.tokens == [first] + [51] * 8 and bound[1].constraint.accepted == progress.tokens
+    assert broken.finish == "error" and str(broken.error) == "no 50"
+
+
+def test_an_embedding_is_the_last_hidden_state(params, engine):
+    asked = [Request(OPENINGS[i][: 7 + 13 * i], 1, embed=True) for i in range(3)]
+    for progress in list(run_all(engine, asked))[-1]:
+        exact = hidden(params, jnp.array([progress.request.prompt]), CONFIG)[0][0, -1]
+        np.testing.assert_allclose(progress.embedding, exact, atol=1e-5)
+        assert progress.finish == "stop" and progress.tokens == []
+
+
+def test_over_a_mesh_it_is_the_same_and_compiles_as_little(params):
+    asked = [Request(OPENINGS[i], 12, Sampling(temperature=0.8, seed=i)) for i in range(3)]
+    alone = list(run_all(Engine(per_layer(params), CONFIG, rows=4, chunk=16, least_window=64), asked))[-1]
+    mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+    placed = place(params, CONFIG, mesh)
+    engine = Engine(per_layer(placed), CONFIG, rows=4, chunk=16, least_window=64, mesh=mesh)
+    programs = engine.warm_up()
+    together = list(run_all(engine, asked))[-1]
+    assert [progress.tokens for progress in together] == [progress.tokens for progress in alone]
+    assert engine.programs == programs
+
+
 def test_after_warming_up_nothing_compiles(params, engine):
     programs = engine.warm_up(scored=True)
 
     def ask(seed):
         sampling = Sampling(temperature=0.5 + seed / 10, top_p=0.9, seed=seed, logit_bias=((seed + 9, 1.0),))
         prompts = [OPENINGS[seed % 3][: 1 + 7 * i] for i in range(6)]
-        return [Request(prompt, 30, sampling, stop_ids=(seed,), logprobs=seed % 2 or None) for prompt in prompts]
+        texts = [Request(prompt, 30, sampling, stop_ids=(seed,), logprobs=seed % 2 or None) for prompt in prompts]
+        return [*texts, Request(prompts[1], 1, embed=True), Request(prompts[2], 9, constraint=Only([20], 21))]
 
     for seed in range(6):
         list(run_all(engine, ask(seed)))
-    functions = (slots.decode, slots.extend, slots.admit, slots.copy_row)
-    assert sum(function._cache_size() for function in functions) == programs
+    assert engine.programs == programs
 
 
 @pytest.mark.parametrize("form", [None, "nf4"])

@@ -56,7 +56,7 @@ def test_white_space_at_the_ends_of_a_text_is_left_out(text, sizes):
 def test_the_room_of_a_conversation():
     config = LlamaConfig(vocab_size=512, max_position_embeddings=512)
     wide = replace(config, max_position_embeddings=131072)
-    assert room(config, None, None) == (512, 256) and room(wide, None, None) == (8192, 512)
+    assert room(config, None, None) == (512, 256) and room(wide, None, None) == (4096, 512)
     assert room(wide, 131072, 100) == (131072, 100)
     with pytest.raises(PunaError, match="--context is 513: give a number from 2 to 512"):
         room(config, 513, None)

@@ -26,10 +26,16 @@ _FREE_SPACE_FACTOR = 1.2
 
 
 class Checkpoints:
-    """The checkpoints of one training run, which owns `directory`; every process makes one and calls it alike.
+    """The checkpoints of one training run, which owns their directory; every process makes one and calls it alike.
 
-    Leftovers of saves that were killed are removed at once. `every_steps` and `every_minutes` say when a save is due,
-    `keep_last` and `keep_every` which steps stay: the newest n, and those divisible by k (None or 0: no such rule).
+    Leftovers of saves that were killed are removed at once. Use it as a context, at whose end the last save is awaited.
+
+    Args:
+        directory: the folder of the steps' folders, made if need be.
+        every_steps: a save is due at its multiples; None or 0: at none.
+        every_minutes: a save is due so long after the last one; None or 0: never.
+        keep_last: how many of the newest steps stay; None or 0: all.
+        keep_every: the steps divisible by it stay too; None or 0: none.
     """
 
     def __init__(
@@ -65,11 +71,17 @@ class Checkpoints:
         return self._schedule.due(step)
 
     def save(self, step: int, state: Any, data: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Start to save `state` (a tree of arrays), the data position and the configuration as `step`.
+        """Start to save a step.
 
-        Returns once the arrays may be donated; the previous save is awaited first. Nothing happens where the last
-        step saved or restored was `step`. A save that fails leaves the earlier steps as they are and is said on
-        stderr; `wait` raises it unless a later save succeeds.
+        Returns once the arrays may be donated; the previous save is awaited first. Nothing happens where the last step
+        saved or restored was this one. A save that fails leaves the earlier steps as they are and is said on stderr;
+        `wait` raises it unless a later save succeeds.
+
+        Args:
+            step: how many updates `state` has had.
+            state: a tree of arrays.
+            data: the data position, as JSON.
+            config: the configuration, as JSON.
 
         Raises:
             CheckpointError: the folder of `step` is there already, or a save failed among several processes.
@@ -95,7 +107,11 @@ class Checkpoints:
         self._checkpointer.save(folder, args=items)
 
     def wait(self) -> None:
-        """Return when the last save is on disk; raises CheckpointError where it failed."""
+        """Return when the last save is on disk.
+
+        Raises:
+            CheckpointError: it failed.
+        """
         self._finish()
         if self._failure:
             raise self._failure
@@ -127,10 +143,16 @@ class Checkpoints:
         return step
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
-        """The state, data position and step of the newest good checkpoint, or of `step`; later steps are removed.
+        """The newest good checkpoint, or one step's; later steps are removed.
 
-        `abstract_state` is the tree of ShapeDtypeStruct with the shardings to restore to, on any mesh. Files are
-        checked before they are read and arrays after; damage is named on stderr and the step before it taken.
+        Files are checked before they are read and arrays after; damage is named on stderr and the step before it taken.
+
+        Args:
+            abstract_state: a tree of ShapeDtypeStruct with the shardings to restore to, on any mesh.
+            step: the only step that will do; None for the newest good one.
+
+        Returns:
+            The state, the data position and the step.
 
         Raises:
             CheckpointError: no checkpoint can be trusted, or it does not have the arrays that are asked for.

@@ -21,13 +21,18 @@ from train.schema import flat, read
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """[model]: one of `path` (a checkpoint to continue from), `preset` (a published shape, from scratch) or explicit
-    dims (`hidden_size` and so on, under Hugging Face's names; also those that a preset should differ in).
+    """[model]: one of `path`, `preset`, or explicit dims: `hidden_size` and so on, under Hugging Face's names.
 
-    tokenizer: a file, folder or Hub id; the checkpoint's by default. dtype: what is computed in. param_dtype: how
-    weights are kept (float32 masters by default); gradients and optimizer state follow it. remat: what the backward
-    pass recomputes. loss_chunk: rows of logits alive at a time. attention is "xla", "cudnn" or "module:function";
-    block, norm and loss are "module:function" replacements.
+    Attributes:
+        path: a checkpoint to continue from; max_position_embeddings and the rope settings may differ.
+        preset: a published shape, from scratch; dims that are given too replace its own.
+        tokenizer: a file, folder or Hub id; the checkpoint's by default.
+        dtype: what is computed in.
+        param_dtype: how weights are kept (float32 masters by default); gradients and optimizer state follow it.
+        remat: what the backward pass recomputes.
+        loss_chunk: rows of logits alive at a time.
+        block: a "module:function" in place of LLaMA's, as are `norm` and `loss`.
+        attention: "xla", "cudnn" or "module:function".
     """
 
     path: str | None = None
@@ -62,10 +67,14 @@ class ModelConfig:
 class OptimConfig:
     """[optim]: the optimizer and its schedule, under transformers' names.
 
-    warmup_steps wins over warmup_ratio, as there. wsd holds the rate and decays it over the last `decay_ratio` of the
-    steps. z_loss is the weight of log(Z)^2 (PaLM, arXiv:2204.02311; 1e-4 there). max_grad_norm 0 turns clipping off.
-    offload keeps the optimizer state in host memory between steps. optimizer: "adamw", "adafactor", or a
-    "module:function" that makes an optax transformation (train.optim.make_optimizer).
+    Attributes:
+        optimizer: "adamw", "adafactor", or a "module:function" that makes an optax transformation (train.optim).
+        lr_scheduler_type: wsd holds the rate and decays it over the last `decay_ratio` of the steps.
+        warmup_steps: wins over warmup_ratio where it is not 0, as in transformers.
+        min_lr_ratio: the rate at the end, as a part of learning_rate.
+        max_grad_norm: 0 turns clipping off.
+        z_loss: the weight of log(Z)^2 (PaLM, arXiv:2204.02311; 1e-4 there).
+        offload: keeps the optimizer state in host memory between steps.
     """
 
     optimizer: str = "adamw"
@@ -86,8 +95,16 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """[lora]: adapters of rank `rank`, scaled alpha / rank, on `targets` (names, or "all-linear"); only they train,
-    with the modules in `modules_to_save`. The patterns give single modules another rank or alpha, as peft's do."""
+    """[lora]: adapters; only they train, with the modules in `modules_to_save`.
+
+    Attributes:
+        alpha: the update is scaled by alpha / rank; by alpha / sqrt(rank) with `rslora` (arXiv:2312.03732).
+        targets: the names of the weights, as q_proj, or "all-linear".
+        modules_to_save: embed_tokens and lm_head, where they are to train whole.
+        dora: a magnitude for every column of a weight too (arXiv:2402.09353).
+        rank_pattern: other ranks for modules whose name ends in a key, a regular expression, as peft's.
+        alpha_pattern: other alphas, in the same way.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -102,8 +119,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """[quantize]: how the frozen base is kept under [lora] (QLoRA, arXiv:2305.14314). block is of int4: 32, 64 or
-    128 weights that share a scale."""
+    """[quantize]: how the frozen base is kept under [lora] (QLoRA, arXiv:2305.14314).
+
+    Attributes:
+        double_quant: for nf4, the scales are quantized too.
+        block: for int4, how many weights share a scale: 32, 64 or 128.
+    """
 
     method: Literal["int8", "int4", "nf4"] = "nf4"
     double_quant: bool = False
@@ -112,8 +133,14 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """[mesh]: sizes whose product is the number of devices; -1 is the rest. sequence_parallel splits the activations
-    between blocks over the tensor axis too."""
+    """[mesh]: sizes whose product is the number of devices; -1 is the rest.
+
+    Attributes:
+        data: copies of the weights; the batch is split over data and fsdp.
+        fsdp: shards of the weights.
+        tensor: parts of the heads, of the MLP and of the vocabulary.
+        sequence_parallel: splits the activations between blocks over the tensor axis too.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -125,12 +152,17 @@ class MeshConfig:
 class RunConfig:
     """[run]: how long, how much at a time, and what is kept.
 
-    batch_size counts the sequences of one update over all devices; gradient_accumulation_steps cuts it into that many
-    microbatches. max_steps 0 means num_train_epochs decides. save_steps and save_minutes each start a save when due (0
-    turns one off); keep_last keeps the last n and every keep_every-th step. max_skipped_steps non-finite updates
-    in a row end the run. deterministic asks the backend for bitwise repeatable kernels. prepare is a "module:function"
-    that gets the Config before the data is read, to make or fetch it. profile_steps: the first and the last step of a
-    trace that is written into output_dir/profile, for xprof or Perfetto.
+    Attributes:
+        batch_size: sequences of one update, over all devices.
+        gradient_accumulation_steps: microbatches into which a batch is cut.
+        max_steps: 0 means that num_train_epochs decides.
+        save_steps: a save is due at its multiples, and save_minutes after the last one; 0 turns either off.
+        keep_last: how many of the newest checkpoints stay, beside every keep_every-th step's (0: none).
+        eval_steps: steps between two evaluations; 0 evaluates at the end only.
+        max_skipped_steps: so many non-finite updates in a row end the run.
+        deterministic: asks the backend for bitwise repeatable kernels.
+        profile_steps: the first and the last step of a trace in output_dir/profile, for xprof or Perfetto.
+        prepare: a "module:function" that gets the Config before the data is read, to make or fetch it.
     """
 
     output_dir: str = "runs/default"
@@ -154,7 +186,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told."""
+    """Everything a run is told, by section; `lora` and `quantize` are None where the file has no such section."""
 
     model: ModelConfig
     data: DataConfig
@@ -193,10 +225,15 @@ MAY_CHANGE = (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file, then `section.key=value` overrides, whose values are TOML (or plain text where that fails).
+    """Reads a TOML file and what is to replace settings of it.
+
+    Args:
+        path: the file.
+        overrides: `section.key=value` each; the value is TOML, or plain text where it is not.
 
     Raises:
-        PunaError: naming every unknown key (with the nearest known one) and every value of the wrong type.
+        PunaError: naming every unknown key (with the nearest known one) and every value of the wrong type, or the first
+            value that no run could use.
     """
     try:
         table = tomllib.loads(Path(path).read_text("utf-8"))
@@ -208,7 +245,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_config(table: dict[str, Any]) -> Config:
-    """The Config that a parsed TOML document means; see `load_config` for what it raises."""
+    """The Config that a parsed TOML document means.
+
+    Raises:
+        PunaError: see `load_config`.
+    """
     config = read(Config, {"model": {}, "data": {}} | table)
     _check(config)
     return config
@@ -339,7 +380,11 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse_changes(old: Config, new: Config) -> None:
-    """Raises PunaError naming every setting that differs and may not when a run resumes."""
+    """Check that a run of the config `old` may resume with `new`.
+
+    Raises:
+        PunaError: naming every setting that differs and may not.
+    """
     refused = [
         f"{name} was {before!r} and is {after!r}"
         for name, (before, after) in changes(old, new).items()

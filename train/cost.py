@@ -37,7 +37,11 @@ _BYTES |= {"s16": 2, "u16": 2, "s64": 8, "u64": 8}
 
 def flops(jaxpr: Jaxpr | ClosedJaxpr, platform: str = "cpu") -> float:
     """FLOPs of the matrix products in a jaxpr over all devices: 2 m n k each, times the lengths of the scans around.
-    Of what depends on the platform, the form for `platform` counts."""
+
+    Args:
+        jaxpr: of a whole step.
+        platform: of what depends on the platform, the form for this one counts.
+    """
     total = 0.0
     for eqn in jaxpr.eqns:
         match eqn.primitive.name:
@@ -69,17 +73,28 @@ def _is_jaxpr(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The collectives of one kind in a step: how many, and the bytes they hand to or take from each device."""
+    """The collectives of one kind in a step.
+
+    Attributes:
+        count: how many.
+        bytes: what they hand to or take from each device, all together.
+    """
 
     count: int
     bytes: float
 
 
 def collectives(hlo: str) -> dict[str, Traffic]:
-    """The collectives in the text of a compiled module by kind, those in loops times their trips.
+    """The collectives of one step, those in loops times their trips.
 
     Bytes are of the whole array: the result of a gather, the operand of a reduction. Groups of one device are left
     out: nothing travels.
+
+    Args:
+        hlo: the text of the compiled module.
+
+    Returns:
+        The traffic by the kind of collective, as "all-gather".
     """
     bodies, entry = _computations(hlo)
     totals: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -135,13 +150,22 @@ def _size(shapes: str) -> float:
 
 
 def theory(model: LlamaConfig, mesh: Mapping[str, int], config: Config, width: int) -> dict[str, float]:
-    """Bytes a device should gather and reduce in one step of full training, at `width` bytes an element.
+    """Bytes that a device should gather and reduce in one step of full training.
 
     Fully sharded: the weights of every layer are gathered for the forward pass and again for the backward one,
     embedding and head once a step, and every gradient is reduced once a microbatch (ZeRO-3, arXiv:1910.02054). Tensor
     parallel: the activations are reduced after attention and after the MLP, again where they are recomputed, and once
     for each input gradient of q, k, v, gate and up (Megatron-LM, arXiv:1909.08053, fuses these five into two), beside
     embedding and head. Sequence parallel: they are gathered before each of these products too.
+
+    Args:
+        model: the model's shape.
+        mesh: the sizes of the axes data, fsdp and tensor.
+        config: the run's.
+        width: bytes of an element that travels.
+
+    Returns:
+        The bytes "gathered" and "reduced".
     """
     data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
     microbatches = config.run.gradient_accumulation_steps
@@ -161,6 +185,11 @@ def theory(model: LlamaConfig, mesh: Mapping[str, int], config: Config, width: i
 
 
 def shard_bytes(tree: Any, memory_kind: str | None = None) -> int:
-    """Bytes that one device holds of a tree of arrays or shapes with shardings; of one kind of memory if given."""
+    """Bytes that one device holds of a tree.
+
+    Args:
+        tree: arrays, or shapes with shardings.
+        memory_kind: count only what lies in this kind of memory, as "pinned_host"; None counts all.
+    """
     leaves = [x for x in jax.tree.leaves(tree) if memory_kind is None or x.sharding.memory_kind == memory_kind]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

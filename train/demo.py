@@ -30,10 +30,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 def exact_match(model: LlamaConfig, params: Params, dataset: PackedDataset, batch_size: int = 64) -> float:
-    """The fraction of rows, one example each, that greedy decoding would answer exactly.
+    """The fraction of examples that greedy decoding would answer exactly.
 
     That is where, given the right letters before, the likeliest token is right at every place that counts: decoding
     then never leaves the right letters.
+
+    Args:
+        model: the shape of `params`.
+        params: stacked.
+        dataset: one example a row.
+        batch_size: rows computed at a time.
     """
 
     @jax.jit
@@ -49,6 +55,7 @@ def exact_match(model: LlamaConfig, params: Params, dataset: PackedDataset, batc
 
 @app.command(help=__doc__)
 def demo(overrides: list[str] = typer.Argument(None, help="section.key=value, in place of the file's.")) -> None:
+    """Train, and print the exact matches among the held-out examples."""
     config = load_config(CONFIG, overrides or ())
     run(config)
     model, trained = load_model(Path(config.run.output_dir) / "final")

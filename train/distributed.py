@@ -48,6 +48,9 @@ def initialize() -> None:
 
     When some do not come in time they are named, with their hosts under Slurm, and this process ends with code 86:
     who restarts it may find them there.
+
+    Raises:
+        PunaError: some of these are missing or no numbers, or two processes have one PROCESS_ID.
     """
     address, count, index = _from_environment(os.environ)
     timeout = _seconds("CONNECT_SECONDS", _CONNECT_SECONDS)
@@ -126,6 +129,9 @@ def lock(run_dir: str | Path) -> Iterator[None]:
     """Hold the run directory, which is made if need be, so that a second run in it is refused by name.
 
     Process 0 holds the lock for all. The kernel releases it however the process ends.
+
+    Raises:
+        PunaError: another run holds it.
     """
     if jax.process_index() != 0:
         yield
@@ -147,10 +153,19 @@ def lock(run_dir: str | Path) -> Iterator[None]:
 
 
 def preflight(run_dir: str | Path, batch_sharding: Sharding, batch_shape: tuple[int, ...], data_key: str) -> str:
-    """Check that the processes can train together, before any of them starts; returns a line about the devices.
+    """Check that the processes can train together, before any of them starts.
 
     Every row of the batch is fed by some process and no two processes overlap in part of their rows; all read the
-    same data (`data_key` names it: a cache key, a seed); a file that process 0 writes in `run_dir` is read by all.
+    same data; a file that process 0 writes in `run_dir` is read by all.
+
+    Args:
+        run_dir: the folder of the run.
+        batch_sharding: of the global batch.
+        batch_shape: of the global batch, of which the first axis is rows.
+        data_key: names the data: a cache key, a seed.
+
+    Returns:
+        A line about the devices.
 
     Raises:
         PunaError: naming the hosts that differ.

@@ -27,7 +27,16 @@ def shapes(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def check_fit(folder: Path, tree: Any, complete: bool) -> None:
-    """Raise unless `tree` asks for arrays that the checkpoint has (all of them if `complete`), as it has them."""
+    """Check that a checkpoint has the arrays that are asked for, in their shapes and dtypes.
+
+    Args:
+        folder: the checkpoint's.
+        tree: arrays or shapes.
+        complete: the checkpoint may have no others.
+
+    Raises:
+        CheckpointError: naming the first arrays that differ.
+    """
     saved = {name: (x["shape"], x["dtype"]) for name, x in manifest.read(folder)["arrays"].items()}
     asked = {name: (x["shape"], x["dtype"]) for name, x in shapes(tree).items()}
     names = [name for name in asked | (saved if complete else {}) if asked.get(name) != saved.get(name)]
@@ -47,7 +56,12 @@ def _words(array: tuple[list[int], str] | None) -> str:
 
 
 def changed_arrays(folder: Path, tree: Any) -> list[str]:
-    """Names of the arrays of `tree` that are not what was saved, whatever the meshes of then and now."""
+    """Names of the arrays that are not what was saved, whatever the meshes of then and now.
+
+    Args:
+        folder: the checkpoint's.
+        tree: what was read from it.
+    """
     saved = manifest.read(folder)["arrays"]
     now = jax.device_get(fingerprints(tree))
     return [name for name, value in now.items() if int(value) != saved[name]["fingerprint"]]
@@ -55,9 +69,12 @@ def changed_arrays(folder: Path, tree: Any) -> list[str]:
 
 @jax.jit
 def fingerprints(tree: Any) -> dict[str, jax.Array]:
-    """`convert.manifest.fingerprint` of every array in `tree`, by dotted name, in one compiled program.
+    """`convert.manifest.fingerprint` of every array in `tree`, in one compiled program.
 
     Arrays that are kept in host memory are brought to the device for it.
+
+    Returns:
+        uint32 scalars, by dotted name.
     """
     on_device = jax.device_put(_named(tree), jax.memory.Space.Device)
     return {name: manifest.fingerprint(x) for name, x in on_device.items()}
@@ -81,7 +98,12 @@ def to_nested_dict(tree: Any) -> dict[str, Any]:
 
 
 def from_nested_dict(tree: Any, arrays: dict[str, Any]) -> Any:
-    """The leaves of the nested dict `arrays` in the structure of `tree`: the inverse of `to_nested_dict`."""
+    """The inverse of `to_nested_dict`.
+
+    Args:
+        tree: the structure wanted; its leaves do not matter.
+        arrays: dicts of dicts with a leaf for each of them.
+    """
 
     def leaf(path: KeyPath, _: Any) -> Any:
         node = arrays

@@ -30,11 +30,24 @@ def launch(
     max_restarts: int = 3,
     hang_minutes: float = 30.0,
 ) -> int:
-    """Run `python -m train run ARGUMENTS` in `processes` processes to its end; returns the exit code.
+    """Run `python -m train run ARGUMENTS` in several processes of this host to its end.
 
-    They share the GPUs of the host, or have `cpu_devices` virtual CPU devices each. Died or frozen, they start again
-    from the last checkpoint in `run_dir`, until `max_restarts` starts in a row have brought no new one. SIGTERM and
-    SIGINT are passed on as SIGTERM: a step is saved in every process and the code is 85.
+    Died or frozen, they start again from the last checkpoint. SIGTERM and SIGINT are passed on as SIGTERM: a step is
+    saved in every process and the code is 85.
+
+    Args:
+        arguments: of the command: the config file and overrides.
+        run_dir: run.output_dir, whose checkpoints and signs of life are watched.
+        processes: how many.
+        cpu_devices: virtual CPU devices of each process; None shares out the GPUs of the host.
+        max_restarts: starts in a row without a new checkpoint before giving up.
+        hang_minutes: so long without a sign of life counts as frozen.
+
+    Returns:
+        The exit code: see `Supervisor.run`.
+
+    Raises:
+        PunaError: no process is asked for, or a number that does not divide the GPUs.
     """
     if processes < 1:
         raise PunaError(f"-n {processes}: give at least one process")
@@ -54,8 +67,12 @@ def launch(
 class Supervisor:
     """Starts processes, watches them, and starts them again.
 
-    `start` makes them, `newest_step` is the progress that counts and `last_sign` when they last showed life
-    (seconds since the epoch).
+    Args:
+        start: makes them.
+        newest_step: the progress that counts.
+        last_sign: when they last showed life, in seconds since the epoch.
+        max_restarts: starts in a row without progress before giving up.
+        hang_minutes: so long without a sign of life counts as frozen.
     """
 
     def __init__(
@@ -72,7 +89,11 @@ class Supervisor:
         self.signals = 0
 
     def run(self) -> int:
-        """Supervise to the end: 0, 85 (stopped with the step saved), 2 (the request is wrong), or 1 (gave up)."""
+        """Supervise to the end.
+
+        Returns:
+            0, 85 (stopped with the step saved), 2 (the request is wrong), or 1 (gave up).
+        """
         previous = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return self._run()

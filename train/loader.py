@@ -17,13 +17,27 @@ T = TypeVar("T")
 
 
 def local_rows(sharding: Sharding, shape: tuple[int, ...]) -> slice:
-    """The rows of a global array of `shape` that this process's devices hold between them."""
+    """The rows of a global array from the first to the last that this process's devices hold.
+
+    Args:
+        sharding: the array's.
+        shape: the array's, of which the first axis is rows.
+    """
     held = [index[0].indices(shape[0]) for index in sharding.addressable_devices_indices_map(shape).values() if index]
     return slice(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
 
 
 def to_devices(rows: Callable[[int, int], HostBatch], sharding: Sharding, shape: tuple[int, int]) -> Batch:
-    """The global batch of `shape` of which `rows(start, stop)` makes a part, each device with its own rows."""
+    """The global batch, each device with its own rows; a process makes its `local_rows` only.
+
+    Args:
+        rows: `rows(start, stop)` -> these rows of the batch, int32 [stop - start, T].
+        sharding: of each array.
+        shape: (B, T).
+
+    Returns:
+        Global arrays, int32 [B, T], under the names in BATCH_KEYS.
+    """
     mine = local_rows(sharding, shape)
     local = rows(mine.start, mine.stop)
 
@@ -39,7 +53,15 @@ def to_devices(rows: Callable[[int, int], HostBatch], sharding: Sharding, shape:
 
 @contextmanager
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[Iterator[T]]:
-    """Yields an iterator over `items`, of which a thread keeps `depth` ready; it raises what making them raised."""
+    """Makes `items` in a thread, ahead of their use; a context, at whose end the thread is gone.
+
+    Args:
+        items: what to go through.
+        depth: how many are kept ready.
+
+    Yields:
+        An iterator over the items, which raises what making them raised.
+    """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 

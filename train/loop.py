@@ -50,8 +50,9 @@ def run(config: Config) -> None:
     """Trains what `config` says in its output_dir, or resumes what that holds.
 
     Raises:
-        PunaError: for wrong requests, NonFinite where the updates stop being numbers, and Preempted after SIGTERM,
-            with the step saved.
+        PunaError: a wrong request.
+        NonFinite: the updates stopped being numbers.
+        Preempted: SIGTERM came; the step is saved.
     """
     if config.run.deterministic:
         _make_deterministic(Path(config.run.output_dir))
@@ -168,7 +169,15 @@ def total_steps(config: Config, sampler: Sampler) -> int:
 def evaluation_loss(
     evaluate: Evaluate, state: TrainState, datasets: Datasets, config: Config, sharding: Sharding
 ) -> float:
-    """The mean loss of the trained tokens of the held-out rows."""
+    """The mean loss of the trained tokens of the held-out rows.
+
+    Args:
+        evaluate: what `make_evaluation` made.
+        state: the run's; it stays.
+        datasets: with held-out rows.
+        config: the run's; a batch is as large as a microbatch of training.
+        sharding: of a batch [B, T].
+    """
     assert datasets.evaluation is not None
     size = config.run.batch_size // config.run.gradient_accumulation_steps
     shape = (size, config.data.max_length)

@@ -24,10 +24,17 @@ Loss = Callable[[Array, Array, Array], Array]
 
 
 def make_loss(mesh: Mesh, chunk: int = 512, z_loss: float = 0.0) -> Loss:
-    """`loss(x [B, T, D], head [D, V], targets int32 [B, T])` -> float32 sum of the losses of the trained tokens.
+    """The loss of a batch: the cross-entropies of its trained tokens, summed.
 
-    Adds z_loss * log(Z)^2 per token. `chunk` rows of logits are alive at a time on every device. The head's gradient is
-    not computed where nobody asks for it (a frozen head, or evaluation).
+    The head's gradient is not computed where nobody asks for it (a frozen head, or evaluation).
+
+    Args:
+        mesh: what the arrays lie on: x by rows, the head as model.sharding.RULES say.
+        chunk: rows of logits alive at a time on every device.
+        z_loss: the weight of log(Z)^2, added for each trained token (PaLM, arXiv:2204.02311, section 5).
+
+    Returns:
+        `loss(x [B, T, D], head [D, V], targets int32 [B, T])` -> float32 scalar. Targets of -100 are not trained on.
     """
 
     @jax.custom_vjp

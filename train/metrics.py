@@ -36,11 +36,15 @@ MFU_FORMULA = (
 
 
 def flops_per_token(model: LlamaConfig, length: int, trained: int | None = None) -> float:
-    """FLOP of one trained token in rows of `length` tokens; `trained` weights (None: all) have gradients.
+    """FLOP of one trained token: 6 N + 6 L H D S (PaLM, arXiv:2204.02311, appendix B, with half the attention matrix).
 
-    6 N + 6 L H D S: two for the forward pass, two for the gradient of the input, two for that of the weight, and half
-    the attention matrix. N counts the weights of matrix products: the head even where tied, no input embedding. A
-    frozen weight has no gradient of its own: 4.
+    Of the 6, two are the forward pass, two the gradient of the input and two that of the weight; a frozen weight has no
+    gradient of its own: 4. N counts the weights of matrix products: the head even where tied, no input embedding.
+
+    Args:
+        model: the model's shape.
+        length: tokens in a row, S.
+        trained: how many weights have gradients beside a frozen model; None where the model itself is trained.
     """
     n = param_count(model) - (0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size)
     attention = 6 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * length
@@ -62,7 +66,10 @@ def peak_memory_gib() -> float:
 
 
 class Reporter(Protocol):
-    """Somewhere else that logged lines go."""
+    """Somewhere else that logged lines go.
+
+    `log` gets a line: numbers by name, `step` among them, None for one that is not finite. `close` ends it.
+    """
 
     def log(self, line: Mapping[str, Any]) -> None: ...
 
@@ -70,22 +77,36 @@ class Reporter(Protocol):
 
 
 class TensorBoard:
-    """Event files in `run_dir`/tensorboard."""
+    """Event files in `run_dir`/tensorboard.
+
+    Raises:
+        PunaError: tensorboardX is not installed.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         self._writer = _optional("tensorboardX", "tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, line: Mapping[str, Any]) -> None:
+        """Adds the numbers of `line`, but for null ones, at its step."""
         for name, value in line.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
+        """Writes what is still held."""
         self._writer.close()
 
 
 class WandB:
-    """A Weights & Biases run, resumed under the id that its directory has; WANDB_* variables steer it."""
+    """A Weights & Biases run, resumed under the id that its directory has; WANDB_* variables steer it.
+
+    Args:
+        run_dir: the run's folder, from whose path its id is made.
+        config: the settings, by dotted name.
+
+    Raises:
+        PunaError: wandb is not installed.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         own = f"{run_dir.name}-{zlib.crc32(str(run_dir.resolve()).encode()):08x}"
@@ -93,9 +114,11 @@ class WandB:
         self._run = wandb.init(dir=run_dir, name=run_dir.name, id=own, config=dict(config), resume="allow")
 
     def log(self, line: Mapping[str, Any]) -> None:
+        """Sends the numbers of `line` at its step."""
         self._run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
     def close(self) -> None:
+        """Ends the run; it can be resumed."""
         self._run.finish()
 
 
@@ -112,7 +135,11 @@ REPORTERS = {"tensorboard": TensorBoard, "wandb": WandB}
 class MetricsFile:
     """metrics.jsonl: one object a logged step, each step once whatever happened in between.
 
-    Lines past `step`, which a run that was killed wrote after its last checkpoint, are removed first.
+    Args:
+        run_dir: the folder that holds the file.
+        step: the last step that counts. Lines past it, which a run that was killed wrote after its last checkpoint, are
+            removed first.
+        reporters: get each line too.
     """
 
     def __init__(self, run_dir: Path, step: int, reporters: Iterable[Reporter] = ()) -> None:
@@ -133,13 +160,18 @@ class MetricsFile:
             reporter.log(finite)
 
     def close(self) -> None:
+        """Closes the file and the reporters."""
         self._file.close()
         for reporter in self._reporters:
             reporter.close()
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a death is left out."""
+    """The lines of a run's metrics.jsonl; a last line cut short by a death is left out.
+
+    Raises:
+        PunaError: there is no such file.
+    """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise PunaError(f"{run_dir} has no metrics.jsonl: is it the output_dir of a run?")
@@ -148,7 +180,15 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def plot(runs: Sequence[str | Path], destination: str | Path) -> None:
-    """Draws the training loss (and evaluation loss, as dots) of runs over their steps into an image file."""
+    """Draws the training loss (and evaluation loss, as dots) of runs over their steps.
+
+    Args:
+        runs: folders of runs.
+        destination: the picture to write, or to replace; its suffix says its kind (png without one).
+
+    Raises:
+        PunaError: a run has no metrics, or the suffix is of no kind of picture.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

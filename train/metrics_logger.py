@@ -19,10 +19,17 @@ class NonFinite(JobFailed):
 
 
 class MetricsLogger:
-    """Collects a step's numbers, watches for non-finite updates, and passes finished lines to `write`.
+    """Collects a step's numbers, watches for non-finite updates, and passes finished lines on.
 
-    flops: FLOP per token; peak: FLOP/s of a device, None where unknown. `epoch(step)` is the epochs gone through;
-    `name_rows(steps)` says in words which examples these steps (their indices, from 0) saw.
+    Args:
+        write: takes each finished line.
+        display: shows it.
+        every: a line for every so many steps, and for steps that were skipped or evaluated.
+        max_skipped: non-finite updates in a row that end the run.
+        flops: FLOP per token.
+        peak: FLOP/s of a device; None where unknown.
+        epoch: `epoch(step)`, the epochs gone through.
+        name_rows: `name_rows(steps)` says in words which examples these steps (their indices, from 0) saw.
     """
 
     def __init__(
@@ -42,7 +49,15 @@ class MetricsLogger:
         self._tokens, self._since = 0, time.monotonic()
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of `step` (from 1), which may still be on their way, and finishes the step before."""
+        """Takes the metrics of a step and finishes the step before.
+
+        Args:
+            step: counted from 1.
+            metrics: scalars by name, as `make_step` documents them; they may still be on their way.
+
+        Raises:
+            NonFinite: see `flush`.
+        """
         self.flush()
         self._pending = (step, metrics, {})
 
@@ -52,7 +67,11 @@ class MetricsLogger:
         self._pending[2].update(values)
 
     def flush(self) -> None:
-        """Waits for the step pushed last and writes its line. Raises NonFinite after too many skipped updates."""
+        """Waits for the step pushed last and writes its line.
+
+        Raises:
+            NonFinite: `max_skipped` updates in a row were not finite.
+        """
         if self._pending is None:
             return
         (step, metrics, more), self._pending = self._pending, None
@@ -88,7 +107,13 @@ class MetricsLogger:
 
 
 class ProgressDisplay:
-    """The progress bar on stderr; plain lines, some seconds apart, where stderr is not a terminal."""
+    """The progress bar on stderr; plain lines, some seconds apart, where stderr is not a terminal.
+
+    Args:
+        total: the run's steps.
+        done: how many of them a resumed run has behind it.
+        shown: False for no output at all, as in all processes but the first.
+    """
 
     def __init__(self, total: int, done: int, shown: bool) -> None:
         self._console = Console(stderr=True, quiet=not shown)

@@ -22,15 +22,20 @@ BATCH_KEYS = ("tokens", "labels", "segments")
 
 
 def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
-    """`objective(params, batch)` -> float32 sum of the losses of the batch's trained tokens.
+    """What a step minimizes: the model's losses on a batch, summed.
 
     Args:
         config: how to compute: attention, remat, dtype, loss.
         model: what to compute, with the pieces that replace parts of it.
         mesh: where.
 
+    Returns:
+        `objective(params, batch)`, where `batch` has BATCH_KEYS, int32 [B, T] each -> float32, the sum over its trained
+        tokens.
+
     Raises:
-        PunaError: cuDNN attention on other devices than GPUs, or a block that does not take what is set.
+        PunaError: cuDNN attention on other devices than GPUs, a block that does not take what is set, or a function
+            that the config names and that is not there.
     """
     wanted, platform = config.model, mesh.devices.flat[0].platform
     keywords: dict[str, Any] = {}  # how the block computes, not what: no part of the model

@@ -23,9 +23,11 @@ Schedule = Callable[[Array], Array]
 def make_schedule(optim: OptimConfig, total_steps: int) -> Schedule:
     """The learning rate at every step of `total_steps`, equal to transformers' `get_*_schedule` of the same name.
 
-    Steps count from 0 (the first update). After a linear warmup the rate is constant, falls linearly or as half a
-    cosine to `min_lr_ratio` at the end, or (wsd, arXiv:2404.06395) stays and falls as half a cosine over the last
-    `decay_ratio` of the steps.
+    After a linear warmup the rate is constant, falls linearly or as half a cosine to `min_lr_ratio` at the end, or
+    (wsd, arXiv:2404.06395) stays and falls as half a cosine over the last `decay_ratio` of the steps.
+
+    Returns:
+        A function from a step, counted from 0 (the first update), to its rate, float32.
     """
     warmup = optim.warmup_steps or math.ceil(total_steps * optim.warmup_ratio)
     decay = max(1, math.ceil(total_steps * optim.decay_ratio))
@@ -54,6 +56,9 @@ def decay_mask(params: Any) -> Any:
     """True where weight decay applies: transformers' rule, every weight but norms and biases, told by name.
 
     Adapters (`LoraArray` leaves and their parts) live under their weight's name and decay as it does.
+
+    Returns:
+        A tree like `params` with a bool for each array.
     """
 
     def decays(path: Any, leaf: Any) -> bool:
@@ -78,6 +83,9 @@ def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> opta
     Args:
         optim: the settings.
         schedule: the learning rate at every step; None, where only the state's shapes matter, for a constant one.
+
+    Raises:
+        PunaError: there is no such function.
     """
     if owns_learning_rate(optim):
         make = load_function(optim.optimizer, "optim.optimizer")
@@ -97,7 +105,9 @@ def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> opta
 def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
     """Lets a transformation that looks at whole tensors see one layer at a time, though layers are stacked.
 
-    Its state is the layers' (with a leading axis L throughout), under the parameters' own key, and the rest's.
+    Returns:
+        A transformation whose state is the layers' (with a leading axis L throughout), under the parameters' own key
+        "layers", and the rest's.
     """
 
     def divide(tree: Any) -> tuple[Any, Any]:
@@ -125,9 +135,12 @@ def global_norm(tree: Any) -> Array:
 
 
 def clip(grads: Any, norm: Array, max_norm: float) -> Any:
-    """Gradients scaled so that their global norm, which is `norm`, is at most `max_norm` (0: left as they are).
+    """Gradients scaled so that their global norm is at most `max_norm`. The 1e-6 is torch's `clip_grad_norm_`.
 
-    The 1e-6 is torch's `clip_grad_norm_`.
+    Args:
+        grads: the tree of gradients.
+        norm: its global norm, float32.
+        max_norm: 0 leaves the gradients as they are.
     """
     if not max_norm:
         return grads

@@ -35,10 +35,23 @@ _UNOPTIMIZED: dict[str, str | bool] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step costs. Memory is in bytes of one device, FLOPs are of all devices together.
+    """What one step costs. Memory is in bytes of one device.
 
-    `activations` is everything alive during the step that is neither state nor gradients. `gathered` and `reduced`
-    are bytes of a device's collectives: (as compiled, in theory); the theory is for full training.
+    Attributes:
+        config: the run's.
+        model: the model's shape.
+        mesh: the size of each axis.
+        parameters: those that train.
+        frozen: the base under adapters.
+        optimizer: the optimizer's state, what is offloaded left out.
+        gradients: as large as the parameters that train.
+        activations: everything alive during the step that is neither state nor gradients.
+        total: the program's arguments, results and temporaries.
+        host: the optimizer's state in host memory.
+        flops: of all devices together.
+        traffic: the collectives of one device, by kind.
+        gathered: bytes of a device's gathers: as compiled, and in theory (which is for full training).
+        reduced: the same of its reductions.
     """
 
     config: Config
@@ -62,7 +75,15 @@ class Plan:
 
 
 def use_virtual_devices(config: Config, devices: int | None) -> None:
-    """Make this process one with `devices` CPU devices (as many as [mesh] says by default), before any is used."""
+    """Make this process one with CPU devices only, before any device is used.
+
+    Args:
+        config: the run's.
+        devices: how many; None for as many as [mesh] says.
+
+    Raises:
+        PunaError: neither says how many.
+    """
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if devices is None:
         if -1 in sizes:
@@ -73,7 +94,12 @@ def use_virtual_devices(config: Config, devices: int | None) -> None:
 
 
 def make_plan(config: Config) -> Plan:
-    """Compile the step that `config` describes for the devices of this process and read its cost off the program."""
+    """Compile the step that `config` describes for the devices of this process and read its cost off the program.
+
+    Raises:
+        PunaError: a size does not divide over the mesh, [model] is wrong, or the backend does not say how
+            much memory a program takes.
+    """
     base = base_of(config)
     model, mesh = _model_of(config, base), mesh_of(config)
     state, batch = abstract_state(config, model, mesh, base), abstract_batch(config, mesh)
@@ -118,7 +144,12 @@ def _model_of(config: Config, base: Checkpoint | None) -> LlamaConfig:
 
 
 def alternatives(config: Config, mesh: dict[str, int]) -> Iterator[Config]:
-    """Configs that need less and less memory for the same numbers, the changes that cost least speed first."""
+    """Configs that need less and less memory for the same numbers, the changes that cost least speed first.
+
+    Args:
+        config: what does not fit.
+        mesh: the size of each axis, none of them -1.
+    """
     if config.model.remat != "full":
         config = replace(config, model=replace(config.model, remat="full"))
         yield config
@@ -147,9 +178,14 @@ def alternatives(config: Config, mesh: dict[str, int]) -> Iterator[Config]:
 
 
 def suggest(plan: Plan, compilations: int = 4) -> dict[str, Plan | None]:
-    """For every GPU that `plan` does not fit, the first alternative that does, compiled too; None where none did.
+    """For every GPU that `plan` does not fit, the first alternative that does, compiled too.
 
-    At most `compilations` alternatives are tried, evenly over the list with its last.
+    Args:
+        plan: what does not fit.
+        compilations: how many alternatives are tried at most, evenly over the list with its last.
+
+    Returns:
+        By the name of the GPU (a key of GPUS_GIB); None where no alternative fits.
     """
     wanted = [name for name, gib in GPUS_GIB.items() if not plan.fits(gib)]
     found: dict[str, Plan | None] = dict.fromkeys(wanted)
@@ -181,7 +217,12 @@ def differences(plan: Plan, other: Plan) -> str:
 
 
 def report(plan: Plan, suggestions: dict[str, Plan | None]) -> str:
-    """`plan` in words, for a person to decide by."""
+    """`plan` in words, for a person to decide by.
+
+    Args:
+        plan: what to report.
+        suggestions: what `suggest` gave for it.
+    """
     config = plan.config
     devices = math.prod(plan.mesh.values())
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
@@ -248,7 +289,15 @@ def _verdicts(plan: Plan, suggestions: dict[str, Plan | None]) -> list[str]:
 
 
 def plan(config: Config, devices: int | None = None) -> str:
-    """The report on `config` for `devices` devices. Call it in a process that has used no device yet."""
+    """The report on `config`. Call it in a process that has used no device yet.
+
+    Args:
+        config: the run's.
+        devices: how many; None for as many as [mesh] says.
+
+    Raises:
+        PunaError: see `use_virtual_devices` and `make_plan`.
+    """
     use_virtual_devices(config, devices)
     made = make_plan(config)
     return report(made, suggest(made))

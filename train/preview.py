@@ -16,7 +16,15 @@ TRAINED, MASKED = (
 
 
 def preview(config: Config, examples: int) -> None:
-    """Prints the first rows of the run's first batches, and the counts of all its data, to stdout."""
+    """Prints the first rows of the run's first batches, and the counts of all its data, to stdout.
+
+    Args:
+        config: the run's.
+        examples: how many rows to print.
+
+    Raises:
+        PunaError: the data, its settings or the tokenizer are wrong.
+    """
     if config.run.prepare:
         load_function(config.run.prepare, "run.prepare")(config)
     tokenizer = tokenizer_of(config)
@@ -38,8 +46,13 @@ def preview(config: Config, examples: int) -> None:
 
 
 def colour(tokens: list[int], labels: list[int], tokenizer: Tokenizer) -> Text:
-    """The text of one row; a token is trained on where the one before it has it as its label. Special tokens show
-    by name, bytes that are part of a character by their number."""
+    """The text of one row in colour. Special tokens show by name, bytes that are part of a character by their number.
+
+    Args:
+        tokens: the row's, without padding.
+        labels: of the same length; a token is trained on where the one before it has it as its label.
+        tokenizer: whose tokens they are.
+    """
     names = {id: name for name, id in tokenizer.special_tokens.items()}
     text = Text()
     for i, token in enumerate(tokens):

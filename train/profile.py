@@ -9,9 +9,13 @@ import jax
 
 
 class Profile:
-    """Writes a trace of the steps `steps[0]` to `steps[1]` (counted from 1) into `folder`; of none where it is empty.
+    """A trace of some steps. Each process writes its own.
 
-    Each process writes its own. Use it as a context: a trace that is under way when a run ends is closed.
+    Use it as a context: a trace that is under way when a run ends is closed.
+
+    Args:
+        steps: the first and the last step of the trace, counted from 1; empty for none.
+        folder: where it is written.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path):
@@ -32,7 +36,12 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("train", step_num=number) if self.is_open else nullcontext()
 
     def after(self, number: int, state: Any) -> None:
-        """Closes the trace when `number` is its last step, and `state`, which that made, is there."""
+        """Closes the trace after its last step.
+
+        Args:
+            number: the step that was started last.
+            state: what it makes, which is awaited.
+        """
         if self.is_open and number >= self.steps[1]:
             jax.block_until_ready(state)
             self._close()

@@ -20,12 +20,18 @@ class MissingProcesses(PunaError):
 
 
 def meet(address: str, count: int, index: int, timeout: float, hosts: Sequence[str] = ()) -> None:
-    """Return when all `count` processes have come to `address` (host:port); this one is `index`.
+    """Return when all processes have come.
 
-    `hosts` are the hosts of all processes where the scheduler tells them.
+    Args:
+        address: host:port of process 0.
+        count: of all processes.
+        index: of this one.
+        timeout: in seconds.
+        hosts: of all processes, where the scheduler tells them.
 
-    Raises MissingProcesses after `timeout` seconds, naming the processes that did not come and, where known, their
-    hosts; PunaError where two are the same, or the address is none.
+    Raises:
+        MissingProcesses: naming the processes that did not come in time and, where known, their hosts.
+        PunaError: two processes have one index, the address is not host:port, or process 0 cannot listen there.
     """
     deadline = time.monotonic() + timeout
     host, _, port = address.rpartition(":")

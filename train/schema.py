@@ -12,7 +12,11 @@ from model.errors import PunaError
 
 
 def read(cls: Any, table: dict[str, Any]) -> Any:
-    """The `cls` that a parsed TOML table means.
+    """The record that a parsed TOML table means.
+
+    Args:
+        cls: a frozen dataclass, whose fields may be dataclasses.
+        table: as tomllib gives it.
 
     Raises:
         PunaError: naming everything that is wrong with it.
@@ -131,6 +135,15 @@ def _toml(value: Any) -> str:
 
 
 def flat(record: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a dataclass and those in it, by dotted name; what is None is left out.
+
+    Args:
+        record: the dataclass.
+        where: what the names begin with, as "run.".
+
+    Yields:
+        Pairs of a name and its value, as ("run.seed", 0).
+    """
     for name, value in _items(record):
         if is_dataclass(value):
             yield from flat(value, f"{where}{name}.")

@@ -21,12 +21,20 @@ _OVERRIDABLE = ("max_position_embeddings", "rope_theta", "rope_scaling")
 
 
 def mesh_of(config: Config) -> Mesh:
-    """The mesh of [mesh] over all devices."""
+    """The mesh of [mesh] over all devices.
+
+    Raises:
+        PunaError: the sizes do not multiply to the number of devices.
+    """
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
-    """model.tokenizer, or that of model.path: a file, a folder or a Hub id."""
+    """model.tokenizer, or that of model.path: a file, a folder or a Hub id.
+
+    Raises:
+        PunaError: neither is given, or there is no tokenizer.
+    """
     path = config.model.tokenizer or config.model.path
     if path is None:
         raise PunaError("model.tokenizer is missing: give a tokenizer file or folder")
@@ -34,13 +42,21 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 
 def base_of(config: Config) -> Checkpoint | None:
-    """The checkpoint that model.path names, opened once for all of a run; None for a run from scratch."""
+    """The checkpoint that model.path names, opened once for all of a run; None for a run from scratch.
+
+    Raises:
+        PunaError: naming what is wrong with its files.
+    """
     return None if config.model.path is None else open_model(config.model.path)
 
 
 def model_of(config: Config, tokenizer: Tokenizer | None = None, base: Checkpoint | None = None) -> LlamaConfig:
-    """The shape that [model] describes; without a vocab_size, and for special tokens, it follows `tokenizer`.
-    `base` is what `base_of` gave, opened here where it is not given.
+    """The shape that [model] describes, with the functions that it names.
+
+    Args:
+        config: the run's.
+        tokenizer: gives a fresh model its special tokens, and its vocab_size where [model] does not.
+        base: what `base_of` gave; opened here where it is not given.
 
     Raises:
         PunaError: [model] says too little, contradicts its checkpoint, or cannot hold the data.

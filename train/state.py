@@ -30,10 +30,15 @@ from train.optim import make_optimizer
 
 @struct.dataclass
 class TrainState:
-    """What a run is at a step: `params` are trained; `frozen` (the base under adapters) is not, nor is it saved.
+    """What a run is at a step.
 
-    step: int32, updates so far and the index of the next batch. skipped: int32, non-finite updates in a row.
-    seed: uint32, from which the step makes its own randomness (dropout).
+    Attributes:
+        step: int32, updates so far and the index of the next batch.
+        params: what is trained.
+        opt_state: the optimizer's, as optax makes it over `params`.
+        skipped: int32, non-finite updates in a row.
+        seed: uint32, from which the step makes its own randomness (dropout).
+        frozen: the base under adapters, which is neither trained nor saved; None without [lora].
     """
 
     step: Any
@@ -48,7 +53,17 @@ class TrainState:
 
 
 def base_params(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoint | None) -> Params:
-    """The checkpoint's weights, or fresh ones of `model`; read or born shard by shard, quantized as [quantize] says."""
+    """The parameters that a run starts from, read or born shard by shard, quantized as [quantize] says.
+
+    Args:
+        config: the run's.
+        model: the shape of fresh weights.
+        mesh: the devices to make them on.
+        base: the checkpoint to read; None for fresh weights of run.seed.
+
+    Raises:
+        PunaError: naming what is wrong with the checkpoint's files, or a size that does not divide over the mesh.
+    """
     dtype = config.model.param_dtype
     if base is None:
         return quantize_linears(init_params(model, jax.random.key(config.run.seed), dtype, mesh), config.quantize)
@@ -58,8 +73,10 @@ def base_params(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoint
 
 
 def abstract_base(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoint | None) -> Params:
-    """The shapes, dtypes and shardings of `base_params`. A base of which some is stored quantized and some in float
-    counts as float."""
+    """The shapes, dtypes and shardings of `base_params`, whose arguments these are.
+
+    A base of which some is stored quantized and some in float counts as float.
+    """
     wanted = config.quantize or (_stored(base) if base is not None and config.lora is not None else None)
     model = model if base is None else base.config
     floats = abstract_params(model, config.model.param_dtype)
@@ -67,12 +84,16 @@ def abstract_base(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoi
 
 
 def wanted_quantizer(wanted: QuantizeConfig | None) -> Any:
-    """The function from a weight to its quantized form that [quantize] asks for; None without it."""
+    """The function from a weight to its quantized form that [quantize] asks for; None without it.
+
+    Raises:
+        PunaError: a setting that the method does not have.
+    """
     return wanted and quantizer(wanted.method, wanted.block, wanted.double_quant)
 
 
 def quantize_linears(params: Params, wanted: QuantizeConfig | None) -> Params:
-    """Parameters whose layers' linear weights are quantized as [quantize] says."""
+    """Parameters whose layers' linear weights are quantized as [quantize] says; as they are without it."""
     if wanted is None:
         return params
     layers = {name: wanted_quantizer(wanted)(w) if name in LINEARS else w for name, w in params["layers"].items()}
@@ -91,7 +112,16 @@ def _stored(base: Checkpoint) -> QuantizeConfig | None:
 
 
 def make_state(config: Config, model: LlamaConfig, params: Params) -> TrainState:
-    """Step 0 over base parameters, whose config is `model`."""
+    """The state at step 0.
+
+    Args:
+        config: the run's.
+        model: the config of `params`.
+        params: the base; under [lora] it is frozen and fresh adapters train.
+
+    Raises:
+        PunaError: adapters that do not fit the model.
+    """
     trained, frozen = params, None
     if config.lora is not None:
         _, adapted = lora.add(params, model, jax.random.key(config.run.seed), **asdict(config.lora))
@@ -107,15 +137,32 @@ def make_state(config: Config, model: LlamaConfig, params: Params) -> TrainState
 
 
 def abstract_state(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoint | None = None) -> TrainState:
-    """The state as shapes, dtypes and shardings, without memory: what is born, restored and planned."""
+    """The state as shapes, dtypes and shardings, without memory: what is born, restored and planned.
+
+    Args:
+        config: the run's.
+        model: the shape of fresh weights.
+        mesh: the devices of the state.
+        base: the checkpoint that the run starts from, whose own config then counts.
+
+    Raises:
+        PunaError: see `state_like`.
+    """
     return state_like(config, model if base is None else base.config, abstract_base(config, model, mesh, base), mesh)
 
 
 def state_like(config: Config, model: LlamaConfig, params: Params, mesh: Mesh) -> TrainState:
-    """The abstract state of a run over base parameters, whose config is `model` (arrays, or their shapes).
+    """The abstract state of a run over given base parameters.
+
+    Args:
+        config: the run's.
+        model: the config of `params`.
+        params: arrays, or their shapes.
+        mesh: the devices of the state.
 
     Raises:
-        PunaError: an array of the optimizer's state for which there is no rule.
+        PunaError: an array of the optimizer's state for which there is no rule, a size that does not divide over the
+            mesh, or optim.offload on devices without host memory.
     """
     shapes = jax.eval_shape(partial(make_state, config, model), params)
     whole = join(shapes.params, shapes.frozen)
@@ -139,13 +186,26 @@ def state_like(config: Config, model: LlamaConfig, params: Params, mesh: Mesh) -
 
 
 def init_state(config: Config, model: LlamaConfig, params: Params, abstract: TrainState) -> TrainState:
-    """Step 0 over base parameters, laid out as `abstract` says. `params` are donated: they live on in the state."""
+    """The state at step 0, on its devices.
+
+    Args:
+        config: the run's.
+        model: the config of `params`.
+        params: the base. They are donated: they live on in the state.
+        abstract: the state that `state_like` gives for them.
+    """
     make = jax.jit(partial(make_state, config, model), out_shardings=shardings_of(abstract), donate_argnums=0)
     return make(params)
 
 
 def join(trained: Any, frozen: Any, key: Array | None = None) -> Params:
-    """The parameters that a step computes with; `key` is what its dropout comes from, None for none."""
+    """The parameters that a step computes with.
+
+    Args:
+        trained: a state's `params`.
+        frozen: the same state's; None where all are trained.
+        key: what this step's dropout comes from; None for no dropout.
+    """
     if frozen is None:
         return trained
     params = lora.join(trained, frozen)
@@ -158,7 +218,7 @@ def shardings_of(tree: Any) -> Any:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and shardings of one batch.
+    """The shapes, int32 [B, T], and the shardings of one batch under the names in BATCH_KEYS.
 
     Raises:
         PunaError: its microbatches do not divide over the mesh.

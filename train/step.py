@@ -31,11 +31,24 @@ Metrics = Mapping[str, Array]
 def make_step(
     config: Config, model: LlamaConfig, mesh: Mesh, schedule: Schedule, shardings: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted `step(state, batch) -> (state, metrics)`; the state is donated.
+    """The jitted training step; the state that it is given is donated.
 
     A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were and counts itself in
-    `skipped`. Metrics: loss (mean over trained tokens), grad_norm (before clipping), learning_rate, num_tokens (not
-    padding), trained_tokens, skipped.
+    `skipped`.
+
+    Args:
+        config: how to train.
+        model: what is trained.
+        mesh: where.
+        schedule: the learning rate at a step, from 0.
+        shardings: those of the state, before and after.
+
+    Returns:
+        `step(state, batch) -> (state, metrics)` for a batch [B, T]. Metrics are scalars: loss (mean over trained
+        tokens), grad_norm (before clipping), learning_rate, num_tokens (not padding), trained_tokens, skipped.
+
+    Raises:
+        PunaError: a function that the config names is not there, or see `make_objective`.
     """
     objective, optimizer = make_objective(config, model, mesh), make_optimizer(config.optim, schedule)
     on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
@@ -89,7 +102,14 @@ def make_step(
 def make_evaluation(
     config: Config, model: LlamaConfig, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[Array, Array]]:
-    """The jitted `evaluate(state, batch)` -> sum of the losses of the trained tokens, and how many there are."""
+    """The jitted `evaluate(state, batch)` for a batch [B, T]: without dropout, and the state is not donated.
+
+    Returns:
+        A function that gives the sum of the losses of the batch's trained tokens, float32, and their number, int32.
+
+    Raises:
+        PunaError: see `make_objective`.
+    """
     objective = make_objective(config, model, mesh)
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[Array, Array]:
@@ -101,9 +121,19 @@ def make_evaluation(
 def accumulate(
     objective: Callable[[Params, Batch, Array], Array], params: Params, batch: Batch, key: Array, count: int
 ) -> tuple[Array, Params]:
-    """The sum over `count` microbatches of `objective(params, rows, key)`, and its gradients, summed in float32.
+    """The sum of an objective over microbatches, and the gradient of that sum.
 
     Microbatch i takes every count-th row from i on, so that no row leaves its device, and a key of its own.
+
+    Args:
+        objective: `objective(params, rows, key)` -> float32 scalar.
+        params: the tree to differentiate for.
+        batch: arrays [B, T]; B is divisible by `count`.
+        key: what the microbatches' keys are split from.
+        count: the number of microbatches.
+
+    Returns:
+        The sum, and gradients like `params`: added in float32, or as they come where there is one microbatch.
     """
     gradients = jax.value_and_grad(objective)
     if count == 1:

@@ -42,7 +42,20 @@ CODE = (
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the records of one source. Tokens count what is kept, in rows or not."""
+    """What became of the records of one source.
+
+    Attributes:
+        records: how many were read.
+        empty: blank texts, left out.
+        cut: examples that were longer than a row and lost their end.
+        cut_tokens: tokens lost by it.
+        split: examples that are longer than a row and were not cut.
+        tokens: kept, in rows or not.
+        trained_tokens: those of them on which loss is taken.
+        left_over_tokens: those of them in no row: the last incomplete one of "wrapped".
+        rows: how many there are.
+        max_length: tokens in a row.
+    """
 
     records: int = 0
     empty: int = 0
@@ -57,6 +70,7 @@ class Counts:
 
     @property
     def masked_tokens(self) -> int:
+        """Tokens kept on which no loss is taken."""
         return self.tokens - self.trained_tokens
 
     def __str__(self) -> str:
@@ -77,8 +91,19 @@ class Counts:
 
 
 def cache_name(config: DataConfig, source: DataSource, tokenizer: Tokenizer) -> str:
-    """The name of `source` as tokenized: a hash of its content, the tokenizer's, every setting that matters, and the
-    code that makes tokens of records (so that no old mask outlives a change to it)."""
+    """The name of a source as tokenized: a hash of everything that its rows depend on.
+
+    That is its content, the tokenizer's, every setting that matters, and the code that makes tokens of records (so that
+    no old mask outlives a change to it).
+
+    Args:
+        config: the settings of rows.
+        source: as `train.data.config.complete` makes it.
+        tokenizer: whose tokens the rows hold.
+
+    Raises:
+        PunaError: there is no such source.
+    """
     files = source_files(source.path)
     content = [(str(file), sha256_of(file)) for file in files] or [(source.path, load_hub(source.path)._fingerprint)]
     settings = [source.format, source.template, source.response_template, sorted((source.columns or {}).items())]
@@ -103,12 +128,17 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 
 def write_once(folder: Path, write: Callable[[Path], None], wait_seconds: float) -> None:
-    """Return when `folder` is there: written by this process, or by another that is at it already.
+    """Return when a folder is there: written by this process, or by another that is at it already.
 
     The lock is the operating system's, so a writer that dies frees it and another takes over.
 
+    Args:
+        folder: what is to be there; it appears whole.
+        write: fills the empty folder that it is given.
+        wait_seconds: how long another writer may add nothing.
+
     Raises:
-        PunaError: another process has held the lock for `wait_seconds` in which it has written nothing.
+        PunaError: another process has held the lock for so long and has written nothing.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     deadline, before = time.monotonic() + wait_seconds, 0
@@ -148,13 +178,20 @@ def _begun(folder: Path) -> int:
 def tokenize_into(
     folder: Path, config: DataConfig, source: DataSource, tokenizer: Tokenizer, alive: Callable[[], None] = lambda: None
 ) -> None:
-    """Read, tokenize and pack `source` into `folder`; `alive` is called again and again meanwhile.
+    """Read, tokenize and pack a source.
 
     tokens.bin (uint16, or uint32 where the vocabulary needs it) and trained.bin (bool) hold the examples end to end;
     index.npz where each begins and came from, and the rows; meta.json the rest, with a digest of these three.
 
+    Args:
+        folder: where these files are written.
+        config: the settings of rows.
+        source: as `train.data.config.complete` makes it.
+        tokenizer: whose tokens to make.
+        alive: called again and again meanwhile.
+
     Raises:
-        PunaError: naming the faults of the data as `path:line: reason`.
+        PunaError: naming the faults of the data as `path:line: reason`, or it gives no row.
     """
     faults = Faults()
     encode, rows = _first_read(source, tokenizer, faults)
@@ -230,7 +267,12 @@ def _write_examples(
 
 
 def pack(offsets: NDArray[np.int64], config: DataConfig) -> PackedRows:
-    """The rows that examples between `offsets` make under `config`."""
+    """The rows that examples make.
+
+    Args:
+        offsets: [E + 1], where each example begins, and the end of the last.
+        config: max_length, packing and packing_strategy.
+    """
     if config.packing and config.packing_strategy == "wrapped":
         return wrapped(int(offsets[-1]), config.max_length)
     spans = split_spans(offsets, config.max_length)

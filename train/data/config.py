@@ -12,8 +12,10 @@ Format = Literal["auto", "text", "instruction", "conversations", "messages", "pr
 class DataSource:
     """One of several places to read: what is not given here is as [data] has it.
 
-    weight: the share of rows drawn from here, relative to the other sources. Without any weight the sources are one
-    data set, each row of which is seen once an epoch.
+    Attributes:
+        path: a file, a folder or a Hub data set: see DataConfig.
+        weight: the share of rows drawn from here, relative to the other sources. Without any weight the sources are one
+            data set, each row of which is seen once an epoch.
     """
 
     path: str
@@ -26,21 +28,26 @@ class DataSource:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """[data].
+    """[data]: where examples come from, how they are written as tokens, and how tokens become rows.
 
-    path: a json, jsonl, csv, parquet, arrow or txt file (each line of a txt file is a document), a folder of these, a
-    Hub data set "org/name[@revision][:split]", or a list of such paths or of tables (see DataSource).
-    format: what a record is; "auto" tells it from the first record's keys. columns: our key -> the record's, as in
-    {text = "article"}.
-    template: a conversation template's name, "chat_template" for the checkpoint's own, a .jinja file, or a text with
-    {column} placeholders, of which response_template, where given, is the last part that is not trained on (DialogSum:
-    "### Output:\\n"). "auto" takes alpaca for instruction records, vicuna_v1.1 for conversations, the checkpoint's own
-    for messages and plain for prompt_completion.
-    max_length: tokens in a row. Longer answers and conversations are cut (and counted), longer texts are split.
-    packing: several examples a row, apart from each other (TRL's names): "bfd" is best-fit decreasing; "wrapped" joins
-    everything and cuts it every max_length tokens, attending across documents, and leaves out the last incomplete row.
-    eval_path: held-out examples; validation_split: the fraction of rows held out instead.
-    cache_dir: where tokenized rows are kept; $XDG_CACHE_HOME/puna by default.
+    Attributes:
+        path: a json, jsonl, csv, parquet, arrow or txt file (each line of a txt file is a document), a folder of these,
+            a Hub data set "org/name[@revision][:split]", or a list of such paths or of tables (see DataSource).
+        format: what a record is; "auto" tells it from the first record's keys.
+        columns: our key -> the record's, as in {text = "article"}.
+        template: a conversation template's name, "chat_template" for the checkpoint's own, a .jinja file, or a text
+            with {column} placeholders. "auto" takes alpaca for instruction records, vicuna_v1.1 for conversations, the
+            checkpoint's own for messages and plain for prompt_completion.
+        response_template: the last part of a template with placeholders that is not trained on (DialogSum:
+            "### Output:\\n").
+        max_length: tokens in a row. Longer answers and conversations are cut (and counted), longer texts are split.
+        packing: several examples a row, apart from each other.
+        packing_strategy: TRL's names: "bfd" is best-fit decreasing; "wrapped" joins everything and cuts it every
+            max_length tokens, attending across documents, and leaves out the last incomplete row.
+        eval_path: held-out examples.
+        validation_split: the fraction of rows held out instead.
+        seed: chooses the rows of validation_split.
+        cache_dir: where tokenized rows are kept; $XDG_CACHE_HOME/puna by default.
     """
 
     path: str | tuple[str | DataSource, ...] = ""
@@ -58,7 +65,11 @@ class DataConfig:
 
 
 def check(config: DataConfig) -> None:
-    """Refuse values that no run could use, by name."""
+    """Check that a run could use these values.
+
+    Raises:
+        PunaError: naming the first one that it could not.
+    """
     if not config.path:
         raise PunaError("data.path is missing: give a file, a folder or a Hub data set")
     if config.max_length < 2:

@@ -22,10 +22,19 @@ HostBatch = dict[str, NDArray[np.int32]]
 
 @dataclass(frozen=True)
 class PackedDataset:
-    """PackedRows of `max_length` tokens over memory-mapped examples.
+    """Rows of `max_length` tokens over memory-mapped examples: N tokens of E examples, end to end.
 
-    `tokens` and `trained` hold the examples end to end, `offsets` [E + 1] where each begins, `origins` [E, 2] the
-    number of its path in `paths` and its line. `digest` is a SHA-256 over the numbers of all.
+    Attributes:
+        tokens: [N].
+        trained: [N], whether loss is taken on a token.
+        offsets: [E + 1], where each example begins.
+        origins: [E, 2], the number of its path in `paths`, and its line.
+        paths: the files that were read.
+        rows: which tokens each row holds.
+        max_length: tokens in a row, T.
+        pad_id: what fills a row up.
+        counts: what became of the records.
+        digest: a SHA-256 over all of these numbers as they are stored.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -43,10 +52,12 @@ class PackedDataset:
         return len(self.rows)
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> HostBatch:
-        """The rows with these numbers (-1 is an empty row), all int32 [B, T] with T = max_length:
+        """The rows with these numbers; -1 is an empty row.
 
-        tokens; labels, the TARGETS, already shifted: `labels[:, t]` is what the model must say at t, namely token
-        t + 1 of the same segment where that token is trained, else -100; segments, from 1 in each row, 0 is padding.
+        Returns:
+            int32 [B, T] arrays: tokens; labels, already shifted: `labels[:, t]` is what the model must say at t, namely
+            token t + 1 of the same segment where that token is trained, else -100; segments, from 1 in each row, 0 is
+            padding.
         """
         chosen = np.asarray(rows, np.int64)
         names = ("tokens", "labels", "segments")
@@ -75,7 +86,11 @@ class PackedDataset:
         return batch
 
     def example(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Token ids of one example as it is kept (cut, not split), and which of them are trained."""
+        """One example as it is kept (cut, not split).
+
+        Returns:
+            Its n token ids, int64 [n], and which of them are trained, bool [n].
+        """
         stored = slice(self.offsets[number], self.offsets[number + 1])
         return np.asarray(self.tokens[stored], np.int64), np.asarray(self.trained[stored])
 
@@ -90,7 +105,13 @@ class PackedDataset:
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run reads: its training sets, their weights where they have any, and the held-out rows."""
+    """What a run reads.
+
+    Attributes:
+        train: the training sets, one for each source.
+        weights: the share of each in the rows drawn, not normalized; None where all their rows are one set.
+        evaluation: the held-out rows, if any.
+    """
 
     train: tuple[PackedDataset, ...]
     weights: tuple[float, ...] | None = None
@@ -103,12 +124,17 @@ def load_dataset(
     wait_seconds: float = 3600.0,
     alive: Callable[[], None] = lambda: None,
 ) -> Datasets:
-    """Read, tokenize and pack what `config` names, or take it from the cache. Every process may call this at once;
-    the one that tokenizes calls `alive` again and again.
+    """Read, tokenize and pack what [data] names, or take it from the cache. Every process may call this at once.
+
+    Args:
+        config: the settings.
+        tokenizer: whose tokens the rows hold.
+        wait_seconds: how long another process that writes the same cache entry may add nothing.
+        alive: called again and again in the process that tokenizes.
 
     Raises:
         PunaError: a setting is wrong, or the data is (`path:line: reason`, up to 20 and then a count), or another
-            process that writes the same cache entry has added nothing for `wait_seconds`.
+            process has added nothing for `wait_seconds`.
     """
     check(config)
     listed = sources(config)
@@ -131,7 +157,12 @@ def load_dataset(
 
 
 def hold_out(dataset: PackedDataset, fraction: float, seed: int) -> tuple[PackedDataset, PackedDataset]:
-    """Two disjoint parts of a data set; the second has `fraction` of its rows, rounded up, chosen by `seed`.
+    """Two disjoint parts of a data set: what stays, and what is held out.
+
+    Args:
+        dataset: what to divide.
+        fraction: of its rows, rounded up, is held out.
+        seed: chooses them.
 
     Raises:
         PunaError: nothing would be left to train on.
@@ -149,7 +180,7 @@ def hold_out(dataset: PackedDataset, fraction: float, seed: int) -> tuple[Packed
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where tokenized data sets are kept."""
+    """Where tokenized data sets are kept: data.cache_dir, or the user's cache."""
     if config.cache_dir:
         return Path(config.cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "puna"
@@ -157,6 +188,10 @@ def cache_folder(config: DataConfig) -> Path:
 
 def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
     """Open what `tokenize_into` wrote.
+
+    Args:
+        folder: where.
+        pad_id: what fills a row up.
 
     Raises:
         PunaError: it is damaged.

@@ -31,11 +31,20 @@ def encode(
     columns: Mapping[str, str] | None = None,
     response_template: str = "",
 ) -> tuple[list[int], list[int]]:
-    """Token ids of one record, and its labels: the same ids, with -100 where no loss is taken. Both are cut to
-    `max_length` on the right. Labels are not shifted: `labels[t]` is `ids[t]` itself.
+    """Token ids and labels of one record.
 
-    The arguments are those of [data] (train.data.config.DataConfig). Text records have no template: they are BOS, the
-    text, EOS, all trained on. What is masked in the others is their template's: see model.chat.
+    Text records have no template: they are BOS, the text, EOS, all trained on. What is masked in the others is their
+    template's: see model.chat.
+
+    Args:
+        record: as it was read.
+        tokenizer: whose tokens to make.
+        template: this and those below are as in [data] (train.data.config.DataConfig).
+        max_length: ids and labels are cut to it on the right; None cuts nothing.
+
+    Returns:
+        The ids, and as many labels: the same ids, with -100 where no loss is taken. Labels are not shifted: `labels[t]`
+        is `ids[t]` itself.
 
     Raises:
         PunaError: the record is not of its format, or the tokenizer lacks a token that the template writes.
@@ -47,7 +56,15 @@ def encode(
 
 @dataclass(frozen=True)
 class Encoder:
-    """Records of one format to (ids, trained), under one template. `splits` where a long record is split, not cut."""
+    """Records of one format to token ids, under one template.
+
+    Attributes:
+        format: a key of `formats.KEYS`, or "columns" where the template has placeholders.
+        columns: our key -> the record's.
+        pieces: a record to the texts and special tokens that it is written as.
+        encode: these to ids, and which of them are trained.
+        tokenizer: whose ids.
+    """
 
     format: str
     columns: Mapping[str, str]
@@ -57,6 +74,7 @@ class Encoder:
 
     @property
     def splits(self) -> bool:
+        """Whether a long record is split, not cut."""
         return self.format == "text"
 
     def __call__(self, record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
@@ -72,7 +90,12 @@ def encoder(
     columns: Mapping[str, str] | None = None,
     response_template: str = "",
 ) -> Encoder:
-    """The encoder of records like `first`.
+    """The encoder of records like the first one.
+
+    Args:
+        first: a record, whose keys tell the format where `format` does not.
+        tokenizer: whose tokens to make.
+        template: this and those below are as in [data] (train.data.config.DataConfig).
 
     Raises:
         PunaError: the format cannot be told, or the template is unknown or does not fit the format.

@@ -43,7 +43,11 @@ def detect_format(record: Mapping[str, Any]) -> str:
 
 
 def rename(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """`record` with its columns under our keys.
+    """A record with its columns under our keys.
+
+    Args:
+        record: as it was read.
+        columns: our key -> the record's; the record keeps its own keys too.
 
     Raises:
         PunaError: for a column that it lacks.
@@ -68,7 +72,11 @@ def text_at(record: Mapping[str, Any], key: str) -> str:
 
 
 def messages_of(record: Mapping[str, Any], form: str) -> list[Message]:
-    """The conversation that a record of format `form` (not "text") holds.
+    """The conversation that a record holds.
+
+    Args:
+        record: under our keys.
+        form: a key of KEYS, but not "text".
 
     Raises:
         PunaError: a key is missing, null or not text, or a role is unknown.

@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Row r holds spans `offsets[r]` to `offsets[r + 1]`; span s is `length[s]` tokens from `start[s]` on."""
+    """R rows of S spans; a span is `length[s]` tokens from `start[s]` on.
+
+    Attributes:
+        offsets: [R + 1]; row r holds spans `offsets[r]` to `offsets[r + 1]`.
+        start: [S].
+        length: [S].
+    """
 
     offsets: NDArray[np.int64]
     start: NDArray[np.int64]
@@ -23,10 +29,17 @@ class PackedRows:
 
 
 def split_spans(offsets: NDArray[np.int64], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Start and length of the spans, none above `max_length`, that cover the examples between `offsets`.
+    """The spans that cover examples, none longer than a row.
 
     A longer example becomes several spans, each starting with the last token of the one before: that token is context
     there and target here, so every token but an example's first is a target exactly once.
+
+    Args:
+        offsets: [E + 1], where each example begins, and the end of the last.
+        max_length: tokens in a row.
+
+    Returns:
+        Start and length of each span, [S] each.
     """
     lengths = np.diff(offsets)
     parts = np.maximum(1, -(-(lengths - 1) // (max_length - 1)))
@@ -37,7 +50,12 @@ def split_spans(offsets: NDArray[np.int64], max_length: int) -> tuple[NDArray[np
 
 
 def padded(start: NDArray[np.int64], length: NDArray[np.int64]) -> PackedRows:
-    """One span a row."""
+    """One span a row.
+
+    Args:
+        start: [S], the first token of each span.
+        length: [S], its tokens.
+    """
     return PackedRows(np.arange(len(start) + 1), start, length)
 
 
@@ -45,6 +63,10 @@ def wrapped(total: int, max_length: int) -> PackedRows:
     """The token stream cut every `max_length` tokens, whatever it holds; the last incomplete row is left out.
 
     This is transformers' run_clm grouping (and Chinese-LLaMA's pre-training): a row attends across its documents.
+
+    Args:
+        total: tokens in the stream.
+        max_length: tokens in a row.
     """
     rows = total // max_length
     return PackedRows(np.arange(rows + 1), np.arange(rows) * max_length, np.full(rows, max_length))
@@ -54,6 +76,11 @@ def best_fit_decreasing(start: NDArray[np.int64], length: NDArray[np.int64], max
     """Spans from the longest to the shortest, each into the fullest row that has room (arXiv:2404.10830).
 
     Deterministic: spans of one length keep their order, and of equally full rows the last opened is filled.
+
+    Args:
+        start: [S], the first token of each span.
+        length: [S], its tokens, `max_length` at most.
+        max_length: tokens in a row.
     """
     order = np.argsort(-length, kind="stable")
     members: list[list[int]] = []
@@ -82,7 +109,12 @@ def best_fit_decreasing(start: NDArray[np.int64], length: NDArray[np.int64], max
 
 
 def select(rows: PackedRows, chosen: NDArray[np.int64]) -> PackedRows:
-    """The rows with the numbers `chosen`, in that order."""
+    """Some of the rows.
+
+    Args:
+        rows: all of them.
+        chosen: [N], their numbers, in the order wanted.
+    """
     counts = np.diff(rows.offsets)[chosen]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     spans = np.repeat(rows.offsets[:-1][chosen] - offsets[:-1], counts) + np.arange(offsets[-1])

@@ -15,7 +15,7 @@ def mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def mix_key(*numbers: int) -> NDArray[np.uint64]:
-    """One 64-bit key [1] made of several numbers, such as a seed and an epoch."""
+    """One 64-bit key, uint64 [1], made of several numbers, such as a seed and an epoch."""
     value = np.zeros(1, np.uint64)
     for number in numbers:
         value = mix(value + np.uint64(GOLDEN) + np.array([number & (2**64 - 1)], np.uint64))
@@ -23,9 +23,17 @@ def mix_key(*numbers: int) -> NDArray[np.uint64]:
 
 
 def permute(index: ArrayLike, size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where a random permutation of `range(size)` sends each `index` [N]; `keys`, [1] or [N], say which permutation.
+    """Where a random permutation of `range(size)` sends each index.
 
     A Feistel network over the next power of four, walked until the value is inside (Black and Rogaway 2002).
+
+    Args:
+        index: [N], each below `size`.
+        size: how many are permuted.
+        keys: [1] or [N], which permutation; see `mix_key`.
+
+    Returns:
+        [N], each below `size`.
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
     low = np.uint64((1 << half) - 1)

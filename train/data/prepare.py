@@ -42,7 +42,11 @@ class Dropped(Exception):
 
 
 def turns_of(record: Record) -> list[dict[str, str]]:
-    """The turns of a ShareGPT record. Raises Dropped where they are not text under "from" and "value"."""
+    """The turns of a ShareGPT record.
+
+    Raises:
+        Dropped: they are not text under "from" and "value".
+    """
     turns = record.get("conversations")
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
@@ -53,7 +57,12 @@ def turns_of(record: Record) -> list[dict[str, str]]:
 
 
 def clean(record: Record) -> list[Record]:
-    """A ShareGPT record as Markdown, from a human's turn to an answer, or dropped."""
+    """A ShareGPT record as Markdown, from a human's turn to an answer: FastChat's rules.
+
+    Raises:
+        Dropped: see `turns_of`; or its roles do not alternate, it is too short, or a turn holds a blocked word or a
+            rate limit's answer.
+    """
     turns = turns_of(record)
     if turns and turns[0]["from"] != "human":
         turns = turns[1:]
@@ -86,8 +95,11 @@ def _texts(record: Record) -> list[tuple[str, str]]:
 
 
 def without_phrases(phrases: Sequence[str] = REFUSALS) -> Step:
-    """Drops a record of any format in which an answer holds one of `phrases`, whatever their case; others stay as
-    they are."""
+    """The step that drops a record of any format in which an answer holds a phrase; others stay as they are.
+
+    Args:
+        phrases: what to look for, whatever the case.
+    """
     folded = [phrase.casefold() for phrase in phrases]
 
     def step(record: Record) -> list[Record]:
@@ -100,7 +112,7 @@ def without_phrases(phrases: Sequence[str] = REFUSALS) -> Step:
 
 
 def without_duplicates() -> Step:
-    """Drops a record whose id, or whose first question and answer, was seen before."""
+    """The step that drops a record whose id, or whose first question and answer, was seen before. It is for one run."""
     seen: set[Any] = set()
 
     def step(record: Record) -> list[Record]:
@@ -117,9 +129,13 @@ def without_duplicates() -> Step:
 
 
 def in_script(script: str, share: float = 0.5) -> Step:
-    """Drops a record in whose texts less than `share` of the letters are of a Unicode script, as "latin" or "cjk".
+    """The step that drops a record which is not mostly in one script.
 
     This tells languages apart by their writing only: FastChat's filter used a language detector.
+
+    Args:
+        script: a Unicode script, as "latin" or "cjk".
+        share: the least part of the letters of all texts that is of it.
     """
     name = script.upper()
 
@@ -134,10 +150,14 @@ def in_script(script: str, share: float = 0.5) -> Step:
 
 
 def split_long(tokenizer: Tokenizer, max_length: int, lose_last: bool = False) -> Step:
-    """Splits a ShareGPT record where the next question and answer would take it above `max_length` tokens; parts have
-    the id `<id>_<first turn>`, and an odd last turn goes.
+    """The step that splits a ShareGPT record where the next question and answer would take it above a length.
 
-    FastChat loses the last pair where that is what causes a split; `lose_last` does so too.
+    Parts have the id `<id>_<first turn>`, and an odd last turn goes.
+
+    Args:
+        tokenizer: counts the tokens of a turn; TURN_TOKENS are added.
+        max_length: most tokens of a part, unless one question and answer are longer.
+        lose_last: as FastChat, lose the last pair where that is what causes a split.
     """
 
     def step(record: Record) -> list[Record]:
@@ -164,7 +184,11 @@ def split_long(tokenizer: Tokenizer, max_length: int, lose_last: bool = False) -
 
 
 def alternating(record: Record) -> list[Record]:
-    """Drops a ShareGPT record that is empty, or in which human and gpt do not take turns."""
+    """A ShareGPT record as it is.
+
+    Raises:
+        Dropped: it is empty, or human and gpt do not take turns.
+    """
     turns = turns_of(record)
     if not turns or any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
         raise Dropped("roles do not alternate")
@@ -172,7 +196,12 @@ def alternating(record: Record) -> list[Record]:
 
 
 def identity(name: str, maker: str) -> Iterator[Record]:
-    """Conversations in which an assistant says who it is."""
+    """ShareGPT records in which an assistant says who it is.
+
+    Args:
+        name: the assistant's.
+        maker: who trained it.
+    """
     asked = (
         *("Who are you?", "What is your name?", "Who made you?", "What are you?", "Introduce yourself."),
         *("Who created you?", "Are you a person?", "What should I call you?", "Which model are you?"),
@@ -198,8 +227,17 @@ def chosen_steps(
 ) -> list[Step]:
     """The steps that the command's options ask for, in order.
 
+    Args:
+        cleaned: `clean` records.
+        deduplicated: `without_duplicates`.
+        refusals: drop REFUSALS.
+        phrases: a file, of which each line is a phrase to drop.
+        script: see `in_script`.
+        max_length: see `split_long`.
+        tokenizer: the file or folder of the tokenizer that counts it.
+
     Raises:
-        PunaError: one needs another.
+        PunaError: max_length and tokenizer need each other, or there is no tokenizer.
     """
     if (max_length is None) != (tokenizer is None):
         raise PunaError("--max-length counts a tokenizer's tokens: give --max-length and --tokenizer together")
@@ -220,7 +258,14 @@ def chosen_steps(
 def apply(
     rows: Iterable[SourceRecord], steps: Sequence[Step], counts: Counter[str], faults: Faults
 ) -> Iterator[Record]:
-    """The records of `rows` after all `steps`, in order; `counts` gets what was read, kept, and dropped by reason."""
+    """The records of `rows` after all steps, in order.
+
+    Args:
+        rows: the records.
+        steps: each is applied to what the one before has made of a record.
+        counts: gets how many were read, kept, and dropped for each reason.
+        faults: gets what is wrong with a record.
+    """
     for path, line, record in rows:
         counts["read"] += 1
         current: list[Record] = [record]
@@ -247,12 +292,23 @@ def prepare(
     test_fraction: float = 0.05,
     overwrite: bool = False,
 ) -> Counter[str]:
-    """Read `sources` one after another (merging them), put every record through `steps`, append `added`, and write
-    `destination`: a JSON list where it ends in .json, else JSON lines. `test` gets `test_fraction` of it instead,
-    where given. Returns the counts.
+    """Read sources, put every record through the steps, and write what is left.
+
+    Args:
+        sources: files, folders or Hub data sets, read one after another (and so merged).
+        destination: the file to write: a JSON list where it ends in .json, else JSON lines.
+        steps: see `apply`.
+        added: records to append.
+        test: a file for the part held out of `destination`; None holds nothing out.
+        test_fraction: how much of all records is held out.
+        overwrite: replace what stands at `destination` and `test`.
+
+    Returns:
+        What `apply` counts, and how many were held out.
 
     Raises:
-        PunaError: the sources have faults (named by line), or nothing is left.
+        PunaError: the sources have faults (named by line), nothing is left to train on, a file is there already,
+            `test` is `destination`, or test_fraction is not between 0 and 1.
     """
     if test is not None and Path(test).absolute() == Path(destination).absolute():
         raise PunaError(f"--test {test} is the destination too: give the held-out part a file of its own")
@@ -286,7 +342,13 @@ def _as_text(records: Sequence[Record], listed: bool) -> str:
 
 
 def split_train_test(records: Sequence[Record], fraction: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
-    """Two parts in the order of `records`, the second with `fraction` of them (rounded up), chosen by `seed`."""
+    """What stays and what is held out, each in the order of `records`.
+
+    Args:
+        records: all of them.
+        fraction: of them, rounded up, is held out.
+        seed: chooses these.
+    """
     size = len(records)
     held = set(permute(range(size), size, mix_key(seed, 4))[: -int(-size * fraction // 1)].tolist())
     both = [[record for number, record in enumerate(records) if (number in held) == part] for part in (False, True)]

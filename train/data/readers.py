@@ -23,7 +23,13 @@ _HUB_ID = re.compile(HUB_ID + r"(?::([\w\[\]%:.-]+))?")  # with the split after 
 
 
 class SourceRecord(NamedTuple):
-    """A record and where it stands: `line` counts from 1 (rows, in parquet, arrow and Hub data)."""
+    """A record and where it stands.
+
+    Attributes:
+        path: the file, or the Hub data set.
+        line: counts from 1 (rows, in parquet, arrow and Hub data).
+        record: its values by their keys.
+    """
 
     path: str
     line: int
@@ -38,19 +44,28 @@ class Faults:
         self.count = 0
 
     def add(self, path: str, line: int | None, reason: str) -> None:
+        """Notes what is wrong at a line of a file, or in a file as a whole where `line` is None."""
         self.count += 1
         if len(self.named) < NAMED_FAULTS:
             self.named.append(f"{path}{'' if line is None else f':{line}'}: {reason}")
 
     def check(self) -> None:
-        """Raise PunaError where there is a fault."""
+        """Check that no fault was added.
+
+        Raises:
+            PunaError: naming the first NAMED_FAULTS and counting the rest.
+        """
         if self.count:
             more = f"\nand {self.count - len(self.named)} more" if self.count > len(self.named) else ""
             raise PunaError("\n".join(self.named) + more)
 
 
 def read_rows(path: str, faults: Faults) -> Iterator[SourceRecord]:
-    """The records of a file, a folder, or a Hub data set "org/name[@revision][:split]", in order; faults are added.
+    """The records of a source, in order.
+
+    Args:
+        path: a file, a folder, or a Hub data set "org/name[@revision][:split]".
+        faults: gets what is wrong with a record or a file.
 
     Raises:
         PunaError: there is nothing of that name, or nothing in it that we read.
@@ -68,7 +83,11 @@ def read_rows(path: str, faults: Faults) -> Iterator[SourceRecord]:
 
 
 def source_files(path: str) -> list[Path]:
-    """The files that `path` stands for, sorted; none for a Hub data set."""
+    """The files that `path` stands for, sorted; none for a Hub data set.
+
+    Raises:
+        PunaError: there is nothing of that name, or nothing in it that we read.
+    """
     place = Path(path)
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.suffix.lower() in READERS and file.is_file())
@@ -245,6 +264,7 @@ def read_csv(file: Path, faults: Faults) -> Iterator[SourceRecord]:
 
 
 def read_parquet(file: Path, faults: Faults) -> Iterator[SourceRecord]:
+    """The rows of a parquet file, counted from 1."""
     import pyarrow.parquet
 
     yield from _read_batches(file, faults, lambda: pyarrow.parquet.ParquetFile(file).iter_batches())
@@ -285,6 +305,7 @@ def _read_batches(file: Path, faults: Faults, batches: Callable[[], Iterator[Any
 
 
 def is_hub_id(path: str) -> bool:
+    """Whether `path` has the form of a Hub data set, and not the suffix of a file that we read."""
     return _HUB_ID.fullmatch(path) is not None and Path(path).suffix.lower() not in READERS
 
 

@@ -13,11 +13,19 @@ PERIOD = 1024  # rows in which a mixture has each source exactly at its share
 
 
 class Sampler:
-    """Global batches of `batch_size` rows. Step s takes samples s * batch_size and on of one endless sequence.
+    """Global batches, each a function of its step. Step s takes samples s * batch_size and on of one endless sequence.
 
     Without weights the sequence is the rows of all data sets in a new random order each epoch (a batch may hold the
     end of one epoch and the start of the next). With weights each run of PERIOD samples has every data set at its
     share, in random order, and each data set is gone through in its own epochs.
+
+    Args:
+        datasets: what to draw from; the held-out rows are not.
+        batch_size: rows of a batch, B.
+        seed: of all random orders.
+
+    Raises:
+        PunaError: a weight is so small a part of their sum that its data set would not be drawn.
     """
 
     def __init__(self, datasets: Datasets, batch_size: int, seed: int = 0):
@@ -36,7 +44,16 @@ class Sampler:
         return step * self.batch_size / self.num_rows
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """The numbers, over all data sets, of rows `start` to `stop` of the global batch of `step` (from 0)."""
+        """The numbers, over all data sets, of rows of a global batch.
+
+        Args:
+            step: whose batch, from 0.
+            start: the first row of it.
+            stop: the row after the last; None for the end.
+
+        Returns:
+            int64 [stop - start].
+        """
         stop = self.batch_size if stop is None else stop
         samples = step * self.batch_size + np.arange(start, stop)
         if self.shares is None:
@@ -55,9 +72,12 @@ class Sampler:
         return rows
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> HostBatch:
-        """Rows `start` to `stop` of the global batch of `step`: see PackedDataset.batch, and `rows` [B] for `where`.
+        """Rows `start` to `stop` of the global batch of `step`, as in `rows`.
 
         What a row holds does not depend on how the batch is divided among processes.
+
+        Returns:
+            What `PackedDataset.batch` documents, and "rows", int32 [stop - start], the numbers that `where` takes.
         """
         rows = self.rows(step, start, stop)
         source = self._source(rows)
@@ -103,7 +123,11 @@ def _shares(weights: tuple[float, ...]) -> NDArray[np.int64]:
 
 
 def in_order(dataset: PackedDataset, batch_size: int) -> Iterator[HostBatch]:
-    """Every row once, as evaluation reads them; empty rows, of which `rows` is -1, fill the last batch."""
+    """Every row once, as evaluation reads them.
+
+    Yields:
+        Batches of `batch_size` rows, as of `Sampler.batch`; empty rows, with -1 in "rows", fill the last one.
+    """
     for start in range(0, len(dataset), batch_size):
         rows = np.arange(start, start + batch_size)
         rows[rows >= len(dataset)] = -1

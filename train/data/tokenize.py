@@ -19,7 +19,20 @@ CHUNK = 64  # records a thread takes at once
 
 @dataclass
 class Chunk:
-    """Some records as one run of tokens. `lengths`, `paths` and `lines` have an entry for each example."""
+    """Some records as one run of N tokens. A list has an entry for each example, in order.
+
+    Attributes:
+        tokens: [N], the examples' ids end to end.
+        trained: [N], whether loss is taken on a token.
+        lengths: tokens of each example.
+        paths: where each was read.
+        lines: its line there.
+        records: how many were read, those left out too.
+        empty: texts left out because they are blank.
+        cut: examples cut to the most tokens allowed.
+        cut_tokens: tokens lost by it.
+        faults: path, line and reason of each record that could not be used.
+    """
 
     tokens: NDArray[np.uint32]
     trained: NDArray[np.bool_]
@@ -34,7 +47,14 @@ class Chunk:
 
 
 def tokenize(rows: Iterable[SourceRecord], encoder: Encoder, cut_at: int | None, faults: Faults) -> Iterator[Chunk]:
-    """Encode `rows` in chunks, each example cut to `cut_at` tokens. What is wrong with a row goes to `faults`."""
+    """Encode records in chunks, which come in the order of the records.
+
+    Args:
+        rows: the records.
+        encoder: makes tokens of one.
+        cut_at: the most tokens of an example; None cuts none.
+        faults: gets what is wrong with a record.
+    """
     remaining = iter(rows)
     workers = min(8, os.cpu_count() or 1)
     pending: deque[Future[Chunk]] = deque()

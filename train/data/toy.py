@@ -51,7 +51,11 @@ def write(config: Config) -> None:
 
 
 def make_examples(count: int, seed: int = 0) -> list[Example]:
-    """`count` different prompts with their answers, always the same ones for a seed."""
+    """Different prompts with their answers, always the same ones for a seed.
+
+    Returns:
+        `count` examples, with the keys prompt and completion.
+    """
     random_ = random.Random(seed)
     examples: dict[str, str] = {}
     while len(examples) < count:
