@@ -317,5 +317,6 @@ def parse(kind: type[T], data: bytes) -> T:
         first = min(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
         field = str(first["loc"][0]) if first["loc"] else None
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[")))
-        reason = "not supported here" if first["type"] in ("extra_forbidden", "none_required", "literal_error") else first["msg"]
+        unknown = first["type"] == "extra_forbidden" or first["msg"] == "Input should be None"
+        reason = "not supported here" if unknown else first["msg"]
         raise ApiError(400, f"{place}: {reason}", field) from None
