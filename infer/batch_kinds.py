@@ -1,0 +1,432 @@
+"""The kinds of lines that `batch` answers: one row each in `KINDS`, with how a line is asked and its answer written.
+
+Nothing here knows of files or of the engine. An answer depends on its line, its line number and the settings alone: no
+time stamps, and ids are made from content, so that a job that was interrupted ends with the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from infer.engine import Progress, Request
+from infer.load import sampling
+from model.chat import Message, Template, encode_prompt, get_template, stop_ids
+from model.errors import PunaError
+from model.tokenizer import Tokenizer
+
+Record = dict[str, Any]
+
+
+class NoTemplate(PunaError):
+    """The job lacks a template: no fault of a line, so the job stops."""
+
+
+class BadBody(PunaError):
+    """The body of an OpenAI request that cannot be met; `param` is its field."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every line of a job.
+
+    Args:
+        model: the name that answers give the model.
+        generation: the model's generation_config.json.
+        given: sampling settings of the command line, by the names of `Sampling`; those not given are absent.
+        max_new_tokens: as the command line gives it; then a line for which there is no room is refused.
+        length: tokens of the longest request, prompt and answer.
+    """
+
+    model: str
+    tokenizer: Tokenizer
+    template: Template | None
+    eos_ids: tuple[int, ...]
+    length: int
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class Ask(NamedTuple):
+    """What a line asks for. `own` are sampling settings of the line, and `max_new_tokens` its own; `most` is the
+    number where neither the line nor the command line says one, cut to the room there is (None: all of it)."""
+
+    prompt: list[int]
+    most: int | None
+    own: Mapping[str, Any] = {}
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of lines.
+
+    Args:
+        keys: what a line must hold, each with the types it may have.
+        id: the key that no two lines may share, if any.
+        ask: of a line and the texts of its answers so far, what to ask next.
+        write: of a line and its answers, the line of the output.
+        check: raises PunaError for what `keys` cannot say.
+        turns: how many answers a line takes, one after the other.
+        templates: the conversation templates where --template is not given, the first that there is;
+            "chat_template" is the model's own.
+        sampling: the settings where the command line gives none.
+        on_error: makes an answer of what would otherwise be a reject.
+    """
+
+    name: str
+    keys: Mapping[str, tuple[type, ...]]
+    id: str | None
+    ask: Callable[[Record, Sequence[str], Settings], Ask]
+    write: Callable[[Record, Sequence[Progress], Settings], Record]
+    check: Callable[[Record], None] = lambda record: None
+    turns: Callable[[Record], int] = lambda record: 1
+    templates: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    on_error: Callable[[Record, PunaError], Record] | None = None
+
+
+# --- what all kinds share
+
+
+def check_record(record: Record, kind: Kind) -> None:
+    """Raises PunaError unless `record` is a line of this kind."""
+    for key, types in kind.keys.items():
+        if key not in record:
+            raise PunaError(f"key {key!r} is missing: a line of kind {kind.name} has {', '.join(kind.keys)}")
+        value = record[key]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise PunaError(f"{key!r} is {_shown(value)}: give {' or '.join(_TYPES[t] for t in types)}")
+    kind.check(record)
+
+
+_TYPES = {str: "text", int: "a whole number", list: "a list", object: "a value"}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def choose_template(name: str | None, kind: Kind, tokenizer: Tokenizer) -> Template | None:
+    """The template `name`, or the kind's first that there is; tried on a message, so that no line finds it unfit.
+
+    Raises:
+        PunaError: no such template, or this tokenizer cannot write it.
+    """
+    usable = [one for one in kind.templates if one != "chat_template" or tokenizer.chat_template is not None]
+    name = name or next(iter(usable), None)
+    if name is None:
+        return None
+    template = get_template(name, tokenizer)
+    encode_prompt([_user("?")], template, tokenizer)
+    return template
+
+
+def line_seed(seed: int, number: int) -> int:
+    """The seed of line `number` in a job of seed `seed`: the same in any order, shard or batch."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()) >> 1
+
+
+def make_request(kind: Kind, record: Record, texts: Sequence[str], number: int, settings: Settings) -> Request:
+    """The next request of line `number`, whose answers so far are `texts`.
+
+    Raises:
+        PunaError: it can never be met.
+    """
+    ask = kind.ask(record, texts, settings)
+    own = {"seed": line_seed(settings.seed, number)} | dict(ask.own)
+    chosen = sampling(dict(settings.generation), **(dict(kind.sampling) | dict(settings.given) | own))
+    room = settings.length - len(ask.prompt)
+    wanted = settings.max_new_tokens if ask.max_new_tokens is None else ask.max_new_tokens
+    new = max(1, room if ask.most is None else min(room, ask.most)) if wanted is None else wanted
+    if new > room:
+        raise PunaError(
+            f"the prompt has {len(ask.prompt)} tokens and the answer up to {new}, together more than the context of "
+            f"{settings.length}: shorten the prompt, or give a smaller --max-new-tokens or a larger --max-length"
+        )
+    stops = tuple(dict.fromkeys((*ask.stop, *settings.stop)))
+    ends = tuple(dict.fromkeys((*ask.stop_ids, *settings.eos_ids)))
+    return Request(ask.prompt, new, chosen, ends, stops)
+
+
+def _chat(messages: Sequence[Message], settings: Settings, most: int | None) -> Ask:
+    if settings.template is None:
+        raise NoTemplate("lines hold messages and the model brings no conversation template: name one by --template")
+    prompt = encode_prompt(messages, settings.template, settings.tokenizer)
+    return Ask(prompt, most, {}, None, settings.template.stop, stop_ids(settings.template, settings.tokenizer))
+
+
+def _plain(text: str, settings: Settings, most: int | None) -> Ask:
+    tokenizer = settings.tokenizer
+    return Ask(tokenizer.encode(text, add_bos=tokenizer.bos_id is not None), most)
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _made_id(*parts: Any) -> str:
+    """An id that the same content always gets."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
+
+
+# --- WizardLM's test set
+
+_WIZARDLM_PROMPT = 1024  # tokens of a prompt, which loses its end
+
+
+def _ask_wizardlm(record: Record, texts: Sequence[str], settings: Settings) -> Ask:
+    """The original script ends the text where the model begins another `### Response:`."""
+    ask = _chat([_user(record["Instruction"])], settings, 2048)
+    return ask._replace(prompt=ask.prompt[:_WIZARDLM_PROMPT], stop=(*ask.stop, "### Response:"))
+
+
+def _write_wizardlm(record: Record, answers: Sequence[Progress], settings: Settings) -> Record:
+    return {"id": record["idx"], "instruction": record["Instruction"], "wizardlm": answers[0].text.strip()}
+
+
+# --- FastChat's questions: the 80 of Vicuna, and MT-bench
+
+
+def _ask_vicuna(record: Record, texts: Sequence[str], settings: Settings) -> Ask:
+    return _chat([_user(record["text"])], settings, 1024)
+
+
+def _write_vicuna(record: Record, answers: Sequence[Progress], settings: Settings) -> Record:
+    text = answers[0].text.strip()
+    return {
+        "question_id": record["question_id"],
+        "text": text,
+        "answer_id": _made_id(settings.model, record["question_id"], text),
+        "model_id": settings.model,
+        "metadata": {},
+    }
+
+
+_TEMPERATURES = {  # by MT-bench's category, as FastChat's llm_judge has them
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
+    "humanities": 0.1,
+}  # fmt: skip
+
+
+def _check_mt_bench(record: Record) -> None:
+    if not record["turns"] or not all(isinstance(turn, str) for turn in record["turns"]):
+        raise PunaError(f"'turns' is {_shown(record['turns'])}: give a list of one text or more")
+    if not isinstance(record.get("category", ""), str):
+        raise PunaError(f"'category' is {_shown(record['category'])}: give text")
+
+
+def _ask_mt_bench(record: Record, texts: Sequence[str], settings: Settings) -> Ask:
+    messages = []
+    for question, answer in zip(record["turns"], texts, strict=False):
+        messages += [_user(question), {"role": "assistant", "content": answer.strip()}]
+    ask = _chat([*messages, _user(record["turns"][len(texts)])], settings, 1024)
+    if "temperature" in settings.given:
+        return ask
+    return ask._replace(own={"temperature": _TEMPERATURES.get(record.get("category", ""), 0.7)})
+
+
+def _write_mt_bench(record: Record, answers: Sequence[Progress], settings: Settings) -> Record:
+    turns = [answer.text.strip() for answer in answers]
+    return {
+        "question_id": record["question_id"],
+        "answer_id": _made_id(settings.model, record["question_id"], turns),
+        "model_id": settings.model,
+        "choices": [{"index": 0, "turns": turns}],
+    }
+
+
+# --- prompts
+
+
+def _ask_prompt(record: Record, texts: Sequence[str], settings: Settings) -> Ask:
+    if settings.template is None:
+        return _plain(record["prompt"], settings, 128)
+    return _chat([_user(record["prompt"])], settings, 128)
+
+
+def _write_prompt(record: Record, answers: Sequence[Progress], settings: Settings) -> Record:
+    return {**record, "completion": answers[0].text, "finish_reason": answers[0].finish}
+
+
+# --- OpenAI's batches
+
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_WHOLE = ("top_k", "max_tokens", "max_completion_tokens", "seed", "n")
+_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # change no answer
+_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+def _check_openai(record: Record) -> None:
+    if record["method"] != "POST":
+        raise PunaError(f"'method' is {_shown(record['method'])}: give POST")
+    if record["url"] not in (_CHAT, _COMPLETIONS):
+        raise PunaError(f"'url' is {_shown(record['url'])}: give {_CHAT} or {_COMPLETIONS}")
+
+
+def read_body(url: str, body: Any, settings: Settings) -> Ask:
+    """What the body of a request asks for. A field that is null counts as absent.
+
+    Raises:
+        BadBody: a field that is wrong, or that would act and is not supported.
+    """
+    if not isinstance(body, dict):
+        raise BadBody(f"the body is {_shown(body)}: give an object")
+    body = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
+    content = "messages" if url == _CHAT else "prompt"
+    known = {content, "model", "stream", "stop", "logit_bias", *_NUMBERS, *_WHOLE}
+    for key, value in body.items():
+        if key not in known or (key == "max_completion_tokens" and url != _CHAT):
+            raise BadBody(f"{key} is not supported in a batch: remove it", key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (key in _NUMBERS and not number) or (key in _WHOLE and not (number and isinstance(value, int))):
+            raise BadBody(f"{key} is {_shown(value)}: give a {'whole ' if key in _WHOLE else ''}number", key)
+    for key, only in (("n", 1), ("stream", False)):
+        if body.get(key, only) != only:
+            raise BadBody(f"{key} is {_shown(body[key])}: a batch supports {_shown(only)} alone", key)
+    if content not in body:
+        raise BadBody(f"{content} is missing", content)
+    own = {name: body[name] for name in _SAMPLED if name in body}
+    if own.get("top_k") == -1:  # vLLM's word for all tokens
+        own["top_k"] = 0
+    if "seed" in body:
+        own["seed"] = body["seed"] % 2**63
+    if "logit_bias" in body:
+        own["logit_bias"] = _read_bias(body["logit_bias"])
+    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise BadBody(f"stop is {_shown(stop)}: give text, or a list of texts", "stop")
+    if url == _CHAT:
+        ask = _chat(_read_messages(body["messages"]), settings, None)
+    elif isinstance(body["prompt"], str):
+        ask = _plain(body["prompt"], settings, 16)  # OpenAI's number
+    else:
+        raise BadBody(f"prompt is {_shown(body['prompt'])}: a batch supports one text alone", "prompt")
+    new = body.get("max_completion_tokens", body.get("max_tokens"))
+    if new is not None and new < 1:
+        raise BadBody(f"max_tokens is {new}: give a number above 0", "max_tokens")
+    return ask._replace(own=own, max_new_tokens=new, stop=(*ask.stop, *stop))
+
+
+def _read_bias(given: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(given, dict) or not all(
+        key.isdecimal() and isinstance(value, int | float) and not isinstance(value, bool)
+        for key, value in given.items()
+    ):
+        raise BadBody(f"logit_bias is {_shown(given)}: give an object of token ids with numbers", "logit_bias")
+    return tuple((int(key), float(value)) for key, value in given.items())
+
+
+def _read_messages(given: Any) -> list[Message]:
+    if not isinstance(given, list) or not given:
+        raise BadBody(f"messages is {_shown(given)}: give a list of one message or more", "messages")
+    messages = []
+    for number, message in enumerate(given):
+        place = f"messages.{number}"
+        if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
+            raise BadBody(
+                f"{place} is {_shown(message)}: give a role (system, user or assistant) and content", "messages"
+            )
+        unknown = [
+            key for key, value in message.items() if key not in ("role", "content", "name") and value is not None
+        ]
+        if unknown:
+            raise BadBody(f"{place}.{unknown[0]} is not supported in a batch: remove it", "messages")
+        role = "system" if message["role"] == "developer" else message["role"]
+        messages.append({"role": role, "content": _read_content(message.get("content"), place)})
+    return messages
+
+
+def _read_content(content: Any, place: str) -> str:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        raise BadBody(f"{place}.content is {_shown(content)}: give text", "messages")
+    return "".join(part["text"] for part in parts)
+
+
+def _ask_openai(record: Record, texts: Sequence[str], settings: Settings) -> Ask:
+    return read_body(record["url"], record["body"], settings)
+
+
+def _response(record: Record, status: int, body: Record) -> Record:
+    made = _made_id(record["custom_id"], status, body)
+    response = {"status_code": status, "request_id": f"req_{made}", "body": body}
+    return {"id": f"batch_req_{made}", "custom_id": record["custom_id"], "response": response, "error": None}
+
+
+def _write_openai(record: Record, answers: Sequence[Progress], settings: Settings) -> Record:
+    (answer,) = answers
+    read, made = len(answer.request.prompt), len(answer.tokens)
+    chat = record["url"] == _CHAT
+    said = {"message": {"role": "assistant", "content": answer.text}} if chat else {"text": answer.text}
+    choice = {"index": 0, **said, "logprobs": None, "finish_reason": answer.finish}
+    body = {
+        "id": ("chatcmpl-" if chat else "cmpl-") + _made_id(settings.model, record["custom_id"], answer.text),
+        "object": "chat.completion" if chat else "text_completion",
+        "created": 0,  # no time stamps: see the first lines of this file
+        "model": settings.model,
+        "choices": [choice],
+        "usage": {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made},
+    }
+    return _response(record, 200, body)
+
+
+def _openai_error(record: Record, error: PunaError) -> Record:
+    param = error.param if isinstance(error, BadBody) else None
+    told = {"message": str(error), "type": "invalid_request_error", "param": param, "code": None}
+    return _response(record, 400, {"error": told})
+
+
+# --- the table
+
+_ID = (int, str)
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "openai", {"custom_id": (str,), "method": (str,), "url": (str,), "body": (object,)}, "custom_id",
+            _ask_openai, _write_openai, check=_check_openai, sampling={"temperature": 1.0, "top_p": 1.0},
+            templates=("chat_template",), on_error=_openai_error,
+        ),
+        Kind(
+            "wizardlm", {"idx": _ID, "Instruction": (str,)}, "idx", _ask_wizardlm, _write_wizardlm,
+            templates=("wizardlm",), sampling={"temperature": 1.0, "top_p": 0.9, "top_k": 40},
+        ),
+        Kind(
+            "mt_bench", {"question_id": _ID, "turns": (list,)}, "question_id", _ask_mt_bench, _write_mt_bench,
+            check=_check_mt_bench, turns=lambda record: len(record["turns"]),
+            templates=("chat_template", "vicuna_v1.1"),
+        ),
+        Kind(
+            "vicuna", {"question_id": _ID, "text": (str,)}, "question_id", _ask_vicuna, _write_vicuna,
+            templates=("chat_template", "vicuna_v1.1"), sampling={"temperature": 0.7},
+        ),
+        Kind("prompt", {"prompt": (str,)}, None, _ask_prompt, _write_prompt),
+    )
+}  # fmt: skip
+
+
+def kind_of(record: Record) -> Kind | None:
+    """The kind whose keys a line has, with values of their types; the first of the table where several fit."""
+    for kind in KINDS.values():
+        try:
+            check_record(record, kind)
+        except PunaError:
+            continue
+        return kind
+    return None

@@ -1,0 +1,47 @@
+"""Options that several commands of `infer` have: each is declared once here, with its help."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from convert.load import Quantize
+from model.errors import PunaError
+from model.quantize import Format, quantizer
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+# --- which model, and how its weights lie
+
+ModelArgument = Annotated[str, typer.Argument(help="Hub id (org/name[@revision]) or folder, of any format we read.")]
+TokenizerOption = Annotated[Path | None, typer.Option(help="Where the model's folder has no tokenizer.")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="What to compute in; as stored when not given.")]
+QuantizeOption = Annotated[Format | None, typer.Option(help="What to quantize the linear weights to.")]
+BlockOption = Annotated[int | None, typer.Option(help="int4: 32, 64 (if not given) or 128 weights to a scale.")]
+DoubleQuantOption = Annotated[bool, typer.Option("--double-quant", help="nf4: quantize its scales too.")]
+Int8ActivationsOption = Annotated[bool, typer.Option("--int8-activations", help="int8: round activations too.")]
+AdapterOption = Annotated[list[str] | None, typer.Option(help="PEFT adapter folder; several apply in order.")]
+MeshOption = Annotated[str | None, typer.Option(help="Devices to split the model over, as tensor=2.")]
+
+# --- how tokens are chosen
+
+TemperatureOption = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
+TopKOption = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")]
+TopPOption = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
+MinPOption = Annotated[float | None, typer.Option(help="Keep tokens this fraction as likely as the likeliest.")]
+RepetitionPenaltyOption = Annotated[float | None, typer.Option(help="Above 1 makes tokens seen less likely.")]
+SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same text; 0 when not given.")]
+
+
+def quantization(
+    quantize: Format | None, block: int | None, double_quant: bool, int8_activations: bool
+) -> Quantize | None:
+    """What the options of quantization ask `load` to do with the weights.
+
+    Raises:
+        PunaError: settings of a quantization without one, or not of this one.
+    """
+    if quantize is None and (block is not None or double_quant or int8_activations):
+        raise PunaError("--block, --double-quant and --int8-activations are of --quantize: give it too")
+    activations = "int8" if int8_activations else "float"
+    return None if quantize is None else quantizer(quantize, block or 64, double_quant, activations)
