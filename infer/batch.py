@@ -4,6 +4,7 @@ order. What a line may be is in `batch_kinds.py`, how a job survives being kille
 
 import hashlib
 import json
+import math
 import time
 from array import array
 from codecs import BOM_UTF8
@@ -22,6 +23,7 @@ from rich.progress import Progress as Bar
 from cli.command import Interrupted
 from cli.files import check_apart
 from infer.batch_kinds import KINDS, Kind, NoTemplate, Record, Settings, check_record, kind_of, make_request
+from infer.batch_openai import shown
 from infer.batch_output import Output
 from infer.engine import Engine, Progress
 from model.errors import PunaError
@@ -53,8 +55,8 @@ def decode(raw: bytes) -> Record:
         PunaError: it is no UTF-8, no JSON or no object, or holds what JSON cannot say (NaN, lone surrogates).
     """
     try:
-        value = json.loads(raw.decode())
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        value = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise PunaError(f"is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start}") from None
     except UnicodeEncodeError as error:
@@ -66,7 +68,17 @@ def decode(raw: bytes) -> Record:
     except ValueError as error:
         raise PunaError(f"is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise PunaError(f"expected an object, got {json.dumps(value)[:40]}")
+        raise PunaError(f"expected an object, got {shown(value)}")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:40]} is too large a number")
     return value
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from infer.batch_openai import CHAT, COMPLETIONS, BadBody, read_body, shown
 from infer.engine import Progress, Request
 from infer.load import sampling
 from model.chat import Message, Template, encode_prompt, get_template, stop_ids
@@ -21,14 +22,6 @@ Record = dict[str, Any]
 
 class NoTemplate(PunaError):
     """The job lacks a template: no fault of a line, so the job stops."""
-
-
-class BadBody(PunaError):
-    """The body of an OpenAI request that cannot be met; `param` is its field."""
-
-    def __init__(self, message: str, param: str | None = None):
-        super().__init__(message)
-        self.param = param
 
 
 @dataclass(frozen=True)
@@ -106,16 +99,11 @@ def check_record(record: Record, kind: Kind) -> None:
             raise PunaError(f"key {key!r} is missing: a line of kind {kind.name} has {', '.join(kind.keys)}")
         value = record[key]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise PunaError(f"{key!r} is {_shown(value)}: give {' or '.join(_TYPES[t] for t in types)}")
+            raise PunaError(f"{key!r} is {shown(value)}: give {' or '.join(_TYPES[t] for t in types)}")
     kind.check(record)
 
 
 _TYPES = {str: "text", int: "a whole number", list: "a list", object: "a value"}
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def choose_template(name: str | None, kind: Kind, tokenizer: Tokenizer) -> Template | None:
@@ -222,9 +210,9 @@ _TEMPERATURES = {  # by MT-bench's category, as FastChat's llm_judge has them
 
 def _check_mt_bench(record: Record) -> None:
     if not record["turns"] or not all(isinstance(turn, str) for turn in record["turns"]):
-        raise PunaError(f"'turns' is {_shown(record['turns'])}: give a list of one text or more")
+        raise PunaError(f"'turns' is {shown(record['turns'])}: give a list of one text or more")
     if not isinstance(record.get("category", ""), str):
-        raise PunaError(f"'category' is {_shown(record['category'])}: give text")
+        raise PunaError(f"'category' is {shown(record['category'])}: give text")
 
 
 def _ask_mt_bench(record: Record, texts: Sequence[str], settings: Settings) -> Ask:
@@ -262,104 +250,21 @@ def _write_prompt(record: Record, answers: Sequence[Progress], settings: Setting
 
 # --- OpenAI's batches
 
-_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_WHOLE = ("top_k", "max_tokens", "max_completion_tokens", "seed", "n")
-_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # change no answer
-_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-
 
 def _check_openai(record: Record) -> None:
     if record["method"] != "POST":
-        raise PunaError(f"'method' is {_shown(record['method'])}: give POST")
-    if record["url"] not in (_CHAT, _COMPLETIONS):
-        raise PunaError(f"'url' is {_shown(record['url'])}: give {_CHAT} or {_COMPLETIONS}")
-
-
-def read_body(url: str, body: Any, settings: Settings) -> Ask:
-    """What the body of a request asks for. A field that is null counts as absent.
-
-    Raises:
-        BadBody: a field that is wrong, or that would act and is not supported.
-    """
-    if not isinstance(body, dict):
-        raise BadBody(f"the body is {_shown(body)}: give an object")
-    body = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
-    content = "messages" if url == _CHAT else "prompt"
-    known = {content, "model", "stream", "stop", "logit_bias", *_NUMBERS, *_WHOLE}
-    for key, value in body.items():
-        if key not in known or (key == "max_completion_tokens" and url != _CHAT):
-            raise BadBody(f"{key} is not supported in a batch: remove it", key)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (key in _NUMBERS and not number) or (key in _WHOLE and not (number and isinstance(value, int))):
-            raise BadBody(f"{key} is {_shown(value)}: give a {'whole ' if key in _WHOLE else ''}number", key)
-    for key, only in (("n", 1), ("stream", False)):
-        if body.get(key, only) != only:
-            raise BadBody(f"{key} is {_shown(body[key])}: a batch supports {_shown(only)} alone", key)
-    if content not in body:
-        raise BadBody(f"{content} is missing", content)
-    own = {name: body[name] for name in _SAMPLED if name in body}
-    if own.get("top_k") == -1:  # vLLM's word for all tokens
-        own["top_k"] = 0
-    if "seed" in body:
-        own["seed"] = body["seed"] % 2**63
-    if "logit_bias" in body:
-        own["logit_bias"] = _read_bias(body["logit_bias"])
-    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise BadBody(f"stop is {_shown(stop)}: give text, or a list of texts", "stop")
-    if url == _CHAT:
-        ask = _chat(_read_messages(body["messages"]), settings, None)
-    elif isinstance(body["prompt"], str):
-        ask = _plain(body["prompt"], settings, 16)  # OpenAI's number
-    else:
-        raise BadBody(f"prompt is {_shown(body['prompt'])}: a batch supports one text alone", "prompt")
-    new = body.get("max_completion_tokens", body.get("max_tokens"))
-    if new is not None and new < 1:
-        raise BadBody(f"max_tokens is {new}: give a number above 0", "max_tokens")
-    return ask._replace(own=own, max_new_tokens=new, stop=(*ask.stop, *stop))
-
-
-def _read_bias(given: Any) -> tuple[tuple[int, float], ...]:
-    if not isinstance(given, dict) or not all(
-        key.isdecimal() and isinstance(value, int | float) and not isinstance(value, bool)
-        for key, value in given.items()
-    ):
-        raise BadBody(f"logit_bias is {_shown(given)}: give an object of token ids with numbers", "logit_bias")
-    return tuple((int(key), float(value)) for key, value in given.items())
-
-
-def _read_messages(given: Any) -> list[Message]:
-    if not isinstance(given, list) or not given:
-        raise BadBody(f"messages is {_shown(given)}: give a list of one message or more", "messages")
-    messages = []
-    for number, message in enumerate(given):
-        place = f"messages.{number}"
-        if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
-            raise BadBody(
-                f"{place} is {_shown(message)}: give a role (system, user or assistant) and content", "messages"
-            )
-        unknown = [
-            key for key, value in message.items() if key not in ("role", "content", "name") and value is not None
-        ]
-        if unknown:
-            raise BadBody(f"{place}.{unknown[0]} is not supported in a batch: remove it", "messages")
-        role = "system" if message["role"] == "developer" else message["role"]
-        messages.append({"role": role, "content": _read_content(message.get("content"), place)})
-    return messages
-
-
-def _read_content(content: Any, place: str) -> str:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or not all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
-    ):
-        raise BadBody(f"{place}.content is {_shown(content)}: give text", "messages")
-    return "".join(part["text"] for part in parts)
+        raise PunaError(f"'method' is {shown(record['method'])}: give POST")
+    if record["url"] not in (CHAT, COMPLETIONS):
+        raise PunaError(f"'url' is {shown(record['url'])}: give {CHAT} or {COMPLETIONS}")
 
 
 def _ask_openai(record: Record, texts: Sequence[str], settings: Settings) -> Ask:
-    return read_body(record["url"], record["body"], settings)
+    body = read_body(record["url"], record["body"])
+    if body.messages is not None:
+        ask = _chat(body.messages, settings, None)
+    else:
+        ask = _plain(body.prompt or "", settings, 16)  # OpenAI's number
+    return ask._replace(own=body.sampling, max_new_tokens=body.max_new_tokens, stop=(*ask.stop, *body.stop))
 
 
 def _response(record: Record, status: int, body: Record) -> Record:
@@ -371,7 +276,7 @@ def _response(record: Record, status: int, body: Record) -> Record:
 def _write_openai(record: Record, answers: Sequence[Progress], settings: Settings) -> Record:
     (answer,) = answers
     read, made = len(answer.request.prompt), len(answer.tokens)
-    chat = record["url"] == _CHAT
+    chat = record["url"] == CHAT
     said = {"message": {"role": "assistant", "content": answer.text}} if chat else {"text": answer.text}
     choice = {"index": 0, **said, "logprobs": None, "finish_reason": answer.finish}
     body = {

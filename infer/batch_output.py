@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from cli.files import atomic_path, write_json
+from cli.files import write_json
 from model.errors import PunaError
 from model.json_file import read_json
 
@@ -50,11 +50,10 @@ class Output:
         out.parent.mkdir(parents=True, exist_ok=True)
         rejects.parent.mkdir(parents=True, exist_ok=True)
         self._answers = _lock(self.part)
-        self._refusals = FileIO(self.rejects_part, "a")
         try:
             self._begin(header, overwrite)
         except BaseException:
-            self._close()
+            self._answers.close()
             raise
         self._synced, self._refusals_synced = time.monotonic(), True
 
@@ -68,9 +67,6 @@ class Output:
         if error is not None and not self.answered and not self.rejected:
             for path in (self._header, self.rejects_part, self.part):
                 path.unlink(missing_ok=True)
-        self._close()
-
-    def _close(self) -> None:
         self._answers.close()
         self._refusals.close()
 
@@ -78,14 +74,14 @@ class Output:
 
     def _begin(self, header: dict[str, Any], overwrite: bool) -> None:
         begun = read_json(self._header) if self._header.exists() else None
-        empty = not self.part.stat().st_size and not self.rejects_part.stat().st_size
+        empty = not any(path.exists() and path.stat().st_size for path in (self.part, self.rejects_part))
+        if begun != header and not empty and not overwrite:
+            raise PunaError(f"{_difference(self.part, begun, header)}, or overwrite=True to begin anew")
+        self._refusals = FileIO(self.rejects_part, "a")
         if begun != header:
-            if not empty and not overwrite:
-                raise PunaError(f"{_difference(self.part, begun, header)}, or overwrite=True to begin anew")
             self._answers.truncate(0)
             self._refusals.truncate(0)
-            with atomic_path(self._header, overwrite=True) as temporary:
-                write_json(temporary, header)
+            self._write_header(header)
 
     def resume(self, numbers: Iterable[int]) -> int:
         """The number of the last line that is done, 0 for none; what is beyond, or was cut short, is removed.
@@ -133,10 +129,14 @@ class Output:
         """Gives the files their names. No rejects leave no file."""
         for file in (self._answers, self._refusals):
             os.fsync(file.fileno())
-        header = read_json(self._header) | {"complete": [self.answered, self.rejected]}
-        with atomic_path(self._header, overwrite=True) as temporary:
-            write_json(temporary, header)
+        self._write_header(read_json(self._header) | {"complete": [self.answered, self.rejected]})
         self._rename()
+
+    def _write_header(self, header: dict[str, Any]) -> None:
+        """In one step: there is never a moment without the old one or the new."""
+        temporary = self._header.with_name(f".{self._header.name}.tmp")
+        write_json(temporary, header)
+        temporary.replace(self._header)
 
     def _finish_earlier(self, header: dict[str, Any]) -> bool:
         """Ends what a killed process left complete; whether it was this very job."""
