@@ -11,6 +11,7 @@ import os
 import time
 from array import array
 from collections.abc import Iterable
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,12 @@ class Output:
                 raise PunaError(f"{path} exists: give another destination, or overwrite=True to replace it")
         out.parent.mkdir(parents=True, exist_ok=True)
         rejects.parent.mkdir(parents=True, exist_ok=True)
-        self._answers = _lock(self.part)
-        try:
-            self._begin(header, overwrite)
-        except BaseException:
-            self._answers.close()
-            raise
+        with ExitStack() as opened:
+            self._answers = opened.enter_context(_lock(self.part))
+            self._check(header, overwrite)
+            self._refusals = opened.enter_context(FileIO(self.rejects_part, "a"))
+            self._begin(header)
+            self._files = opened.pop_all()
         self._synced, self._refusals_synced = time.monotonic(), True
 
     def __enter__(self) -> "Output":
@@ -67,18 +68,21 @@ class Output:
         if error is not None and not self.answered and not self.rejected:
             for path in (self._header, self.rejects_part, self.part):
                 path.unlink(missing_ok=True)
-        self._answers.close()
-        self._refusals.close()
+        self._files.close()
 
     # --- where to go on
 
-    def _begin(self, header: dict[str, Any], overwrite: bool) -> None:
-        begun = read_json(self._header) if self._header.exists() else None
+    def _begun(self) -> dict[str, Any] | None:
+        return read_json(self._header) if self._header.exists() else None
+
+    def _check(self, header: dict[str, Any], overwrite: bool) -> None:
+        begun = self._begun()
         empty = not any(path.exists() and path.stat().st_size for path in (self.part, self.rejects_part))
         if begun != header and not empty and not overwrite:
             raise PunaError(f"{_difference(self.part, begun, header)}, or overwrite=True to begin anew")
-        self._refusals = FileIO(self.rejects_part, "a")
-        if begun != header:
+
+    def _begin(self, header: dict[str, Any]) -> None:
+        if self._begun() != header:
             self._answers.truncate(0)
             self._refusals.truncate(0)
             self._write_header(header)
@@ -140,7 +144,7 @@ class Output:
 
     def _finish_earlier(self, header: dict[str, Any]) -> bool:
         """Ends what a killed process left complete; whether it was this very job."""
-        earlier = read_json(self._header) if self._header.exists() else {}
+        earlier = self._begun() or {}
         counts = earlier.pop("complete", None)
         if counts is None:
             return False

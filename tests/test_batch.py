@@ -595,7 +595,9 @@ def test_killed_five_times_a_job_ends_with_the_same_bytes(folder, tmp_path, coun
     for number in rng.sample(range(count), count // 20):
         lines[number] = rng.choice(["torn {", {"prompt": None}, {"prompt": "long " * 300}])
     (tmp_path / "in.jsonl").write_bytes(as_bytes(lines))
-    assert start(folder, tmp_path, "whole.jsonl").wait() == 0
+    whole = start(folder, tmp_path, "whole.jsonl")
+    _, said = whole.communicate()
+    assert whole.returncode == 0, said
     size, part = (tmp_path / "whole.jsonl").stat().st_size, tmp_path / "out.jsonl.part"
     ends = sorted(rng.randrange(1, size) for _ in range(5))
     for number, (kind, end) in enumerate(zip([signal.SIGKILL] * 4 + [signal.SIGTERM], ends, strict=True)):
