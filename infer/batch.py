@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from cli.command import Interrupted
 from cli.files import check_apart
 from infer.batch_kinds import KINDS, Kind, NoTemplate, Record, Settings, check_record, kind_of, make_request
 from infer.batch_openai import shown
@@ -306,19 +305,13 @@ def run_job(
         if not output.complete:
             last = output.resume(number for number, _ in read_lines(files.lines, files.shard))
             lines = (line for line in read_lines(files.lines, files.shard) if line.number > last)
-            try:
-                engine = make_engine()
-                started = time.monotonic()
-                answers = Answers(engine, found.kind, settings, files.lines, found.doubled)
-                with _bar(found.lines, output.answered + output.rejected) as advance:
-                    for outcome in answers.run(lines, rows):
-                        (output.answer if outcome.answered else output.reject)(outcome.value)
-                        made += outcome.tokens
-                        advance(outcome.tokens)
-            except Interrupted as error:
-                done = output.answered + output.rejected
-                error.outcome = f"{done} of {found.lines} lines are done; the same command goes on from there"
-                raise
+            answers = Answers(make_engine(), found.kind, settings, files.lines, found.doubled)
+            started = time.monotonic()
+            with _bar(found.lines, output.answered + output.rejected) as advance:
+                for outcome in answers.run(lines, rows):
+                    (output.answer if outcome.answered else output.reject)(outcome.value)
+                    made += outcome.tokens
+                    advance(outcome.tokens)
             output.finish()
     seconds = time.monotonic() - started
     rejected = f"{output.rejected} rejected" + (f" (see {files.refused})" if output.rejected else "")

@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from cli.command import Interrupted
 from cli.files import write_json
 from model.errors import PunaError
 from model.json_file import read_json
@@ -56,19 +57,24 @@ class Output:
             self._refusals = opened.enter_context(FileIO(self.rejects_part, "a"))
             self._begin(header)
             self._files = opened.pop_all()
-        self._synced, self._refusals_synced = time.monotonic(), True
+        self._synced, self._refusals_synced, self._ending = time.monotonic(), True, False
 
     def __enter__(self) -> "Output":
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Closes the files. A job that ended before its first line leaves none."""
         if self.complete:
             return
-        if error is not None and not self.answered and not self.rejected:
+        if error is not None and self._empty() and not self._ending:
             for path in (self._header, self.rejects_part, self.part):
                 path.unlink(missing_ok=True)
+        elif isinstance(error, Interrupted):
+            error.outcome = f"what is done is in {self.part}, and the same command goes on from there"
         self._files.close()
+
+    def _empty(self) -> bool:
+        return not any(path.exists() and path.stat().st_size for path in (self.part, self.rejects_part))
 
     # --- where to go on
 
@@ -77,8 +83,7 @@ class Output:
 
     def _check(self, header: dict[str, Any], overwrite: bool) -> None:
         begun = self._begun()
-        empty = not any(path.exists() and path.stat().st_size for path in (self.part, self.rejects_part))
-        if begun != header and not empty and not overwrite:
+        if begun != header and not self._empty() and not overwrite:
             raise PunaError(f"{_difference(self.part, begun, header)}, or overwrite=True to begin anew")
 
     def _begin(self, header: dict[str, Any]) -> None:
@@ -131,6 +136,7 @@ class Output:
 
     def finish(self) -> None:
         """Gives the files their names. No rejects leave no file."""
+        self._ending = True
         for file in (self._answers, self._refusals):
             os.fsync(file.fileno())
         self._write_header(read_json(self._header) | {"complete": [self.answered, self.rejected]})

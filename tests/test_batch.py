@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import infer.batch
 import infer.batch_output
+from cli.command import Interrupted
 from convert import load_model, save_model
 from infer.__main__ import app
 from infer.batch import Answers, Line, decode, fingerprint, parse_shard, read_lines, survey
@@ -433,10 +434,10 @@ def kill_at(monkeypatch):
     return kill_at
 
 
-def write_job(folder, outcomes, stop=None):
+def write_job(folder, outcomes, stop=None, overwrite=False):
     """What `run_job` does with its files, without a model: `outcomes` are true for an answer, false for a reject."""
     folder.mkdir(exist_ok=True)
-    with Output(folder / "out", folder / "bad", {"input": "x"}, overwrite=False) as output:
+    with Output(folder / "out", folder / "bad", {"input": "x"}, overwrite) as output:
         if output.complete:
             return
         last = output.resume(range(1, len(outcomes) + 1))
@@ -456,22 +457,27 @@ def files_of(folder):
 OUTCOMES = [True, False, True, True, False, False, True]
 
 
+@pytest.mark.parametrize("over", [False, True], ids=["new", "overwriting"])
 @pytest.mark.parametrize("outcomes", [OUTCOMES, [not one for one in OUTCOMES], [True] * 3, [False] * 3, []], ids=str)
-def test_killed_at_every_write_and_rename_a_job_ends_the_same(tmp_path, kill_at, outcomes):
+def test_killed_at_every_write_and_rename_a_job_ends_the_same(tmp_path, kill_at, outcomes, over):
     write_job(tmp_path / "whole", outcomes)
     expected = files_of(tmp_path / "whole")
     assert expected.keys() == {"out"} | ({"bad"} if False in outcomes else set())
     for k in range(1, 100):
         place = tmp_path / str(k)
+        if over:
+            place.mkdir()
+            for name in ("out", "bad"):
+                (place / name).write_text("an earlier job's")
         revive = kill_at(k)
         try:
-            write_job(place, outcomes)
+            write_job(place, outcomes, overwrite=over)
         except Killed:
             pass
         if revive() > 0:  # it was done before
             assert files_of(place) == expected
             break
-        write_job(place, outcomes)
+        write_job(place, outcomes, overwrite=over)
         assert files_of(place) == expected, k
     assert k > len(outcomes)
 
@@ -504,6 +510,15 @@ def test_a_job_that_failed_before_its_first_line_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), Output(tmp_path / "out", tmp_path / "bad", {"seed": 1}, False):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_is_stopped_while_it_looks_for_its_place_keeps_all(tmp_path):
+    write_job(tmp_path, OUTCOMES, stop=5)
+    before = files_of(tmp_path)
+    with pytest.raises(Interrupted) as error, Output(tmp_path / "out", tmp_path / "bad", {"input": "x"}, False):
+        raise Interrupted("SIGTERM")
+    assert files_of(tmp_path) == before
+    assert error.value.outcome.endswith("out.part, and the same command goes on from there")
 
 
 def interrupt(monkeypatch, after):
@@ -610,7 +625,7 @@ def test_killed_five_times_a_job_ends_with_the_same_bytes(folder, tmp_path, coun
         process.send_signal(kind)
         _, said = process.communicate()
         assert process.returncode == (2 if kind == signal.SIGTERM else -signal.SIGKILL), (number, said)
-    assert f"of {count} lines are done; the same command goes on from there" in said
+    assert f"interrupted by SIGTERM: what is done is in {part}, and the same command goes on from there" in said
     process = start(folder, tmp_path, "out.jsonl")
     output, said = process.communicate()
     assert process.returncode == 0, said
