@@ -8,7 +8,7 @@ import typer
 
 from cli.command import main
 from infer.batch import Files, fingerprint, parse_shard, run_job, survey
-from infer.batch_kinds import Settings, choose_template
+from infer.batch_kinds import Settings, check_settings, choose_template
 from infer.engine import Engine
 from infer.generate import cache_dtype, check_room, complete
 from infer.load import find_model, load, sampling, start_mesh
@@ -161,6 +161,9 @@ def batch(
     print(f"{lines}: {found.lines} lines of kind {found.kind.name}{told}", file=sys.stderr)
     source = find_model(model, tokenizer, adapter or [])
     chosen = choose_template(template, found.kind, source.tokenizer)
+    context = source.config.max_position_embeddings
+    if max_length is not None and max_length > context:
+        raise PunaError(f"max_length is {max_length} and the model's context {context}: give a smaller --max-length")
     options = {
         "temperature": temperature,
         "top_k": top_k,
@@ -173,13 +176,14 @@ def batch(
         tokenizer=source.tokenizer,
         template=chosen,
         eos_ids=source.eos_ids,
-        length=min(max_length or 4096, source.config.max_position_embeddings),
+        length=max_length or min(4096, context),
         generation=source.generation,
         given={name: value for name, value in options.items() if value is not None},
         max_new_tokens=max_new_tokens,
         stop=tuple(stop or ()),
         seed=seed,
     )
+    check_settings(found.kind, settings)
     devices = start_mesh(mesh)
 
     def make_engine() -> Engine:

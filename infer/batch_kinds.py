@@ -121,6 +121,18 @@ def choose_template(name: str | None, kind: Kind, tokenizer: Tokenizer) -> Templ
     return template
 
 
+def check_settings(kind: Kind, settings: Settings) -> None:
+    """Refuses what no line could be answered with, so that not every line is rejected for it. Raises PunaError."""
+    sampling(dict(settings.generation), **(dict(kind.sampling) | dict(settings.given)))
+    if settings.max_new_tokens is not None and not 0 < settings.max_new_tokens < settings.length:
+        raise PunaError(
+            f"max_new_tokens is {settings.max_new_tokens}: give a number from 1 to {settings.length - 1}, since prompt "
+            f"and answer have {settings.length} tokens together (see --max-length)"
+        )
+    if "" in settings.stop:
+        raise PunaError("stop is an empty string, which would end every text before it begins: give some text")
+
+
 def line_seed(seed: int, number: int) -> int:
     """The seed of line `number` in a job of seed `seed`: the same in any order, shard or batch."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()) >> 1

@@ -356,6 +356,27 @@ def test_a_shard_that_is_none_is_named(text):
         parse_shard(text)
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--temperature", "-1"], "temperature is -1.0: give a number"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0: give a number from 1 to 255"),
+        (["--max-new-tokens", "99", "--max-length", "99"], "max_new_tokens is 99: give a number from 1 to 98"),
+        (["--max-length", "257"], "max_length is 257 and the model's context 256"),
+        (["--stop", ""], "stop is an empty string"),
+        (["--template", "nothing"], "template 'nothing' is unknown"),
+        (["--kind", "wizardlm", "--block", "32"], "are of --quantize"),
+        (["--rejects", "{}/in.jsonl"], "is or holds .*in.jsonl, which is read"),
+        (["--rejects", "{}/out.jsonl"], "is the output too"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_line_can_be_answered_with_are_refused(run, tmp_path, flags, said):
+    with pytest.raises(PunaError, match=said):
+        run([{"prompt": "a"}], *(flag.replace("{}", str(tmp_path)) for flag in flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_the_kinds_templates_exist():
     assert {name for kind in KINDS.values() for name in kind.templates} <= {*TEMPLATES, "chat_template"}
 
@@ -633,6 +654,21 @@ def test_killed_five_times_a_job_ends_with_the_same_bytes(folder, tmp_path, coun
         assert (tmp_path / name.format("out")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
     assert f"{count - count // 20} answered, {count // 20} rejected" in output
     assert not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_slurm_array_answer_the_whole(folder, run, tmp_path):
+    """Tasks 5, 6 and 7 of an array, as Slurm names them; one that is done ends at once."""
+    lines, flags = prompts(10), ["--max-new-tokens", "6"]
+    whole = run(lines, *flags)
+    command = ["bash", "examples/batch_slurm.sh", folder, tmp_path / "in.jsonl", tmp_path / "answers", *flags]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for task in ("5", "6", "7", "6"):
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"}
+        environment = os.environ | array | {"PATH": path}
+        subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True, capture_output=True)
+    parts = [read(path) for path in sorted((tmp_path / "answers").glob("*.answers.jsonl"))]
+    assert [parts[i % 3][i // 3] for i in range(10)] == whole
 
 
 def test_lines_of_a_shard_keep_their_numbers(tmp_path):
