@@ -5,6 +5,7 @@ order. What a line may be is in `batch_kinds.py`, how a job survives being kille
 import hashlib
 import json
 import math
+import os
 import time
 from array import array
 from codecs import BOM_UTF8
@@ -298,7 +299,7 @@ def run_job(
     Raises:
         PunaError: see `Output`; or messages that no template is there for.
     """
-    place = str(files.refused.absolute())
+    place = os.path.relpath(files.refused.absolute(), files.out.absolute().parent)  # the folder may move in between
     header = {"input": found.digest, "kind": found.kind.name, "shard": list(files.shard), "rejects": place} | header
     made, started = 0, time.monotonic()
     with Output(files.out, files.refused, header, overwrite) as output:
