@@ -56,7 +56,8 @@ def decode(raw: bytes) -> Record:
     """
     try:
         value = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode()
+        if b"\\u" in raw:  # the only way to write a lone surrogate
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise PunaError(f"is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start}") from None
     except UnicodeEncodeError as error:
@@ -122,6 +123,11 @@ def survey(path: Path, name: str = "auto", shard: tuple[int, int] = (0, 1)) -> S
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with Console(stderr=True).status(f"Reading {path}"):
+        return _survey(path, name, shard, digest)
+
+
+def _survey(path: Path, name: str, shard: tuple[int, int], digest: str) -> Survey:
     kind, told_by = KINDS.get(name), None
     digests, numbers, count = bytearray(), array("Q"), 0
     for number, raw in read_lines(path):
@@ -143,7 +149,7 @@ def survey(path: Path, name: str = "auto", shard: tuple[int, int] = (0, 1)) -> S
     if kind is None:
         raise PunaError(
             f"{path} holds no line of a kind that we know: give kind='openai', 'wizardlm', 'mt_bench', 'vicuna' or "
-            f"'prompt', and see the rejects for what is wrong with its lines"
+            f"'prompt', and the rejects will say what is wrong with each line"
         )
     return Survey(kind, told_by, digest, count, _doubled(digests, numbers))
 
@@ -273,7 +279,9 @@ class Files:
         return self.rejects or self.out.with_name(f"{self.out.stem}.rejects{self.out.suffix or '.jsonl'}")
 
     def check(self) -> None:
-        """Raises PunaError where two of them are one."""
+        """Raises PunaError where two of them are one, or the input is a pipe."""
+        if self.lines.exists() and not self.lines.is_file():
+            raise PunaError(f"{self.lines} is no file, and is read more than once: give a file")
         for written in (self.out, self.refused):
             check_apart(written, self.lines)
         if self.out.absolute() == self.refused.absolute():

@@ -21,7 +21,7 @@ import infer.batch_output
 from cli.command import Interrupted
 from convert import load_model, save_model
 from infer.__main__ import app
-from infer.batch import Answers, Line, decode, fingerprint, parse_shard, read_lines, survey
+from infer.batch import Answers, Files, Line, decode, fingerprint, parse_shard, read_lines, survey
 from infer.batch_kinds import KINDS, Settings, line_seed
 from infer.batch_openai import BadBody, read_body
 from infer.batch_output import Output
@@ -344,6 +344,12 @@ def test_doubled_ids_are_those_that_a_set_finds(tmp_path_factory, ids):
     assert survey(path, "wizardlm").doubled == expected
 
 
+def test_a_pipe_is_no_input(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PunaError, match="pipe is no file, and is read more than once"):
+        Files(tmp_path / "pipe", tmp_path / "out").check()
+
+
 def test_lines_of_no_kind_are_refused_with_the_remedy(tmp_path):
     (tmp_path / "in").write_bytes(b'{"a": 1}\nx\n')
     with pytest.raises(PunaError, match="holds no line of a kind that we know: give kind='openai'"):
@@ -368,6 +374,7 @@ def test_a_shard_that_is_none_is_named(text):
         (["--kind", "wizardlm", "--block", "32"], "are of --quantize"),
         (["--rejects", "{}/in.jsonl"], "is or holds .*in.jsonl, which is read"),
         (["--rejects", "{}/out.jsonl"], "is the output too"),
+        (["--shard", "2/2"], "--shard 2/2: give I/N"),
     ],
     ids=str,
 )
