@@ -27,7 +27,12 @@ _ARGUMENT = re.compile(r"""(?<![\w./'"-])(\w+)=('[^']*'|"[^"]*"|[\w.+/-]*\w)""")
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, raised where the program stands so that unfinished output is removed on the way out."""
+    """SIGINT or SIGTERM, raised where the program stands so that unfinished output is removed on the way out.
+
+    `outcome` is what is said of the output; a command that keeps it says something else.
+    """
+
+    outcome = "unfinished output was removed"
 
 
 def main(app: typer.Typer) -> None:
@@ -76,7 +81,7 @@ def _exit_code(error: BaseException) -> int:
 def _line(error: BaseException, flags: Mapping[str, tuple[str, str | None]]) -> str:
     """What a person reads about `error`: one line, or one for each of several faults in data."""
     if isinstance(error, Interrupted):
-        return f"interrupted by {error}: unfinished output was removed"
+        return f"interrupted by {error}: {error.outcome}"
     if isinstance(error, OSError) and error.strerror:
         return f"error: {error.strerror}" + (f": {error.filename}" if error.filename else "")
     return f"error: {as_flags(str(error), flags)}"

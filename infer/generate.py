@@ -6,7 +6,7 @@ attention reads) are rounded up to powers of two, so that few programs are compi
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,13 +163,17 @@ def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: Ll
         )
 
 
+def cache_dtype(params: Params) -> Any:
+    """What keys and values are kept in: the model's own dtype, or what CPUs are fastest with."""
+    return cpu.CACHE_DTYPE if cpu.platform_of(params) == cpu.PLATFORM else params["embed"].dtype
+
+
 def prefill_prompts(
     params: Params, config: LlamaConfig, prompts: Sequence[Sequence[int]], longest: int, mesh: Mesh | None
 ) -> State:
     """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
     capacity = min(_round_up(longest, WINDOW), config.max_position_embeddings)
-    dtype = cpu.CACHE_DTYPE if cpu.platform_of(params) == cpu.PLATFORM else params["embed"].dtype
-    cache = init_cache(config, len(prompts), capacity, dtype, mesh, layout="per_layer")
+    cache = init_cache(config, len(prompts), capacity, cache_dtype(params), mesh, layout="per_layer")
     cache = jax.device_put(cache, jax.local_devices()[0]) if mesh is None else cache
     width = _round_up(max(len(prompt) for prompt in prompts), 16)
     tokens = np.zeros((len(prompts), width), np.int32)

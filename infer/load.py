@@ -16,8 +16,8 @@ from convert.load import Quantize, load_params
 from convert.peft import Adapter, read_adapter
 from convert.tokenizer_files import find_tokenizer, tokenizer_folder
 from infer.engine import Engine
+from infer.generate import cache_dtype
 from infer.sample import Sampling
-from model import cpu
 from model.chat import Template, get_template
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -112,7 +112,6 @@ def load_engine(
     trees = [apply_adapters(params, config, [adapter], mesh)[1] for adapter in adapters.values()]
     if trees:
         params = side_by_side([params, *trees][1:], product)
-    on_cpu = cpu.platform_of(params) == cpu.PLATFORM
     return Engine(
         params,
         config,
@@ -121,7 +120,7 @@ def load_engine(
         length=length or min(LONGEST, config.max_position_embeddings),
         queue=queue,
         mesh=mesh,
-        cache_dtype=cpu.CACHE_DTYPE if on_cpu else params["embed"].dtype,
+        cache_dtype=cache_dtype(params),
     )
 
 

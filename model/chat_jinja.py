@@ -78,9 +78,9 @@ def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None
 
 
 def jinja_render(source: str, tokenizer: Tokenizer) -> Callable[..., list[tuple[str, bool, bool]]]:
-    """Compile `source`. The result, `render(messages, add_generation_prompt, masked, tools=None)`, gives (text, trained,
-    special) in order; without `masked` nothing is trained. `tools` are functions that the model may call, as OpenAI's
-    API has them.
+    """Compile `source`. The result, `render(messages, add_generation_prompt, masked, tools=None)`, gives (text,
+    trained, special) in order; without `masked` nothing is trained. `tools` are functions that the model may call, as
+    OpenAI's API has them.
 
     Raises:
         PunaError: the template does not compile, refuses the messages, or rewrites earlier turns so that what each

@@ -7,10 +7,8 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 _FOLDER = Path(__file__).parent
-_FILES = {
-    "/": "index.html",
-    "/page/page.js": "page.js",
-    "/page/page.css": "page.css",
+_FILES = {"/": "index.html"} | {
+    f"/page/{file.name}": file.name for file in _FOLDER.iterdir() if file.suffix in (".css", ".js")
 }
 # Nothing from elsewhere, nothing inline, in nobody's frame.
 _POLICY = (

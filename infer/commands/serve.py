@@ -1,0 +1,85 @@
+"""`infer serve`: a model over OpenAI's API."""
+
+from typing import Annotated
+
+import typer
+
+from infer.engine import Engine
+from infer.load import LONGEST, chat_template, find_model, load_engine, named_adapters, start_mesh
+from infer.options import (
+    BlockOption,
+    DoubleQuantOption,
+    DtypeOption,
+    Int8ActivationsOption,
+    MeshOption,
+    ModelArgument,
+    QuantizeOption,
+    TokenizerOption,
+    quantization,
+)
+from model.errors import PunaError
+
+
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; its folder's name if not given.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH of a PEFT adapter, for requests by NAME.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="PUNA_API_KEY", help="Keys of which requests must bring one.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="How conversations are written; the checkpoint's own if any.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, max=1024, help="Requests worked on at once.")] = 8,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a request; the model's, 4096 at most.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused with 429.")] = 256,
+    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds that a request may take.")] = None,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
+    block: BlockOption = None,
+    double_quant: DoubleQuantOption = False,
+    int8_activations: Int8ActivationsOption = False,
+    mesh: MeshOption = None,
+) -> None:
+    """Serve the model over OpenAI's API, with a page to talk to it at /.
+
+    SIGTERM ends it when the requests that it took are answered.
+    """
+    from infer.serve import engine_host, keep_programs  # only this command needs a web server
+    from infer.serve import serve as run_server
+    from infer.served import Served
+
+    keep_programs()
+    source = find_model(model, tokenizer)
+    adapters = named_adapters(adapter or [])
+    devices = start_mesh(mesh)
+    form = quantization(quantize, block, double_quant, int8_activations)
+    if context is not None and context > source.config.max_position_embeddings:
+        raise PunaError(
+            f"context={context} is more than the model's {source.config.max_position_embeddings}: give less"
+        )
+    limit = context or min(LONGEST, source.config.max_position_embeddings)
+
+    def make() -> Engine:
+        return load_engine(source, adapters, devices, dtype, form, rows=rows, length=limit, queue=queue)
+
+    served = Served(
+        name=name or source.name,
+        host=engine_host(make),
+        tokenizer=source.tokenizer,
+        vocab_size=source.config.vocab_size,
+        context=limit,
+        eos_ids=source.eos_ids,
+        generation=source.generation,
+        template=chat_template(template, source.tokenizer),
+        adapters={name: index for index, name in enumerate(adapters)},
+        timeout=timeout,
+    )
+    run_server(served, host, port, api_key or [])
