@@ -1,17 +1,19 @@
-"""The body of a request of OpenAI's API, as far as a batch supports it. A field that would act and is not supported is
-refused by name."""
+"""The body of a request of OpenAI's API, as far as a batch supports it: one text without tools, scores or a form."""
 
 import json
 from typing import Any, NamedTuple
 
+from infer.openai_api import ApiError, ChatRequest, CompletionRequest, Sampled, validate
 from model.chat import Message
 from model.errors import PunaError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
-_SAMPLED = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_k")
-_WHOLE = ("top_k", "max_tokens", "max_completion_tokens", "seed", "n")
-_IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # change no answer
+_SAMPLED = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_UNSUPPORTED = (
+    *("tools", "tool_choice", "response_format", "logprobs", "top_logprobs", "echo", "stream", "stream_options"),
+    *("ignore_eos", "modalities"),
+)
 
 
 class BadBody(PunaError):
@@ -38,81 +40,54 @@ def read_body(url: str, body: Any) -> Body:
     Raises:
         BadBody: a field that is wrong, or that would act and is not supported.
     """
-    if not isinstance(body, dict):
-        raise BadBody(f"the body is {shown(body)}: give an object")
-    body = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
-    content = "messages" if url == CHAT else "prompt"
-    known = {content, "model", "stream", "stop", "logit_bias", *_SAMPLED, *_WHOLE}
-    for key, value in body.items():
-        if key not in known or (key == "max_completion_tokens" and url != CHAT):
-            raise BadBody(f"{key} is not supported in a batch: remove it", key)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (key in _SAMPLED and not number) or (key in _WHOLE and not (number and isinstance(value, int))):
-            raise BadBody(f"{key} is {shown(value)}: give a {'whole ' if key in _WHOLE else ''}number", key)
-        if number and abs(value) >= 2**64:
-            raise BadBody(f"{key} is {shown(value)}: give a smaller number", key)
-    for key, only in (("n", 1), ("stream", False)):
-        if body.get(key, only) != only:
-            raise BadBody(f"{key} is {shown(body[key])}: a batch supports {shown(only)} alone", key)
-    if content not in body:
-        raise BadBody(f"{content} is missing", content)
-    own = {name: body[name] for name in _SAMPLED if name in body}
-    if own.get("top_k") == -1:  # vLLM's word for all tokens
-        own["top_k"] = 0
-    if "seed" in body:
-        own["seed"] = body["seed"] % 2**63
-    if "logit_bias" in body:
-        own["logit_bias"] = _read_bias(body["logit_bias"])
-    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise BadBody(f"stop is {shown(stop)}: give text, or a list of texts", "stop")
-    if url == COMPLETIONS and not isinstance(body["prompt"], str):
-        raise BadBody(f"prompt is {shown(body['prompt'])}: a batch supports one text alone", "prompt")
-    messages = _read_messages(body["messages"]) if url == CHAT else None
-    new = body.get("max_completion_tokens", body.get("max_tokens"))
-    if new is not None and new < 1:
-        raise BadBody(f"max_tokens is {new}: give a number above 0", "max_tokens")
-    return Body(messages, body.get("prompt"), own, new, tuple(stop))
+    try:
+        request = validate(ChatRequest if url == CHAT else CompletionRequest, body)
+        return Body(_messages(request), _prompt(request), _sampling(request), _most(request), request.stops)
+    except ApiError as error:
+        raise BadBody(error.message, error.param) from None
 
 
-def _read_bias(given: Any) -> tuple[tuple[int, float], ...]:
-    if not isinstance(given, dict) or not all(
-        key.isdecimal() and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 100
-        for key, value in given.items()
-    ):
-        raise BadBody(
-            f"logit_bias is {shown(given)}: give an object of token ids with numbers from -100 to 100", "logit_bias"
-        )
-    return tuple((int(key), float(value)) for key, value in given.items())
+def _messages(request: Sampled) -> list[Message] | None:
+    for name in _UNSUPPORTED:
+        if getattr(request, name, None) not in (None, False):
+            raise BadBody(f"{name} is not supported in a batch: remove it", name)
+    if request.n not in (None, 1):
+        raise BadBody(f"n is {request.n}: a batch supports 1 alone", "n")
+    if not isinstance(request, ChatRequest):
+        return None
+    for message in request.messages:
+        if message.role == "tool" or message.tool_calls is not None:
+            raise BadBody("messages with tools are not supported in a batch: remove them", "messages")
+    return [message.message() for message in request.messages]
 
 
-def _read_messages(given: Any) -> list[Message]:
-    if not isinstance(given, list) or not given:
-        raise BadBody(f"messages is {shown(given)}: give a list of one message or more", "messages")
-    messages = []
-    for number, message in enumerate(given):
-        place = f"messages.{number}"
-        if not isinstance(message, dict) or message.get("role") not in ("system", "developer", "user", "assistant"):
-            raise BadBody(
-                f"{place} is {shown(message)}: give a role (system, user or assistant) and content", "messages"
-            )
-        unknown = [
-            key for key, value in message.items() if key not in ("role", "content", "name") and value is not None
-        ]
-        if unknown:
-            raise BadBody(f"{place}.{unknown[0]} is not supported in a batch: remove it", "messages")
-        role = "system" if message["role"] == "developer" else message["role"]
-        messages.append({"role": role, "content": _read_content(message.get("content"), place)})
-    return messages
+def _prompt(request: Sampled) -> str | None:
+    if not isinstance(request, CompletionRequest):
+        return None
+    if not isinstance(request.prompt, str):
+        raise BadBody("prompt is a list: a batch supports one text alone", "prompt")
+    return request.prompt
 
 
-def _read_content(content: Any, place: str) -> str:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or not all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
-    ):
-        raise BadBody(f"{place}.content is {shown(content)}: give text", "messages")
-    return "".join(part["text"] for part in parts)
+def _sampling(request: Sampled) -> dict[str, Any]:
+    own = {name: getattr(request, name) for name in _SAMPLED if getattr(request, name) is not None}
+    if request.top_k is not None:
+        own["top_k"] = max(request.top_k, 0)  # -1 is vLLM's word for all tokens
+    if request.seed is not None:
+        own["seed"] = request.seed % 2**63
+    if request.logit_bias is not None:
+        if not all(key.isdecimal() for key in request.logit_bias):
+            raise BadBody("the keys of logit_bias are token ids", "logit_bias")
+        own["logit_bias"] = tuple((int(key), value) for key, value in request.logit_bias.items())
+    return own
+
+
+def _most(request: Sampled) -> int | None:
+    chat = request.max_completion_tokens if isinstance(request, ChatRequest) else None
+    most = request.max_tokens if chat is None else chat
+    if most == 0:
+        raise BadBody("max_tokens is 0: give a number above 0", "max_tokens")
+    return most
 
 
 def shown(value: Any) -> str:

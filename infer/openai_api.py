@@ -308,7 +308,11 @@ def parse(kind: type[T], data: bytes) -> T:
     Raises:
         ApiError: not such a request; `param` names the first field that is wrong.
     """
-    value = parse_json(data)
+    return validate(kind, parse_json(data))
+
+
+def validate(kind: type[T], value: Any) -> T:
+    """The request that a JSON value is. Raises ApiError as `parse` does."""
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:

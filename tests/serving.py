@@ -7,13 +7,13 @@ import sys
 import threading
 
 import jax
+from small_tokenizer import small_tokenizer
 
 from convert import save_model
 from convert.peft import save_adapter
 from model import LlamaConfig, init_params
 from model.lora import LoraArray, add
 from model.tokenizer import load_tokenizer
-from tests.small_tokenizer import small_tokenizer
 
 # ChatML with functions, as NousResearch's Hermes models have it.
 TOOLS = (

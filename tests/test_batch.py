@@ -212,7 +212,7 @@ def test_openai(run, loaded):
     assert two["body"]["object"] == "text_completion"
     assert two["body"]["choices"] == [{"index": 0, "text": text, "logprobs": None, "finish_reason": plain_finish}]
     assert three["body"]["error"] == {
-        "message": "tools is not supported in a batch: remove it",
+        "message": "tools: not supported here",
         "type": "invalid_request_error",
         "param": "tools",
         "code": None,

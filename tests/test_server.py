@@ -11,6 +11,9 @@ import jax
 import numpy as np
 import openai
 import pytest
+from playwright.sync_api import expect
+from serving import WEATHER, Server, chat_model
+from test_page import chromium
 
 from convert import load_model
 from convert.adapters import apply_adapters
@@ -20,7 +23,6 @@ from model import forward
 from model.chat import encode_prompt, get_template, stop_ids
 from model.layout import per_layer
 from model.tokenizer import load_tokenizer
-from tests.serving import WEATHER, Server, chat_model
 
 pytestmark = pytest.mark.slow
 KEY = "correct horse"
@@ -416,3 +418,27 @@ def test_a_model_that_cannot_be_loaded_ends_the_command(tmp_path, model):
     server = Server(broken)
     error = server.process.communicate(timeout=120)[1]
     assert server.process.returncode == 2 and "model.safetensors" in error and "Traceback" not in error
+
+
+# --- the page
+
+
+def test_the_page_talks_with_the_model(server, offline):
+    """Over a real browser: the key is asked for, the reply is the model's, by the seed that the page was given."""
+    with chromium() as browser, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.get_by_label("Key", exact=True).fill(KEY)
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Most tokens in a reply").fill("12")
+        page.keyboard.press("Escape")
+        box = page.get_by_label("Message", exact=True)
+        box.fill(CHAT[0]["content"])
+        box.press("Enter")
+        expected = offline.chat(CHAT, 12, Sampling())
+        reply = page.get_by_role("article", name="Reply")
+        expect(reply.get_by_role("button", name="Copy")).to_be_visible(timeout=60_000)
+        shown = "".join(reply.inner_text().split())
+        assert "".join(expected.split()).strip("*_`#-")[:8] in shown
