@@ -20,7 +20,7 @@ from model.errors import JobFailed, PunaError
 
 def serve(served: Served, host: str, port: int, api_keys: Sequence[str] = ()) -> None:
     """Serves until SIGTERM or SIGINT: then takes no more requests, and ends when those it took have been answered. A
-    second signal ends it at once.
+    SIGINT after that (Ctrl-C again) ends it at once.
 
     Raises:
         PunaError: the address is in use, or is none of this machine's.
@@ -40,7 +40,7 @@ def serve(served: Served, host: str, port: int, api_keys: Sequence[str] = ()) ->
     if served.host.error is not None:
         raise served.host.error
     if server.force_exit:
-        raise JobFailed("ended by a second signal: requests under way were cut off")
+        raise JobFailed("ended by a second Ctrl-C: requests under way were cut off")
 
 
 class _Server(uvicorn.Server):
@@ -69,15 +69,15 @@ class _Server(uvicorn.Server):
         """Ours in place of uvicorn's, which raises them again at the end."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._end)
+            loop.add_signal_handler(number, self._end, number)
         try:
             yield
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
-    def _end(self) -> None:
-        self.force_exit = self.should_exit
+    def _end(self, number: int) -> None:
+        self.force_exit = self.should_exit and number == signal.SIGINT
         self.should_exit = True
 
 
