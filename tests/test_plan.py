@@ -154,9 +154,12 @@ def test_a_base_that_is_stored_quantized_is_counted_so(tmp_path, dtype):
     assert found["embed"].dtype == jnp.float32
 
 
-def test_the_number_of_devices_is_asked_for():
-    with pytest.raises(PunaError, match="give --devices"):
-        use_virtual_devices(small({"fsdp": -1}), None)
+@pytest.mark.parametrize("mesh, devices", [({"fsdp": -1}, 1), ({"fsdp": -1, "tensor": 2}, 2), ({"fsdp": 4}, 4)])
+def test_without_a_number_a_plan_is_for_the_fewest_devices(mesh, devices, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    use_virtual_devices(small(mesh), None)
+    assert asked["jax_num_cpu_devices"] == devices
 
 
 MEASURE = """

@@ -236,7 +236,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             value that no run could use.
     """
     try:
-        table = tomllib.loads(Path(path).read_text("utf-8"))
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PunaError(f"{path}: not TOML: {error}") from None
     for override in overrides:
