@@ -92,5 +92,8 @@ def test_text_is_utf_8_whatever_the_locale():
         return False
 
     for path in MODULES:
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "open" for node in nodes):
+            continue  # an `open` of its own
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
         assert not [f"{name(path)}:{call.lineno}" for call in calls if is_text(call)]

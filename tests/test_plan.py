@@ -17,7 +17,6 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from convert import save_model
 from model import LlamaConfig, init_params
-from model.errors import PunaError
 from train import cost
 from train.config import Config, QuantizeConfig, read_config
 from train.plan import alternatives, differences, make_plan, report, suggest, use_virtual_devices
