@@ -1,8 +1,12 @@
 """Files that commands write: complete or not at all, never over what is read, never on a disk too small."""
 
+import errno
+import glob
 import hashlib
 import json
+import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,17 +15,22 @@ from typing import Any
 
 from model.errors import JobFailed, PunaError
 
+_LOG = logging.getLogger(__name__)
+
 
 @contextmanager
 def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `destination` to write (a file or a folder); rename it when the block completes.
 
-    When the block fails or is interrupted the temporary is removed and an existing destination stays as it was.
+    When the block fails or is interrupted the temporary is removed and an existing destination stays as it was. What a
+    process that was killed left of an earlier try is removed first, with a warning.
 
     Raises:
-        PunaError: `destination` exists and `overwrite` is false, or its folder cannot be written.
+        PunaError: `destination` exists, at the start or when the block completes, and `overwrite` is false; or its
+            folder cannot be written.
     """
     destination = Path(destination).absolute()
+    _remove_leavings(destination)
     if os.path.lexists(destination) and not overwrite:
         raise PunaError(f"{destination} exists: give another destination, or overwrite=True to replace it")
     if Path.cwd().is_relative_to(destination):
@@ -30,11 +39,14 @@ def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Pa
     parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PunaError(f"{parent} cannot be written: give a destination in a folder you may write")
-    temporary = parent / f".{destination.name}.tmp-{os.getpid()}"
+    temporary = parent / f".{destination.name}.tmp-{_process()}"
     _remove(temporary)
     try:
         yield temporary
-        _replace(temporary, destination)
+        if overwrite:
+            _replace(temporary, destination)
+        else:
+            _place(temporary, destination)
     except OSError as error:
         if error.filename is None:  # a failed write, as on a full disk, does not say which file
             error.filename = str(destination)
@@ -56,12 +68,64 @@ def check_apart(destination: str | Path, *inputs: str | Path) -> None:
             raise PunaError(f"{destination} is or holds {given}, which is read: give another destination")
 
 
+def _process() -> str:
+    """This process, among all that may write to one folder."""
+    return f"{platform.node()}-{os.getpid()}"
+
+
+def _remove_leavings(destination: Path) -> None:
+    """Takes away what processes of this machine that are gone left beside `destination`. What stood there before, and
+    was moved aside when such a process was killed, is put back."""
+    for left in destination.parent.glob(f".{glob.escape(destination.name)}.*-{glob.escape(platform.node())}-*"):
+        kind, pid = left.name.removeprefix(f".{destination.name}.").split("-")[0], left.name.rpartition("-")[2]
+        if kind not in ("tmp", "old") or not pid.isdecimal() or _is_running(int(pid)):
+            continue
+        if kind == "old" and not os.path.lexists(destination):
+            left.rename(destination)
+            _LOG.warning("%s is put back: process %s was killed while it replaced it", destination, pid)
+        else:
+            _remove(left)
+            _LOG.warning("%s is removed: process %s was killed while it wrote it", left, pid)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _place(temporary: Path, destination: Path) -> None:
+    """Move `temporary` to `destination`, where nothing may have come in the meantime.
+
+    Raises:
+        PunaError: something has.
+    """
+    try:
+        if temporary.is_dir():
+            if os.path.lexists(destination):  # a rename would replace an empty folder
+                raise FileExistsError
+            temporary.rename(destination)
+        else:
+            os.link(temporary, destination)  # which a rename is not: it would replace what is there
+            temporary.unlink()
+    except OSError as error:
+        if error.errno in (None, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise PunaError(f"{destination} exists now: another process has written it in the meantime") from None
+        if temporary.is_dir() or os.path.lexists(destination):
+            raise
+        temporary.rename(destination)  # a file system without links
+
+
 def _replace(temporary: Path, destination: Path) -> None:
     """Move `temporary` to `destination`; what stood there is moved aside first, so that it is never half gone."""
     if not os.path.lexists(destination):
         temporary.rename(destination)
         return
-    old = destination.parent / f".{destination.name}.old-{os.getpid()}"
+    old = destination.parent / f".{destination.name}.old-{_process()}"
     destination.rename(old)
     try:
         temporary.rename(destination)

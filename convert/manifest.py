@@ -66,7 +66,7 @@ def write(folder: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
     names = [name for name in names if name not in _COMMIT_FILES]
     files = _map(lambda name: {"bytes": (folder / name).stat().st_size, "xxh3": _hash(folder / name)}, names)
     body = {"files": dict(zip(names, files, strict=True)), "arrays": dict(arrays)}
-    with open(folder / MANIFEST, "w") as file:
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         json.dump({"xxh3": _hash_text(body), **body}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

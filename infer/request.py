@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from infer.sample import Sampling
+from model.errors import PunaError
 
 
 class Constraint(Protocol):
@@ -46,6 +47,9 @@ class Request:
         constraint: what the text may be, as a grammar; None for anything.
         adapter: which of the engine's adapters to use; -1 is the model without any.
         deadline: seconds on `time.monotonic`'s clock after which it ends, done or not.
+
+    Raises:
+        PunaError: a stop string is empty.
     """
 
     prompt: Sequence[int]
@@ -59,6 +63,10 @@ class Request:
     constraint: Constraint | None = None
     adapter: int = -1
     deadline: float | None = None
+
+    def __post_init__(self):
+        if "" in self.stop:
+            raise PunaError("stop is an empty string, which would end every text before it begins: leave it out")
 
 
 @dataclass

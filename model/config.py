@@ -45,6 +45,8 @@ _INERT = frozenset(
     """.split()
 )
 
+MOST_LAYERS = 10_000  # of any model: a number beyond is damage, and would make tables without end
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -170,6 +172,8 @@ class LlamaConfig:
         ):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise PunaError(f"{name} is {value!r}; it must be a positive integer")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise PunaError(f"num_hidden_layers is {self.num_hidden_layers}; no LLaMA has more than {MOST_LAYERS}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise PunaError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "

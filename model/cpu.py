@@ -31,7 +31,7 @@ _ROWS = (((1,), (1,)), ((), ()))  # contracts the inputs of both, x [M, in] and 
 
 def _reads_avx512() -> bool:
     try:
-        return " avx512vl " in Path("/proc/cpuinfo").read_text()
+        return " avx512vl " in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return False
 

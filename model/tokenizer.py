@@ -271,7 +271,7 @@ def _companions(files: Mapping[str, Path]) -> Companions:
 
 def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str | None:
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text()
+        return files["chat_template.jinja"].read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")

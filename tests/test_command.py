@@ -1,6 +1,7 @@
 """Commands fail in one line with the exit code of what went wrong, and never leave half-written output."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -180,6 +181,42 @@ def test_overwrite_replaces_only_when_complete(tmp_path):
     with atomic_path(destination, overwrite=True) as path:
         path.write_text("new")
     assert destination.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+def gone():
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_killed_processes_left_is_removed_and_what_they_moved_is_put_back(tmp_path, caplog):
+    destination, here = tmp_path / "out", platform.node()
+    (tmp_path / f".out.tmp-{here}-{gone()}").mkdir()
+    (tmp_path / f".out.old-{here}-{gone()}").write_text("before")
+    others = [f".out.tmp-{here}-{os.getpid()}0", f".out.tmp-elsewhere-{gone()}", f".outer.tmp-{here}-{gone()}"]
+    running = tmp_path / f".out.tmp-{here}-{os.getppid()}"
+    for name in (*others[1:], running.name):
+        (tmp_path / name).write_text("another's")
+    with pytest.raises(PunaError, match="exists: give another destination"):
+        with atomic_path(destination) as path:
+            path.write_text("new")
+    assert destination.read_text() == "before" and "is put back" in caplog.text and "is removed" in caplog.text
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others[1:], running.name, "out"])
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_two_writers_to_one_destination_do_not_both_succeed(tmp_path, folder):
+    def write(path, text):
+        (path.mkdir(), (path / "file").write_text(text)) if folder else path.write_text(text)
+
+    destination = tmp_path / "out"
+    with pytest.raises(PunaError, match="another process has written it"):
+        with atomic_path(destination) as path:
+            write(path, "late")
+            write(destination, "early")
+    assert (destination / "file" if folder else destination).read_text() == "early"
     assert list(tmp_path.iterdir()) == [destination]
 
 

@@ -76,3 +76,21 @@ jax.config.update("jax_num_cpu_devices", 3)  # refused once a backend has starte
 assert jax.device_count() == 3
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    """Every text file is opened with its encoding said."""
+
+    def is_text(call):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        given = {keyword.arg for keyword in call.keywords}
+        modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        if name in ("read_text", "write_text"):
+            return "encoding" not in given
+        if name == "open" and ast.unparse(call.func).split(".")[0] not in ("os", "archive", "tensorstore"):
+            return "encoding" not in given and not any("b" in mode for mode in modes if len(mode) < 4)
+        return False
+
+    for path in MODULES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not [f"{name(path)}:{call.lineno}" for call in calls if is_text(call)]

@@ -43,7 +43,7 @@ def launch(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    devices: Annotated[int | None, typer.Option(help="How many; as many as [mesh] says by default.")] = None,
+    devices: Annotated[int | None, typer.Option(help="How many; as few as [mesh] can be laid over by default.")] = None,
 ) -> None:
     """Say what a step costs in memory, FLOPs and collectives, and which GPUs it fits, without running it."""
     from train.plan import plan as cost_report

@@ -138,7 +138,7 @@ def lock(run_dir: str | Path) -> Iterator[None]:
         return
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "a+") as file:
+    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -275,7 +275,7 @@ def _check_shared(run_dir: Path, hosts: list[str]) -> None:
     path = run_dir / f".preflight-{nonce}"
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(nonce)
+        path.write_text(nonce, encoding="utf-8")
     deadline = time.monotonic() + _seconds("SHARED_SECONDS", _SHARED_SECONDS)
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -199,7 +199,7 @@ def _restore(
     config: Config, checkpoints: Checkpoints, abstract: TrainState, data: dict[str, Any]
 ) -> tuple[TrainState, int]:
     """The newest good state of the run that output_dir holds. Raises PunaError naming what has changed since."""
-    text = (Path(config.run.output_dir) / "config.toml").read_text()
+    text = (Path(config.run.output_dir) / "config.toml").read_text(encoding="utf-8")
     refuse_changes(read_config(tomllib.loads(text)), config)
     state, saved, done = checkpoints.restore(replace(abstract, frozen=None))
     if saved["key"] != data["key"]:
@@ -253,7 +253,7 @@ def _write_config(run_dir: Path, config: Config) -> None:
     packages = ("puna", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     header = [f"# {name} {_version(name)}" for name in packages] + [f"# git {_revision()}"]
     with atomic_path(run_dir / "config.toml", overwrite=True) as path:
-        path.write_text("\n".join([*header, "", dump(config)]))
+        path.write_text("\n".join([*header, "", dump(config)]), encoding="utf-8")
 
 
 def _version(package: str) -> str:

@@ -146,8 +146,8 @@ class MetricsFile:
         self.path, self._reporters = run_dir / "metrics.jsonl", list(reporters)
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step] if self.path.exists() else []
         with atomic_path(self.path, overwrite=True) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self.path, "a")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends `line`; it survives the death of the process. Numbers that are not finite are written as null."""
@@ -175,7 +175,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise PunaError(f"{run_dir} has no metrics.jsonl: is it the output_dir of a run?")
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

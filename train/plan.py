@@ -79,16 +79,10 @@ def use_virtual_devices(config: Config, devices: int | None) -> None:
 
     Args:
         config: the run's.
-        devices: how many; None for as many as [mesh] says.
-
-    Raises:
-        PunaError: neither says how many.
+        devices: how many; None for the fewest that [mesh] can be laid over.
     """
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    if devices is None:
-        if -1 in sizes:
-            raise PunaError("[mesh] leaves one size to the number of devices: give --devices")
-        devices = math.prod(sizes)
+    if devices is None:  # a size of -1 takes the devices that the others leave
+        devices = math.prod(max(size, 1) for size in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
 
@@ -293,10 +287,10 @@ def plan(config: Config, devices: int | None = None) -> str:
 
     Args:
         config: the run's.
-        devices: how many; None for as many as [mesh] says.
+        devices: how many; None for the fewest that [mesh] can be laid over.
 
     Raises:
-        PunaError: see `use_virtual_devices` and `make_plan`.
+        PunaError: see `make_plan`.
     """
     use_virtual_devices(config, devices)
     made = make_plan(config)

@@ -144,7 +144,7 @@ def write_once(folder: Path, write: Callable[[Path], None], wait_seconds: float)
     deadline, before = time.monotonic() + wait_seconds, 0
     lock = folder.parent / f"{folder.name}.lock"
     while not folder.exists():
-        with lock.open("w") as held:
+        with lock.open("wb") as held:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -222,7 +222,7 @@ def tokenize_into(
     meta = {"dtype": dtype.name, "paths": paths, "counts": asdict(counts)}
     written = (folder / "tokens.bin", folder / "trained.bin", folder / "index.npz")
     meta["digest"] = hashlib.sha256("".join(map(sha256_of, written)).encode()).hexdigest()
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _first_read(source: DataSource, tokenizer: Tokenizer, faults: Faults) -> tuple[Encoder, Iterator[SourceRecord]]:

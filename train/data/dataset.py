@@ -197,7 +197,7 @@ def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
         PunaError: it is damaged.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         index = np.load(folder / "index.npz")
         offsets = index["offsets"]
         tokens = np.asarray(np.memmap(folder / "tokens.bin", meta["dtype"], "r", shape=(int(offsets[-1]),)))

@@ -92,8 +92,8 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIALS, strict=True))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_jsonl(path: Path, examples: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
