@@ -20,8 +20,11 @@ MASKED = -1e30  # finite: a query that may see nothing (padding) averages instea
 class Mask(NamedTuple):
     """Which keys a query may see: those at its position or before, of its own non-zero segment.
 
-    Positions are int32 [B, T] (queries) and [B, S] (keys), None meaning the index itself; segments likewise, None
-    meaning that all belong together. Segment 0 is padding, seen by nobody.
+    Attributes:
+        q_positions: int32 [B, T], of the queries; None for the index itself.
+        k_positions: int32 [B, S], of the keys; None for the index itself.
+        q_segments: int32 [B, T]; None where all belong together.
+        k_segments: int32 [B, S]; None where all belong together. Keys of segment 0 are padding, which no query sees.
     """
 
     q_positions: Array | None = None
@@ -30,18 +33,31 @@ class Mask(NamedTuple):
     k_segments: Array | None = None
 
     def by_index(self, T: int, S: int) -> bool:
-        """Whether query i may see keys 0 to i, and no other, of its segment."""
+        """Whether query i may see keys 0 to i, and no other, of its segment.
+
+        Args:
+            T: number of queries.
+            S: number of keys.
+        """
         return self.q_positions is None and self.k_positions is None and T == S
 
     def same_segment(self) -> Array | None:
-        """Bool [B, T, S], or None where there are no segments."""
+        """Where a query and a key are of the same segment: bool [B, T, S], or None where there are no segments."""
         if self.q_segments is None or self.k_segments is None:
             return None
         q, k = self.q_segments[:, :, None], self.k_segments[:, None, :]
         return (q == k) & (k != 0)
 
     def dense(self, T: int, S: int) -> Array:
-        """Bool [B or 1, T, S]."""
+        """The mask as an array.
+
+        Args:
+            T: number of queries.
+            S: number of keys.
+
+        Returns:
+            Bool [B or 1, T, S], true where the query sees the key.
+        """
         q = jnp.arange(T)[None] if self.q_positions is None else self.q_positions
         k = jnp.arange(S)[None] if self.k_positions is None else self.k_positions
         causal = q[:, :, None] >= k[:, None, :]
@@ -50,7 +66,16 @@ class Mask(NamedTuple):
 
 
 def attend(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """Softmax attention in XLA, grouped-query: q [B, T, H, d], k and v [B, K, S, d] -> [B, T, H, d] in q's dtype."""
+    """Grouped-query attention (arXiv:2305.13245) in XLA: softmax(q kᵀ / sqrt(d)) v over the keys that `mask` lets see.
+
+    Args:
+        q: queries [B, T, H, d].
+        k: keys [B, K, S, d]; K divides H, and H / K query heads share each key head.
+        v: values [B, K, S, d].
+
+    Returns:
+        [B, T, H, d] in q's dtype.
+    """
     T, S = q.shape[1], k.shape[2]
     seen = mask.dense(T, S)
     if not mask.by_index(T, S):
@@ -78,10 +103,18 @@ def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
 
 
 def attend_cudnn(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """The same through cuDNN's fused kernel on NVIDIA GPUs (bfloat16 or float16, head_dim a multiple of 8 up to 256).
+    """As `attend`, through cuDNN's fused kernel on NVIDIA GPUs.
 
     Plain causal passes need no mask in memory; segments and explicit positions are passed as one, [B, 1, T, S].
     Other platforms have no such kernel: a program with it does not compile there.
+
+    Args:
+        q: queries [B, T, H, d], bfloat16 or float16; d is a multiple of 8 up to 256.
+        k: keys [B, K, S, d].
+        v: values [B, K, S, d].
+
+    Returns:
+        [B, T, H, d] in q's dtype.
 
     Raises:
         PunaError: the kernel does not apply: it is chosen by name and never silently replaced.

@@ -19,7 +19,13 @@ from model.sharding import relaxed_sharding
 
 
 class KVCache(struct.PyTreeNode):
-    """`k` and `v`: [L, B, K, S, d], or a tuple of L arrays [B, K, S, d]; `lengths`: int32 [B], tokens seen per row."""
+    """The keys and values of all layers.
+
+    Attributes:
+        k: keys, [L, B, K, S, d], or a tuple of L arrays [B, K, S, d].
+        v: values, likewise.
+        lengths: int32 [B], tokens seen per row.
+    """
 
     k: Any
     v: Any
@@ -27,7 +33,7 @@ class KVCache(struct.PyTreeNode):
 
     @property
     def capacity(self) -> int:
-        """S, the number of positions there is room for."""
+        """S, the number of positions there is room for in each row."""
         return jax.tree.leaves(self.k)[0].shape[-2]
 
     def unstack(self) -> "KVCache":
@@ -47,9 +53,16 @@ def init_cache(
     mesh: Mesh | None = None,
     layout: Literal["stacked", "per_layer"] = "stacked",
 ) -> KVCache:
-    """An empty cache for `batch` rows of up to `max_length` tokens, in the layout of the parameters beside it.
+    """An empty cache, in the layout of the parameters beside it.
 
     Over a mesh, heads are split as the model's are, or replicated where there are too few.
+
+    Args:
+        batch: number of rows.
+        max_length: tokens that there is room for in each row.
+        dtype: of keys and values.
+        mesh: the mesh that the parameters live on, if any.
+        layout: "stacked", one array [L, B, K, S, d] each for keys and values; "per_layer", L arrays [B, K, S, d].
     """
     shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
 
@@ -72,10 +85,14 @@ def init_cache(
 
 
 class LayerCache(struct.PyTreeNode):
-    """One layer's window on the cache during a pass: its `k` and `v`, all layers' with the index `layer`, or its own.
+    """One layer's window on the cache during a pass.
 
-    `slots` [B] are the cache rows that the batch's rows stand for (None: the first B rows); attention reads the first
-    `window` positions only.
+    Attributes:
+        k: all layers' keys [L, B, K, S, d], or the layer's own [B, K, S, d].
+        v: values, likewise.
+        layer: the layer's index in k and v; None where they are its own.
+        slots: int32 [B], the cache rows that the batch's rows stand for; None for the first B rows.
+        window: attention reads that many positions, the first ones.
     """
 
     k: Array
@@ -85,10 +102,16 @@ class LayerCache(struct.PyTreeNode):
     window: int = struct.field(pytree_node=False)
 
     def extend(self, k: Array, v: Array, positions: Array) -> tuple[Array, Array, "LayerCache"]:
-        """Writes k and v [B, T, K, d] at `positions` [B, T]; those at or past the capacity are dropped.
+        """Writes new keys and values into the cache.
 
-        Returns the keys and values to attend to, [B, K, window, d] in the wider of their and the cache's dtypes, and
-        the cache after the write.
+        Args:
+            k: keys [B, T, K, d].
+            v: values [B, T, K, d].
+            positions: int32 [B, T], where they go; those at or past the capacity are dropped.
+
+        Returns:
+            The keys and the values to attend to, [B, K, window, d] in the wider of their and the cache's dtypes, and
+            the cache after the write.
         """
         rows = jnp.arange(k.shape[0]) if self.slots is None else self.slots
         heads = jnp.arange(k.shape[2])

@@ -33,9 +33,13 @@ class Piece(NamedTuple):
 
 
 def encode_counted(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids of `pieces`, and which are trained. Neighbouring texts are tokenized as one, and a masked text that
-    begins one masks as many tokens as it has by itself, even where its last token merges with the next text's first
-    (Stanford Alpaca's and FastChat's rule).
+    """Token ids of `pieces`, neighbouring texts tokenized as one (Stanford Alpaca's and FastChat's rule).
+
+    A masked text that begins such a run masks as many tokens as it has by itself, even where its last token merges with
+    the next text's first.
+
+    Returns:
+        The ids, and for each whether it is trained.
 
     Raises:
         PunaError: a piece names a special token that the tokenizer lacks.
@@ -44,8 +48,7 @@ def encode_counted(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[
 
 
 def encode_aligned(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """As `encode_counted`, but a token is trained where the text of its last byte is (transformers' rule for chat
-    templates with `{% generation %}`)."""
+    """As `encode_counted`, but a token is trained where its last byte is: transformers' rule for `{% generation %}`."""
     return _encode_runs(_neighbours(pieces), tokenizer, _align)
 
 
@@ -95,7 +98,11 @@ def _align(ids: list[int], text: str, prefix: str, tokenizer: Tokenizer) -> int:
 
 
 def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
-    """The id of the special token `name`, as a list: empty for the BOS of a tokenizer that has none."""
+    """The id of the special token `name` (`BOS`, `EOS`, or its text), as a list: empty where a tokenizer has no BOS.
+
+    Raises:
+        PunaError: the tokenizer lacks the token, and it is not BOS.
+    """
     if name == BOS:
         return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     found = tokenizer.eos_id if name == EOS else tokenizer.special_id(name)
@@ -107,10 +114,12 @@ def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written: `render(messages, add_generation_prompt)` gives the pieces, and `encode` their
-    token ids and mask. `stop` are texts that end a reply, and `stop_tokens` the special tokens that do.
+    """How a conversation is written.
 
     Attributes:
+        render: gives the pieces of (messages, add_generation_prompt).
+        encode: gives the token ids of pieces and which are trained, as `encode_counted`.
+        stop, stop_tokens: texts and special tokens that end a reply; the tokens are named as in `Piece`.
         with_tools: the same template beside functions that the model may call (JSON schemas, as OpenAI's `tools`); None
             where it has no place for them.
     """
@@ -124,12 +133,16 @@ class Template:
 
 
 def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a conversation ready for the assistant's next reply."""
+    """Token ids of a conversation ready for the assistant's next reply.
+
+    Raises:
+        PunaError: the template does not take these messages, or writes a special token that the tokenizer lacks.
+    """
     return template.encode(template.render(messages, True), tokenizer)[0]
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a reply under `template`: its own stop tokens and the tokenizer's EOS."""
+    """Ids that end a reply under `template`: those of its stop tokens that the tokenizer has, and of EOS."""
     own = [tokenizer.special_id(name) for name in template.stop_tokens if name != EOS]
     return tuple(dict.fromkeys(found for found in (*own, tokenizer.eos_id) if found is not None))
 
@@ -343,7 +356,7 @@ def get_template(name: str, tokenizer: Tokenizer) -> Template:
     """The template `name`: a key of TEMPLATES, "chat_template" (the checkpoint's own), or a path to a .jinja file.
 
     Raises:
-        PunaError: no such template, or the tokenizer brings none.
+        PunaError: no such template, the tokenizer brings none, or it cannot be used (see `jinja_template`).
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -363,6 +376,9 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
 
     The tokens that a model is trained on are those inside `{% generation %}` where the template has it, and otherwise
     what each assistant message adds to the conversation rendered with a generation prompt.
+
+    Raises:
+        PunaError: the template does not compile, or refuses one exchange of user and assistant.
     """
     render = jinja_render(source, tokenizer)
 

@@ -52,9 +52,12 @@ MOST_LAYERS = 10_000  # of any model: a number beyond is damage, and would make 
 class RopeScaling:
     """How the RoPE frequencies are stretched beyond the original context (Hugging Face `rope_scaling`).
 
-    `rope_type` is linear, dynamic (NTK), llama3 or yarn; the other fields are None where the type has no such number.
-    `factor` is the ratio of the new context to the original, the `*_freq_factor`s are llama3's wavelength bounds,
-    `beta_*`, `mscale*`, `attention_factor` and `truncate` are YaRN's (arXiv:2309.00071).
+    Attributes:
+        rope_type: linear, dynamic (NTK), llama3 or yarn; the other fields are None where the type has no such number.
+        factor: the ratio of the new context to the original.
+        original_max_position_embeddings: the original context in tokens.
+        low_freq_factor, high_freq_factor: llama3's wavelength bounds, as the original context over the wavelength.
+        attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate: YaRN's (arXiv:2309.00071).
     """
 
     rope_type: str
@@ -72,6 +75,8 @@ class RopeScaling:
     @classmethod
     def from_hf(cls, settings: dict[str, Any], max_position_embeddings: int) -> "RopeScaling | None":
         """Reads `rope_scaling` or `rope_parameters` (less its theta); None for the default RoPE.
+
+        llama3 and yarn take `max_position_embeddings` for the original context where `settings` give none.
 
         Raises:
             PunaError: for an unknown type, a number the type needs and lacks, or one it does not know.
@@ -113,9 +118,16 @@ class RopeScaling:
 class LlamaConfig:
     """The numbers of a LLaMA, under Hugging Face's names. Hashable, so it may be a static argument of `jit`.
 
-    `head_dim` and `num_key_value_heads` default to hidden_size / num_attention_heads and num_attention_heads.
-    `max_position_embeddings` is in tokens; `rope_theta` is the RoPE base; `eos_token_id` holds every stop id.
-    `pieces` names what replaces parts of the forward pass; a model with any is no plain LLaMA.
+    Attributes:
+        num_key_value_heads, head_dim: 0 for num_attention_heads, and for hidden_size / num_attention_heads.
+        max_position_embeddings: the context in tokens.
+        rope_theta: the RoPE base.
+        initializer_range: the standard deviation of fresh weights.
+        eos_token_id: every stop id.
+        pieces: what replaces parts of the forward pass; a model with any is no plain LLaMA.
+
+    Raises:
+        PunaError: naming a size that is not positive or does not fit the others.
     """
 
     vocab_size: int = 32000
@@ -230,6 +242,9 @@ class LlamaConfig:
 
         The hidden width of the MLP is round_up(int(multiplier * int(8 dim / 3)), multiple_of), as in Meta's code.
         `params.json` does not say how long the context is: it is that of the family which the other numbers show.
+
+        Raises:
+            PunaError: naming a number that is missing, or any field that would change the model and is not known here.
         """
         given = {key: value for key, value in params.get("model", params).items() if value is not None}
         rows = given.pop("vocab_size", -1)

@@ -41,7 +41,14 @@ def _transposed(w: Weight) -> Weight:
 
 
 def weight_shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> Any:
-    """The `NamedSharding` of every leaf of a weight whose dimensions mean `axes` (..., in, out); `w` may be abstract.
+    """The `NamedSharding` of every leaf of a weight, which may be abstract.
+
+    Args:
+        axes: the logical axis of each dimension (..., in, out); see sharding.RULES.
+        name: what messages call the weight.
+
+    Returns:
+        A sharding for a plain array; else the weight's own type with shardings for arrays.
 
     Raises:
         PunaError: a dimension of a plain array does not divide over the mesh.
@@ -58,7 +65,11 @@ def weight_shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: st
 
 
 def tree_shardings(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
-    """The `NamedSharding` of every leaf of stacked parameters, which may be abstract, whatever their kinds."""
+    """The `NamedSharding` of every leaf of stacked parameters, which may be abstract, whatever their kinds.
+
+    Raises:
+        PunaError: a dimension of a plain array does not divide over the mesh.
+    """
 
     def one(path: Any, spec: ParamSpec, w: Weight) -> Any:
         return weight_shardings(w, spec.axes, mesh, "/".join(entry.key for entry in path))
@@ -68,5 +79,9 @@ def tree_shardings(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
 
 
 def place(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
-    """Moves stacked parameters of any kinds onto `mesh` as the parameter table says."""
+    """Moves stacked parameters of any kinds onto `mesh` as the parameter table says.
+
+    Raises:
+        PunaError: a dimension of a plain array does not divide over the mesh.
+    """
     return jax.device_put(params, tree_shardings(params, config, mesh))

@@ -29,7 +29,14 @@ SPLIT_SEQUENCE = ("batch", "sequence", None)  # sequence parallelism (arXiv:2205
 
 
 class Context(NamedTuple):
-    """What all layers of one pass share: RoPE tables [B, T, d/2], the mask, and where keys go in the cache [B, T]."""
+    """What all layers of one pass share.
+
+    Attributes:
+        cos: RoPE table, float32 [B, T, d/2].
+        sin: RoPE table, float32 [B, T, d/2].
+        mask: which keys each query may see.
+        positions: int32 [B, T], where keys go in the cache.
+    """
 
     cos: Array
     sin: Array
@@ -38,14 +45,31 @@ class Context(NamedTuple):
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """RMSNorm (arXiv:1910.07467) of x [..., D] in float32, cast back before the weight multiplies, as Meta does."""
+    """RMSNorm (arXiv:1910.07467) in float32, cast back before the weight multiplies, as Meta does.
+
+    Args:
+        x: [..., D].
+        weight: [D].
+        eps: added to the mean square.
+
+    Returns:
+        x / sqrt(mean(x²) + eps) * weight, [..., D] in x's dtype.
+    """
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return weight.astype(x.dtype) * wide.astype(x.dtype)
 
 
 def mlp(x: Array, layer: Params) -> Array:
-    """SwiGLU (arXiv:2002.05202): x [B, T, D] -> [B, T, D]."""
+    """SwiGLU (arXiv:2002.05202): (silu(x w_gate) * (x w_up)) w_down, with biases where the layer has them.
+
+    Args:
+        x: [B, T, D].
+        layer: parameters of one layer.
+
+    Returns:
+        [B, T, D].
+    """
     gate = linear(x, layer["w_gate"], layer.get("b_gate"))
     up = linear(x, layer["w_up"], layer.get("b_up"))
     return linear(jax.nn.silu(gate) * up, layer["w_down"], layer.get("b_down"))
@@ -54,7 +78,17 @@ def mlp(x: Array, layer: Params) -> Array:
 def attention(
     x: Array, layer: Params, config: LlamaConfig, context: Context, cache: LayerCache | None, attend: Callable = attend
 ) -> tuple[Array, LayerCache | None]:
-    """Grouped-query attention with RoPE: x [B, T, D] -> [B, T, D], and the layer's cache with this pass's keys."""
+    """Grouped-query attention (arXiv:2305.13245) with RoPE (arXiv:2104.09864).
+
+    Args:
+        x: normalized residual stream [B, T, D].
+        layer: parameters of one layer.
+        cache: the layer's cache, or None to attend to this pass's keys alone.
+        attend: as `model.attention.attend`.
+
+    Returns:
+        [B, T, D], and the layer's cache with this pass's keys.
+    """
     B, T, _ = x.shape
 
     def heads(weight: str, bias: str) -> Array:
@@ -89,6 +123,18 @@ def block(
     """One decoder layer. For a variation, pass `partial(block, attend=..., norm=..., mlp=..., residual=...)`.
 
     One constraint on the residual stream keeps FSDP gathering one layer's weights instead of exchanging activations.
+
+    Args:
+        x: residual stream [B, T, D].
+        layer: parameters of one layer.
+        cache: the layer's cache, if any.
+        attend: as `model.attention.attend`.
+        norm: as `rms_norm`.
+        mlp: as the function `mlp`.
+        residual: logical axes of the residual stream (see sharding.RULES).
+
+    Returns:
+        The residual stream after the layer, and its cache with this pass's keys.
     """
     x = constrain(x, residual)
     with jax.named_scope("attention"):
@@ -100,16 +146,26 @@ def block(
 
 
 def norm_of(config: LlamaConfig) -> Callable:
-    """The model's norm: `rms_norm`, or what `config.pieces` names."""
+    """The model's norm: `rms_norm`, or what `config.pieces` names.
+
+    Raises:
+        PunaError: there is no function of that name.
+    """
     name = config.pieces.norm
     return rms_norm if name is None else load_function(name, "norm")
 
 
 def block_of(config: LlamaConfig, **keywords: Any) -> Callable:
-    """The model's decoder layer, as `config.pieces` names it and its parts, with `keywords` of `block` set.
+    """The model's decoder layer, as `config.pieces` names it and its parts.
+
+    Args:
+        keywords: keywords of `block` to set; a part that the config names comes before one given here.
+
+    Returns:
+        A function of (x, layer, config, context, cache), as `block`.
 
     Raises:
-        PunaError: the block that is named does not take one of the keywords.
+        PunaError: there is no function of a name, or the block that is named does not take one of the keywords.
     """
     pieces = config.pieces
     if pieces.norm is not None:
@@ -152,19 +208,31 @@ def hidden(
     norm: Callable | None = None,
     remat: str = "none",
 ) -> tuple[Array, KVCache | None]:
-    """tokens int32 [B, T] -> the final normalized residual stream [B, T, D], and the cache with this pass's keys.
+    """Runs all layers and the final norm.
 
-    positions: int32 [B, T]; None continues each row's cache, or counts from 0, anew at each segment.
-    segments: int32 [B, T]; 0 is padding, equal non-zero segments attend to each other. With a cache, 0 marks tokens
-      that are not there: they are not written.
-    slots, window: see `LayerCache`. dtype: what is computed in; None for the embedding's.
-    block, norm: the decoder layer and the final norm, as functions; None for those of the config's `pieces`.
-    remat: none, dots or full, what the backward pass recomputes.
-    A token id outside the vocabulary gives NaN, not another token.
+    A token id of `vocab_size` or above gives NaN, not another token.
+
+    Args:
+        params: stacked or unstacked.
+        tokens: int32 [B, T].
+        positions: int32 [B, T]; None continues each row's cache, or counts from 0, anew at each segment.
+        segments: int32 [B, T]; 0 is padding, equal non-zero segments attend to each other. With a cache, 0 marks tokens
+            that are not there: they are not written.
+        cache: keys and values of earlier passes; None to attend to this pass's alone.
+        slots: int32 [B], the cache's rows that the batch's rows stand for; None for the first B.
+        window: attention reads that many positions of the cache, the first ones; None for all.
+        dtype: what is computed in; None for the embedding's.
+        block: the decoder layer, as a function; None for that of the config's `pieces`.
+        norm: the final norm, as a function; None for that of the config's `pieces`.
+        remat: none, dots or full, what the backward pass recomputes.
+
+    Returns:
+        The normalized residual stream [B, T, D], and the cache with this pass's keys.
 
     Raises:
-        PunaError: for an unknown remat, and for a cache that reaches beyond the original context of a model with
-            dynamic RoPE (its frequencies would have changed under the keys already written).
+        PunaError: for an unknown remat, for a function that `pieces` names and is not found, and for a cache that
+            reaches beyond the original context of a model with dynamic RoPE (its frequencies would have changed under
+            the keys already written).
     """
     if remat not in REMAT:
         raise PunaError(f"remat {remat!r} is not known; choose {', '.join(REMAT)}")
@@ -202,22 +270,39 @@ def hidden(
 
 
 def head_of(params: Params, config: LlamaConfig) -> Any:
-    """The head [D, V]: a weight of its own, or the embedding's transpose where the two are tied."""
+    """The head [D, V], of any kind: a weight of its own, or the embedding's transpose where the two are tied."""
     is_tied = config.tie_word_embeddings and "lm_head" not in params
     return params["embed"].T if is_tied else params["lm_head"]
 
 
 def logits(params: Params, x: Array, config: LlamaConfig) -> Array:
-    """x [..., D] -> float32 [..., V].
+    """The head's product with the final residual stream.
 
     `per_layer` gives tied parameters a head, which shares the embedding's memory.
+
+    Args:
+        x: normalized residual stream [..., D], as `hidden` returns it.
+
+    Returns:
+        Float32 [..., V].
     """
     with jax.named_scope("head"):
         return linear(x, head_of(params, config), out_dtype=jnp.float32)
 
 
 def forward(params: Params, tokens: Array, config: LlamaConfig, **keywords: Any) -> tuple[Array, KVCache | None]:
-    """tokens [B, T] -> logits float32 [B, T, V], and the cache (None where none was given). Keywords: see `hidden`."""
+    """Tokens to logits.
+
+    Args:
+        tokens: int32 [B, T].
+        keywords: those of `hidden`.
+
+    Returns:
+        Logits float32 [B, T, V], and the cache (None where none was given).
+
+    Raises:
+        PunaError: as `hidden`.
+    """
     x, cache = hidden(params, tokens, config, **keywords)
     return logits(params, x, config), cache
 

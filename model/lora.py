@@ -65,10 +65,18 @@ class LoraArray:
 
 
 def adapted(x: Array, w: LoraArray, base: Callable[[Array], Array]) -> Array:
-    """x [M, in] times one adapted weight -> [M, out]; `base` multiplies by `w.base`.
+    """x times one adapted weight: x base + scale (x a) b, and DoRA's rescaling of it.
 
-    The norm that DoRA divides by is a constant to the gradient, as the paper proposes. It comes from norms and inner
-    products, so that no dense weight is ever built.
+    The norm that DoRA divides by is a constant to the gradient, as the paper proposes (section 4.3). It comes from
+    norms and inner products, so that no dense weight is ever built.
+
+    Args:
+        x: [M, in].
+        w: the weight of one layer.
+        base: multiplies [M, in] by `w.base`.
+
+    Returns:
+        [M, out], in the dtype that `base` gives.
     """
     dropped = x if w.key is None else _dropout(x, w.key, w.dropout)
     y = base(x)
@@ -81,7 +89,15 @@ def adapted(x: Array, w: LoraArray, base: Callable[[Array], Array]) -> Array:
 
 
 def column_norm(w: LoraArray, base: Callable[[Array], Array]) -> Array:
-    """The norm of each column of base + scale * a @ b, float32 [out], by the binomial formula."""
+    """The norm of each column of base + scale * a @ b, by the binomial formula.
+
+    Args:
+        w: the weight of one layer, with its `base_square`.
+        base: multiplies [r, in] by `w.base`.
+
+    Returns:
+        Float32 [out].
+    """
     a, b = w.a.astype(jnp.float32), w.b.astype(jnp.float32)
     cross = (base(a.T).astype(jnp.float32) * b).sum(axis=0)
     square = ((a.T @ a) @ b * b).sum(axis=0)
@@ -115,13 +131,24 @@ def add(
 ) -> tuple[LlamaConfig, Params]:
     """Puts fresh adapters over stacked parameters: a uniform as Kaiming's, b zero, so the model stays as it was.
 
-    targets: names as `q_proj`, or "all-linear". scale: alpha / rank, or alpha / sqrt(rank) with rslora. The patterns
-    give modules whose name `model.layers.0.self_attn.q_proj` ends in a key (a regular expression) another rank or
-    alpha. modules_to_save: `embed_tokens`, `lm_head`, trained whole; this unties them. The config returned says so.
+    Args:
+        key: PRNG key; each weight draws from its own, made of its name.
+        alpha: the update's scale is alpha / rank.
+        dropout: the rate at which inputs of an adapter are dropped in training; see `with_dropout`.
+        targets: names as `q_proj`, or "all-linear".
+        modules_to_save: `embed_tokens`, `lm_head`, trained whole; this unties them.
+        rslora: the scale is alpha / sqrt(rank) (arXiv:2312.03732).
+        dora: adapters have DoRA's magnitudes (arXiv:2402.09353).
+        rank_pattern: other ranks, by a regular expression that ends a module's name `model.layers.0.self_attn.q_proj`.
+        alpha_pattern: other alphas, likewise.
+        mesh: the mesh that the parameters live on, if any.
+
+    Returns:
+        The config, which says so where the embeddings were untied, and the parameters.
 
     Raises:
-        PunaError: for a rank below 1 or above the weight's sides, an alpha that is not finite, an unknown target or
-            module, or a pattern that matches nothing.
+        PunaError: for a rank below 1 or above the weight's larger side, an alpha that is not finite, an unknown target
+            or module, or a pattern that matches nothing.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     weights = target_weights(targets)
@@ -154,7 +181,7 @@ def add(
 
 
 def target_weights(targets: Sequence[str] | str) -> list[str]:
-    """Our names of the weights that `targets` name.
+    """Our names of the weights that `targets` name, as `wq` for `q_proj`.
 
     Raises:
         PunaError: for a name that is no linear of a LLaMA.
@@ -182,7 +209,11 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def module_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches, as peft chooses it."""
+    """The value of the first pattern, a regular expression, that ends the name `module`, as peft chooses it.
+
+    Raises:
+        PunaError: a pattern is no regular expression.
+    """
     return next((value for pattern, value in patterns.items() if _matches(pattern, module)), default)
 
 
@@ -214,7 +245,7 @@ def on_mesh(w: LoraArray, axes: Sequence[str], mesh: Mesh | None, name: str) -> 
 
 
 def with_magnitude(w: LoraArray, magnitude: Array | None) -> LoraArray:
-    """The adapter, of one layer or stacked, as DoRA; None starts from the base's own norms, which changes nothing."""
+    """The adapter, of one layer or stacked, as DoRA with that magnitude [..., out]; None is the norms of the base."""
     square = _column_squares(w.base) if w.a.ndim == 2 else jax.jit(lambda base: lax.map(_column_squares, base))(w.base)
     return replace(w, magnitude=jnp.sqrt(square) if magnitude is None else magnitude, base_square=square)
 
@@ -230,7 +261,14 @@ def untie(params: Params) -> Params:
 
 
 def split(params: Params, modules_to_save: Sequence[str] = ()) -> tuple[Params, Params]:
-    """(trained, frozen): trees of the same shape, None where the other has the array. The outermost adapters train."""
+    """Parameters as two trees of the same shape, None where the other has the array. The outermost adapters train.
+
+    Args:
+        modules_to_save: `embed_tokens`, `lm_head`: those that are trained whole.
+
+    Returns:
+        The trained tree and the frozen one.
+    """
     saved = {SAVED_MODULES[module] for module in modules_to_save}
 
     def trained(path: Any, leaf: Any) -> Any:
@@ -259,7 +297,7 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def with_dropout(params: Params, key: Array) -> Params:
-    """Gives every adapter that has a dropout rate its keys for one step, one per layer."""
+    """Gives every adapter that has a dropout rate its keys for one step, one per layer, from the step's `key`."""
 
     def give(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, LoraArray) or not leaf.dropout:
@@ -278,7 +316,7 @@ def _is_node(node: Any) -> bool:
 
 
 def dense(w: Any) -> Array:
-    """The float32 weight that any kind stands for, [..., in, out]."""
+    """The float32 weight [..., in, out] that any kind stands for."""
     match w:
         case QuantizedArray():
             return dequantize(w, jnp.float32)
@@ -297,8 +335,11 @@ def dense(w: Any) -> Array:
 def merge(params: Params) -> tuple[Params, dict[str, float]]:
     """Parameters without adapters: the update in float32, the result in the base's dtype and format.
 
-    A quantized base is dequantized, added to and quantized again, which loses something: the second value says how
-    much, the largest relative error (Frobenius norm) over the layers, by weight. It is empty for float bases.
+    A quantized base is dequantized, added to and quantized again, which loses something.
+
+    Returns:
+        The parameters, and what was lost: the largest relative error (Frobenius norm) over the layers, by weight. It is
+        empty for float bases.
     """
     errors: dict[str, float] = {}
 
@@ -333,7 +374,7 @@ def _merge(w: LoraArray) -> tuple[Any, Array]:
 
 
 def lora_shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: str, base: Any) -> LoraArray:
-    """The `NamedSharding` of every leaf beside the base's: a and b are split as the weight's sides are, where whole."""
+    """The `NamedSharding` of every leaf beside the base's: a and b are split as the weight's sides, if they divide."""
     *lead, in_axis, out_axis = axes
 
     def place(x: Array | None, *last: str | None) -> Any:

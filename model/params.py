@@ -25,7 +25,13 @@ LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
 class ParamSpec(NamedTuple):
-    """One weight: its shape, the logical name of each axis (see sharding.RULES) and how it starts."""
+    """One weight.
+
+    Attributes:
+        shape: with the layers first where they are stacked.
+        axes: the logical name of each axis; see sharding.RULES.
+        init: how it starts.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -79,7 +85,14 @@ def param_specs(config: LlamaConfig) -> Params:
 
 
 def map_specs(function: Any, config: LlamaConfig) -> Params:
-    """Applies `function(name, spec)` to every row of the table; `name` is slash-joined, as in `layers/wq`."""
+    """Applies a function to every row of the table.
+
+    Args:
+        function: of (name, spec); `name` is slash-joined, as in `layers/wq`.
+
+    Returns:
+        The tree of what it gives.
+    """
 
     def apply(path: Any, spec: ParamSpec) -> Any:
         return function("/".join(entry.key for entry in path), spec)
@@ -88,7 +101,17 @@ def map_specs(function: Any, config: LlamaConfig) -> Params:
 
 
 def init_params(config: LlamaConfig, key: Array, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Params:
-    """Fresh parameters, born sharded over `mesh` where one is given; the numbers do not depend on the mesh."""
+    """Fresh parameters, born sharded over `mesh` where one is given; the numbers do not depend on the mesh.
+
+    Args:
+        key: PRNG key; each weight draws from its own, made of its name.
+
+    Returns:
+        Stacked parameters.
+
+    Raises:
+        PunaError: an axis does not divide over `mesh`.
+    """
 
     def init(key: Array) -> Params:
         def one(name: str, spec: ParamSpec) -> Array:
@@ -113,7 +136,11 @@ def param_shardings(config: LlamaConfig, mesh: Mesh) -> Params:
 
 
 def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Params:
-    """The tree of `ShapeDtypeStruct`s: what the parameters would be, without any memory for them."""
+    """The tree of `ShapeDtypeStruct`s: what the parameters would be, without any memory for them.
+
+    Raises:
+        PunaError: an axis does not divide over `mesh`.
+    """
 
     def one(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = None if mesh is None else named_sharding(mesh, spec.axes, spec.shape, name)
@@ -128,9 +155,12 @@ def param_count(config: LlamaConfig) -> int:
 
 
 def unstack(params: Params, form: Callable[[Params], Params] = lambda layer: layer) -> Params:
-    """Layers as a tuple, each as `form` makes it; unstacked ones stay.
+    """Layers as a tuple; unstacked ones stay.
 
     The form for decoding, where slicing stacked weights would copy them at every token.
+
+    Args:
+        form: makes each layer's parameters of those that were sliced out.
     """
     if isinstance(params["layers"], tuple):
         return params

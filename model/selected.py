@@ -20,11 +20,15 @@ from model.params import Params
 
 @struct.dataclass
 class SelectedLora:
-    """One weight [in, out] with n adapters over it, of rank r at most.
+    """One weight with n adapters over it, of rank r at most.
 
-    `a` [in, n * r] and `b` [n * r, out] hold all factors, scales within b. `gain` [n, out] are DoRA's factors on the
-    columns, ones for plain LoRA; None where no adapter is DoRA. `index` int32 [B] says which adapter each row of the
-    batch uses, -1 none.
+    Attributes:
+        base: [in, out], of any kind without adapters.
+        a: [in, n * r].
+        b: [n * r, out], with the adapters' scales in it.
+        gain: [n, out], DoRA's factors on the columns, ones for plain LoRA; None where no adapter is DoRA.
+        index: int32 [B], which adapter each row of the batch uses, -1 none.
+        rank: r.
     """
 
     base: Any
@@ -41,8 +45,15 @@ class SelectedLora:
 
 
 def selected(x: Array, w: SelectedLora, base: Callable[[Array], Array]) -> Array:
-    """x [M, in] times the weight of each row's adapter -> [M, out]; M is B rows of M / B tokens. `base` multiplies by
-    `w.base`."""
+    """x times the weight of each row's adapter.
+
+    Args:
+        x: [M, in]: B rows of M / B tokens.
+        base: multiplies [M, in] by `w.base`.
+
+    Returns:
+        [M, out].
+    """
     index = jnp.repeat(w.index, len(x) // len(w.index), total_repeat_length=len(x))[:, None]
     own = jnp.arange(w.a.shape[1]) // w.rank == index
     y = base(x)
@@ -55,7 +66,11 @@ def selected(x: Array, w: SelectedLora, base: Callable[[Array], Array]) -> Array
 def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]) -> Params:
     """Per-layer parameters of one base under different adapters as one tree, adapter i being the tree i's.
 
-    `product` multiplies by a base weight (DoRA's norms need it). Every row starts without an adapter: see `select`.
+    Every row starts without an adapter: see `select`.
+
+    Args:
+        product: multiplies [M, in] by a base weight (DoRA's norms need it).
+
     Raises:
         PunaError: trees that differ in more than single adapters over linear weights.
     """
@@ -99,7 +114,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def select(params: Params, index: Array) -> Params:
-    """The parameters for a batch whose row i uses adapter `index[i]` (int32 [B], -1 for none)."""
+    """The parameters for a batch whose row i uses adapter `index[i]`.
+
+    Args:
+        params: as `side_by_side` makes them.
+        index: int32 [B], -1 for none.
+    """
 
     def choose(leaf: Any) -> Any:
         return replace(leaf, index=index) if isinstance(leaf, SelectedLora) else leaf

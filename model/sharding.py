@@ -33,7 +33,13 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `devices` (all of them by default); one size may be -1 for "the rest".
+    """A mesh of the axes data, fsdp and tensor; one size may be -1 for "the rest".
+
+    Args:
+        data: replicas.
+        fsdp: parts of weights and of the batch.
+        tensor: parts of heads, MLP and vocabulary.
+        devices: all of the program's by default.
 
     Raises:
         PunaError: the sizes do not multiply to the number of devices.
@@ -61,7 +67,12 @@ def ways(mesh: Mesh, axis: str | None) -> int:
 
 
 def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> PartitionSpec:
-    """Where RULES put an array of `shape` whose dimensions mean `axes`. Mesh axes of size 1 are left out.
+    """Where RULES put an array. Mesh axes of size 1 are left out.
+
+    Args:
+        axes: what each dimension means, a key of RULES.
+        shape: the array's.
+        name: what messages call it.
 
     Raises:
         PunaError: naming the parameter, the axis and the sizes where a dimension does not divide.
@@ -79,13 +90,19 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> NamedSharding:
-    """`partition_spec` on its mesh."""
+    """`partition_spec` on its mesh.
+
+    Raises:
+        PunaError: as `partition_spec`.
+    """
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, name))
 
 
 def relaxed_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-    """As `named_sharding`, for what is computed: a dimension that does not divide is replicated, since a batch of one
-    or two key-value heads over eight devices is no fault of the request."""
+    """As `named_sharding`, for what is computed: a dimension that does not divide is replicated.
+
+    A batch of one or two key-value heads over eight devices is no fault of the request.
+    """
     spec = []
     for axis, size in zip(axes, shape, strict=True):
         over = tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
@@ -96,7 +113,14 @@ def relaxed_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int
 
 
 def constrain(x: Array, axes: Sequence[str | None]) -> Array:
-    """Tells the compiler how to lay out an activation; nothing where `x` lives on no mesh of ours."""
+    """Tells the compiler how to lay out an activation; nothing where `x` lives on no mesh of ours.
+
+    Args:
+        axes: what each dimension of x means, a key of RULES.
+
+    Returns:
+        x.
+    """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.axis_names != MESH_AXES or mesh.size == 1:
         return x

@@ -30,11 +30,21 @@ INVALID_BYTES = dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd")
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Text to token ids and back; `load_tokenizer` makes one.
 
     Special tokens written in text are text: their ids come from `special_id`, `add_bos` and `add_eos` alone. Every call
     of `encode` stands for itself, so SentencePiece prefixes each piece of a template with its dummy space (as
     transformers' legacy LlamaTokenizer does, on which the published templates rely).
+
+    Args:
+        added: tokens beside the trained vocabulary, each with its id.
+        roles: the special token's text by role, one of vocabulary.ROLES.
+        files: what `save` copies, by the name it has in checkpoints.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        bos_id, eos_id, unk_id, pad_id: ids by role; None where no token has it.
+        chat_template: the checkpoint's own jinja template, if any.
     """
 
     def __init__(
@@ -67,6 +77,10 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """The ids of `text`, which never hold a special one but those asked for.
 
+        Args:
+            add_bos: put the beginning-of-text token before them.
+            add_eos: put the end-of-text token after them.
+
         Raises:
             PunaError: for a lone surrogate, and where the tokenizer has no such token to add.
         """
@@ -85,9 +99,13 @@ class Tokenizer:
         return [*ids, self._required("eos", self.eos_id)] if add_eos else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises PunaError for an id outside the vocabulary.
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
 
-        `skip_special=False` shows special tokens by their names.
+        Args:
+            skip_special: leave special tokens out; else they show by their names.
+
+        Raises:
+            PunaError: for an id outside the vocabulary.
         """
         stream = Stream(self, skip_special)
         return "".join(map(stream.push, ids)) + stream.flush()
@@ -97,7 +115,7 @@ class Tokenizer:
         return Stream(self)
 
     def special_id(self, text: str) -> int | None:
-        """The id of the special token that is written `text`, as in `special_id("<|eot_id|>")`."""
+        """The id of the special token written `text`, as in `special_id("<|eot_id|>")`; None if there is no such."""
         return self._special_ids.get(text)
 
     @property
@@ -131,6 +149,9 @@ class Stream:
     """Decodes ids as they come: the pushed texts and the flushed rest join to what `decode` gives for all of them.
 
     A character whose last byte is still to come is held back.
+
+    Args:
+        skip_special: as for `decode`.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
@@ -140,7 +161,11 @@ class Stream:
         self._drop_space = tokenizer._dummy_prefix
 
     def push(self, id: int) -> str:
-        """The text that this id completes, which may be none."""
+        """The text that this id completes, which may be none.
+
+        Raises:
+            PunaError: for an id outside the vocabulary.
+        """
         return self._text(self._special_text.get(id) or self._token_bytes(id), final=False)
 
     def flush(self) -> str:
@@ -161,7 +186,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     The kind of file is found from its content.
 
     Raises:
-        PunaError: there is none, or of no kind we know.
+        PunaError: there is none, or of no kind we know, or a file is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -189,7 +214,14 @@ def _main_file(files: Mapping[str, Path]) -> Path | None:
 
 @dataclass(frozen=True)
 class Companions:
-    """What the JSON files beside a vocabulary add to it."""
+    """What the JSON files beside a vocabulary add to it.
+
+    Attributes:
+        added: tokens beside the trained vocabulary.
+        roles: the special token's text by role, one of vocabulary.ROLES.
+        specials: texts of special tokens that have no such role.
+        chat_template: a jinja template, if any.
+    """
 
     added: list[AddedToken] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)

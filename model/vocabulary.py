@@ -53,7 +53,15 @@ MAX_RUN = 25_000
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token beside the trained vocabulary. A special one has meaning to templates and is never read from text."""
+    """A token beside the trained vocabulary. A special one has meaning to templates and is never read from text.
+
+    Attributes:
+        content: its text.
+        id: None where no file gives one: it takes the next id that is free.
+        lstrip: blanks to its left in a text belong to it.
+        rstrip: blanks to its right in a text belong to it.
+        single_word: it is not found inside a word.
+    """
 
     content: str
     id: int | None = None
@@ -74,8 +82,14 @@ class AddedToken:
 class Vocabulary:
     """What one tokenizer file says.
 
-    `pieces` are the bytes of each id, `ids` the id of each piece's text, and `encoder` makes, from the special tokens'
-    texts, a function from text to ids that cannot yield them. `errors` is the codec error handler for invalid UTF-8.
+    Attributes:
+        pieces: the bytes of each id.
+        ids: the id of each piece's text, as the file writes it; empty for tiktoken ranks.
+        added: tokens beside the trained vocabulary.
+        roles: the special token's text by role, one of ROLES.
+        encoder: makes, from the special tokens' texts, a function from text to ids that cannot yield them.
+        dummy_prefix: whether encoding puts a space before a text, which decoding takes away.
+        errors: the codec error handler for invalid UTF-8.
     """
 
     pieces: list[bytes]
@@ -88,6 +102,11 @@ class Vocabulary:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary in a tokenizer file, whose kind is found from its content.
+
+    Raises:
+        PunaError: the file is of no kind we know, or damaged.
+    """
     data = path.read_bytes()
     if data.lstrip()[:1] == b"{":
         return _read_merges(path)
@@ -95,6 +114,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def added_token(entry: dict[str, Any]) -> AddedToken:
+    """The token of an entry of `added_tokens` in tokenizer.json, or of `added_tokens_decoder` with its id."""
     return AddedToken(**{name: entry[name] for name in AddedToken.__dataclass_fields__ if name in entry})
 
 
@@ -103,6 +123,10 @@ def added_token(entry: dict[str, Any]) -> AddedToken:
 
 def parse_sentencepiece(data: bytes, path: str | Path) -> Any:
     """SentencePiece's ModelProto message.
+
+    Args:
+        data: the file's bytes.
+        path: the file, for the message.
 
     Raises:
         PunaError: `data` holds none.
@@ -155,6 +179,7 @@ def _read_sentencepiece(data: bytes, path: Path) -> Vocabulary:
 
 
 def is_ranks(data: bytes) -> bool:
+    """Whether a file's bytes begin as tiktoken ranks do: a base64 token and its rank on a line."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data) is not None
 
 
@@ -240,7 +265,10 @@ def _read_merges(path: Path) -> Vocabulary:
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's letter for each byte: printable Latin-1 stands for itself, the others follow U+0100 in order."""
+    """The byte that each of GPT-2's letters stands for.
+
+    Printable Latin-1 stands for itself; the others follow U+0100 in order.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
