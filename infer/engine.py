@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from infer.generate import TextStream, check_room
 from infer.sample import Sampling, stack_sampling
 from infer.slots import STOPS, Made, admit, copy_row, decode, empty_slots, extend
+from infer.speculative import MOST_ROWS, Room, Speculation, Text, proposer, single_steps, verify
 from model.cache import init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -113,6 +114,10 @@ class Engine:
         length: tokens of the longest request, prompt and text; the model's context at most.
         chunk: prompt tokens written in one step; bounds how long others wait for their next token.
         queue: requests that may wait.
+        speculate: where proposals for the next tokens come from while few rows are live; the texts stay the same.
+
+    Raises:
+        PunaError: what proposes does not fit the model.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class Engine:
         mesh: Mesh | None = None,
         cache_dtype: Any = jnp.float32,
         least_window: int = 128,
+        speculate: Speculation | None = None,
     ):
         self.params, self.config, self.tokenizer = params, config, tokenizer
         self.length = min(length or config.max_position_embeddings, config.max_position_embeddings)
@@ -141,6 +147,8 @@ class Engine:
         self._clock = itertools.count(1)
         self._limit = np.int32(min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size))
         self._slots = self._fresh()
+        room = Room(rows, self.length, chunk, self._limit, self._window, mesh, cache_dtype)
+        self._proposer = proposer(speculate, config, tokenizer, room) if speculate else None
 
     def _fresh(self) -> Any:
         cache = init_cache(self.config, len(self._rows), self.length, self._cache_dtype, self._mesh).unstack()
@@ -198,6 +206,8 @@ class Engine:
                 self._end(row, "error")
             row.cached = []
         self._slots = self._fresh()
+        if self._proposer:
+            self._proposer.reset()
 
     def warm_up(self, scored: bool = False) -> int:
         """Compiles everything that requests will need (log-probabilities with `scored`); returns how many programs."""
@@ -215,10 +225,18 @@ class Engine:
                     self._slots, _ = decode(
                         self.params, self._slots, resting, self._limit, self.config, count, window, with_scores
                     )
+                    if self._proposer:
+                        proposals = self._proposer.warm_up(self._slots, count, window)
+                        self._slots, _ = verify(
+                            self.params, self._slots, resting, proposals, self._limit, self.config, count, window,
+                            with_scores,
+                        )  # fmt: skip
         self._slots = copy_row(self._slots, np.int32(0), np.int32(0))
         self._place(0, 0, 0, 0, (), -1, (), Sampling())
         self._slots = self._fresh()
         programs: tuple[Any, ...] = (decode, extend, copy_row, admit)
+        if self._proposer:
+            programs += (verify, *self._proposer.programs())
         return sum(program._cache_size() for program in programs)
 
     # --- the loop
@@ -228,6 +246,8 @@ class Engine:
         self._drop_ended()
         self._take_waiting()
         self._read_prompt()
+        if self._proposer and len(self._live()) <= MOST_ROWS:
+            self._finish_tokens()  # proposals follow on what it made
         started = self._start_tokens()
         self._finish_tokens()
         self._started = started
@@ -333,19 +353,39 @@ class Engine:
         numbers = (np.int32(number) for number in (row, token, position, last))
         self._slots = admit(self._slots, *numbers, stops, np.int32(adapter), in_prompt, stack_sampling([sampling]))
 
+    def _live(self) -> list[_Row]:
+        return [row for row in self._rows if row.progress is not None and not row.reading]
+
     def _start_tokens(self) -> tuple[Made, list[_Row], list[Progress]] | None:
-        live = [row for row in self._rows if row.progress is not None and not row.reading]
+        live = self._live()
         if not live:
             return None
         kept = np.zeros(len(self._rows), bool)
         kept[[row.index for row in live]] = True
-        for row in live:
-            row.position += 1
         scored = any(row.progress.request.logprobs is not None for row in live if row.progress)
         rows = min(_power_of_two(max(row.index for row in live) + 1, 1), len(self._rows))
+        proposals = self._propose(live, rows)
+        for row in live:
+            row.position += 1
         window = self._window(max(row.position for row in live))
-        self._slots, made = decode(self.params, self._slots, kept, self._limit, self.config, rows, window, scored)
+        settings = (self._limit, self.config, rows, window, scored)
+        if proposals is None:
+            self._slots, made = decode(self.params, self._slots, kept, *settings)
+        else:
+            self._slots, made = verify(self.params, self._slots, kept, proposals, *settings)
         return made, live, [row.progress for row in live if row.progress]
+
+    def _propose(self, live: list[_Row], rows: int) -> Any:
+        """Proposals for what follows, where few rows are live and all that was made is read."""
+        if not self._proposer or self._started is not None or len(live) > MOST_ROWS:
+            return None
+        for row in live:
+            row.position = len(row.cached)
+        proposals = self._proposer.propose([_text(row) for row in live], self._slots, rows)
+        if proposals is not None:
+            for row in live:
+                row.position += self._proposer.tokens  # at most: proposals may be refused
+        return proposals
 
     def _finish_tokens(self) -> None:
         """Reads the tokens that the step before started."""
@@ -353,12 +393,12 @@ class Engine:
             return
         made, rows, owners = self._started
         self._started = None
-        made = jax.device_get(made)
-        for row, progress in zip(rows, owners, strict=True):
-            token = int(made.token[row.index])
-            if row.progress is not progress or token < 0:
-                continue
-            self._add(row, progress, token, made)
+        for one in single_steps(jax.device_get(made)):
+            for row, progress in zip(rows, owners, strict=True):
+                token = int(one.token[row.index])
+                if row.progress is not progress or token < 0:
+                    continue
+                self._add(row, progress, token, one)
 
     def _add(self, row: _Row, progress: Progress, token: int, made: Made) -> None:
         request = progress.request
@@ -407,6 +447,11 @@ def _logprobs(made: Made, i: int, count: int | None) -> TokenLogprobs:
     assert made.logprob is not None and made.top_ids is not None and made.top_logprobs is not None
     top = zip(made.top_ids[i, :count].tolist(), made.top_logprobs[i, :count].tolist(), strict=True)
     return TokenLogprobs(int(made.token[i]), float(made.logprob[i]), tuple(top))
+
+
+def _text(row: _Row) -> Text:
+    assert row.progress is not None
+    return Text(row.index, row.cached, (row.progress.tokens or row.progress.request.prompt)[-1])
 
 
 def _over(progress: Progress, now: float) -> str | None:

@@ -129,7 +129,7 @@ def extend(
     slots = slots._replace(cache=cache)
     if not scored:
         return slots, None
-    return slots, _scored(logits(params, x[0], config), following)
+    return slots, score(logits(params, x[0], config), following)
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -173,7 +173,7 @@ def decode(
     new = jnp.where(live, new, slots.token[:rows])
     moved = jnp.where(live, slots.position[:rows] + 1, slots.position[:rows])
     ended = jnp.any(new[:, None] == slots.stops[:rows], axis=1) | (moved >= slots.last[:rows])
-    made = _scored(raw, new) if scored else Made(new)
+    made = score(raw, new) if scored else Made(new)
     made = made._replace(token=jnp.where(live, new, -1))
     slots = slots._replace(
         cache=cache,
@@ -185,7 +185,7 @@ def decode(
     return slots, made
 
 
-def _scored(raw: Array, tokens: Array) -> Made:
+def score(raw: Array, tokens: Array) -> Made:
     """The log-probabilities of tokens [N] under logits [N, V]."""
     logprobs = jax.nn.log_softmax(raw, axis=-1)
     own = jnp.take_along_axis(logprobs, tokens[:, None].clip(0), axis=1)[:, 0]
