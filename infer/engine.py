@@ -19,9 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer.generate import TextStream, check_room
+from infer.proposals import Room, Speculation, Text, proposer
 from infer.sample import Sampling, stack_sampling
 from infer.slots import STOPS, Made, admit, copy_row, decode, empty_slots, extend
-from infer.speculative import MOST_ROWS, Room, Speculation, Text, proposer, single_steps, verify
+from infer.speculative import MOST_ROWS, single_steps, verify
 from model.cache import init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
