@@ -124,7 +124,40 @@ def test_a_draft_that_is_the_model_is_always_right(params, kinds, passes, sampli
     assert len(passes["verify"]) == -(-(stop + 1) // (K + 1))
 
 
-def test_a_draft_reads_a_long_prompt_in_pieces_while_the_model_goes_on(params, kinds, passes):
+@pytest.mark.parametrize("size", range(58, 64))
+def test_proposals_may_reach_into_the_next_window(params, kinds, passes, size):
+    request = Request([*OPENINGS[1], *OPENINGS[2]][:size], 9, VARIED)
+    (progress,) = made(engine_of(params, kinds["itself"], least_window=64, chunk=64), request)
+    assert progress.tokens == recomputed(params, request, progress.tokens)
+    assert passes == {"decode": [], "verify": [1] * 3}
+
+
+def test_a_row_ends_within_proposals_on_the_device_too(params):
+    """After a stop token, and at its last position: nothing more is made, counted or live."""
+    for request, stops in ((Request(EVEN, 9), 2), (Request(EVEN, 3), None)):
+        (plain,) = made(engine_of(params), replace(request, max_new_tokens=9))
+        ids = () if stops is None else (plain.tokens[stops],)
+        assert plain.tokens.index(plain.tokens[2]) == 2
+        engine = engine_of(params)
+        engine.submit(replace(request, stop_ids=ids))
+        engine._take_waiting()
+        engine._read_prompt()
+        proposed = np.tile(np.array(plain.tokens[:6], np.int32), (4, 1))
+        kept = np.array([True, False, False, False])
+        rows, got = verify(params, engine._slots, kept, proposed, np.int32(96), CONFIG, 1, 128, False)
+        assert got.token.tolist() == [[*plain.tokens[:3], -1, -1, -1, -1]]
+        assert not rows.live.any() and int(rows.position[0]) == int(rows.cache.lengths[0]) == len(EVEN) - 1 + 3
+        assert rows.counts.sum(axis=1).tolist() == [3, 0, 0, 0] and int(rows.token[0]) == plain.tokens[2]
+
+
+def test_a_draft_reads_a_long_prompt_in_pieces_while_the_model_goes_on(params, kinds, passes, monkeypatch):
+    pieces, follow = [], proposals.follow
+
+    def counted(params, cache, tokens, *rest):
+        pieces.append(tokens.shape[1])
+        return follow(params, cache, tokens, *rest)
+
+    monkeypatch.setattr(proposals, "follow", counted)
     engine = engine_of(params, kinds["itself"], least_window=64)
     (first,) = made(engine, Request(OPENINGS[0], 40))
     assert passes == {"decode": [1, 1], "verify": [1] * 10}  # 39 tokens in pieces of 16; then 38 tokens, 4 in a pass
@@ -132,6 +165,7 @@ def test_a_draft_reads_a_long_prompt_in_pieces_while_the_model_goes_on(params, k
     passes["decode"].clear()
     (again,) = made(engine, Request([*OPENINGS[0], *first.tokens[:20], 8], 10))
     assert passes["decode"] == [] and again.reused == 60  # the draft had read as much
+    assert pieces == [16, 16, 16]  # no text but the first prompt
     assert again.tokens == recomputed(params, again.request, again.tokens)
 
 
