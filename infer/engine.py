@@ -20,9 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer.generate import TextStream, check_room
+from infer.proposals import Room, Speculation, Text, proposer
 from infer.request import Full, Progress, Request, TokenLogprobs
 from infer.sample import Sampling, stack_sampling
 from infer.slots import STOPS, Made, admit, copy_row, decode, empty_slots, extend
+from infer.speculative import MOST_ROWS, single_steps, verify
 from model.cache import init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -73,6 +75,10 @@ class Engine:
         length: tokens of the longest request, prompt and text; the model's context at most.
         chunk: prompt tokens written in one step; bounds how long others wait for their next token.
         queue: requests that may wait.
+        speculate: where proposals for the next tokens come from while few rows are live; the texts stay the same.
+
+    Raises:
+        PunaError: what proposes does not fit the model.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class Engine:
         mesh: Mesh | None = None,
         cache_dtype: Any = jnp.float32,
         least_window: int = 128,
+        speculate: Speculation | None = None,
     ):
         self.params, self.config, self.tokenizer = params, config, tokenizer
         self.length = min(length or config.max_position_embeddings, config.max_position_embeddings)
@@ -106,6 +113,8 @@ class Engine:
         self.counts = Counts()
         self.failing = False
         self._slots = self._fresh()
+        room = Room(rows, self.length, chunk, np.int32(known), self._window, mesh, cache_dtype)
+        self._proposer = proposer(speculate, config, tokenizer, room) if speculate else None
 
     def _fresh(self) -> Any:
         """Empty slots, committed where the programs will return them, so that each compiles once."""
@@ -209,6 +218,8 @@ class Engine:
                 self._fail(row, error)
             row.cached = []
         self._slots = self._fresh()
+        if self._proposer:
+            self._proposer.reset()
 
     def warm_up(self, scored: bool = False) -> int:
         """Compiles everything that requests will need (log-probabilities with `scored`); returns how many programs."""
@@ -229,6 +240,12 @@ class Engine:
                     self._slots, _ = decode(
                         self.params, self._slots, resting, self._unconstrained, self.config, count, window, with_scores
                     )
+                    if self._proposer:
+                        proposals = self._proposer.warm_up(self._slots, count, window)
+                        self._slots, _ = verify(
+                            self.params, self._slots, resting, proposals, self._unconstrained, self.config, count,
+                            window, with_scores,
+                        )  # fmt: skip
         self._slots = copy_row(self._slots, np.int32(0), np.int32(0))
         self._place(0, 0, 0, 0, (), -1, (), Sampling())
         self._slots = self._fresh()
@@ -238,6 +255,8 @@ class Engine:
     def programs(self) -> int:
         """How many programs this process has compiled for engines."""
         programs: tuple[Any, ...] = (decode, extend, copy_row, admit)
+        if self._proposer:
+            programs += (verify, *self._proposer.programs())
         return sum(program._cache_size() for program in programs)
 
     # --- the loop
@@ -247,8 +266,8 @@ class Engine:
         self._drop_ended()
         self._take_waiting()
         self._read_prompt()
-        if any(row.progress and row.progress.request.constraint for row in self._rows):
-            self._finish_tokens()  # what may come next depends on what came
+        if self._must_read_first():
+            self._finish_tokens()
         started = self._start_tokens()
         self._finish_tokens()
         self._started = started
@@ -379,19 +398,46 @@ class Engine:
         numbers = (np.int32(number) for number in (row, token, position, last))
         self._slots = admit(self._slots, *numbers, stops, np.int32(adapter), in_prompt, stack_sampling([sampling]))
 
+    def _must_read_first(self) -> bool:
+        """Whether what comes next depends on the tokens that are being made: for a constraint, or for proposals."""
+        live = self._live()
+        bound = any(row.progress.request.constraint for row in live if row.progress)
+        return bound or (self._proposer is not None and len(live) <= MOST_ROWS)
+
+    def _live(self) -> list[_Row]:
+        return [row for row in self._rows if row.progress is not None and not row.reading]
+
     def _start_tokens(self) -> tuple[Made, list[_Row], list[Progress]] | None:
-        allowed, live = self._allowed([row for row in self._rows if row.progress is not None and not row.reading])
+        allowed, live = self._allowed(self._live())
         if not live:
             return None
         kept = np.zeros(len(self._rows), bool)
         kept[[row.index for row in live]] = True
-        for row in live:
-            row.position += 1
         scored = any(row.progress.request.logprobs is not None for row in live if row.progress)
         rows = min(_power_of_two(max(row.index for row in live) + 1, 1), len(self._rows))
+        proposals = self._propose(live, rows)
+        for row in live:
+            row.position += 1
         window = self._window(max(row.position for row in live))
-        self._slots, made = decode(self.params, self._slots, kept, allowed, self.config, rows, window, scored)
+        settings = (allowed, self.config, rows, window, scored)
+        if proposals is None:
+            self._slots, made = decode(self.params, self._slots, kept, *settings)
+        else:
+            self._slots, made = verify(self.params, self._slots, kept, proposals, *settings)
         return made, live, [row.progress for row in live if row.progress]
+
+    def _propose(self, live: list[_Row], rows: int) -> Any:
+        """Proposals for what follows, where few rows are live and all that was made is read."""
+        if not self._proposer or self._started is not None or len(live) > MOST_ROWS:
+            return None
+        for row in live:
+            row.position = len(row.cached)
+        free = [row for row in live if row.progress and row.progress.request.constraint is None]
+        proposals = self._proposer.propose([_text(row) for row in free], self._slots, rows)
+        if proposals is not None:
+            for row in live:
+                row.position += self._proposer.tokens  # at most: proposals may be refused
+        return proposals
 
     def _allowed(self, live: list[_Row]) -> tuple[Any, list[_Row]]:
         """What each row may choose (see `decode`), and the rows that can go on."""
@@ -415,12 +461,12 @@ class Engine:
             return
         made, rows, owners = self._started
         self._started = None
-        made = jax.device_get(made)
-        for row, progress in zip(rows, owners, strict=True):
-            token = int(made.token[row.index])
-            if row.progress is not progress or token < 0:
-                continue
-            self._add(row, progress, token, made)
+        for one in single_steps(jax.device_get(made)):
+            for row, progress in zip(rows, owners, strict=True):
+                token = int(one.token[row.index])
+                if row.progress is not progress or token < 0:
+                    continue
+                self._add(row, progress, token, one)
 
     def _add(self, row: _Row, progress: Progress, token: int, made: Made) -> None:
         request = progress.request
@@ -486,6 +532,11 @@ def _logprobs(made: Made, i: int, count: int | None) -> TokenLogprobs:
     top = zip(made.top_ids[i, :count].tolist(), made.top_logprobs[i, :count].tolist(), strict=True)
     able = tuple((token, logprob) for token, logprob in top if logprob > -np.inf)  # what a grammar left open
     return TokenLogprobs(int(made.token[i]), float(made.logprob[i]), able)
+
+
+def _text(row: _Row) -> Text:
+    assert row.progress is not None
+    return Text(row.index, row.cached, (row.progress.tokens or row.progress.request.prompt)[-1])
 
 
 def _over(progress: Progress, now: float) -> str | None:

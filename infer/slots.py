@@ -105,7 +105,7 @@ def admit(
         counts=put(slots.counts, jnp.zeros_like(slots.counts[0])),
         settings=jax.tree.map(lambda all, one: all.at[row].set(one[0]), slots.settings, own),
     )
-    return _laid_out(admitted)
+    return laid_out(admitted)
 
 
 @partial(jax.jit, static_argnames=("config", "window", "scored"), donate_argnames="slots")
@@ -135,9 +135,9 @@ def extend(
     params = select(params, adapter[None])
     x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window)
     assert cache is not None
-    slots = _laid_out(slots._replace(cache=cache))
+    slots = laid_out(slots._replace(cache=cache))
     state = x[0, count - 1].astype(jnp.float32)
-    return slots, _scored(logits(params, x[0], config), following) if scored else None, state
+    return slots, score(logits(params, x[0], config), following) if scored else None, state
 
 
 @partial(jax.jit, donate_argnames="slots")
@@ -149,7 +149,7 @@ def copy_row(slots: Slots, source: Array, target: Array) -> Slots:
 
     cache = slots.cache
     cache = cache.replace(k=jax.tree.map(copy, cache.k), v=jax.tree.map(copy, cache.v), lengths=copy(cache.lengths))
-    return _laid_out(slots._replace(cache=cache))
+    return laid_out(slots._replace(cache=cache))
 
 
 @partial(jax.jit, static_argnames=("config", "rows", "window", "scored"), donate_argnames="slots")
@@ -178,14 +178,14 @@ def decode(
         params, slots.token[:rows, None], config, positions=position[:, None], cache=slots.cache, window=window
     )
     assert cache is not None
-    raw = jnp.where(_bits(allowed[:rows], config.vocab_size), logits(params, x[:, 0], config), -jnp.inf)
+    raw = jnp.where(bits(allowed[:rows], config.vocab_size), logits(params, x[:, 0], config), -jnp.inf)
     settings = jax.tree.map(lambda a: a[:rows], slots.settings)
     counts = slots.counts[:rows]
     new = sample(raw, settings, slots.in_prompt[:rows] | (counts > 0), position + 1, counts)
     new = jnp.where(live, new, slots.token[:rows])
     moved = jnp.where(live, slots.position[:rows] + 1, slots.position[:rows])
     ended = jnp.any(new[:, None] == slots.stops[:rows], axis=1) | (moved >= slots.last[:rows])
-    made = _scored(raw, new) if scored else Made(new)
+    made = score(raw, new) if scored else Made(new)
     made = made._replace(token=jnp.where(live, new, -1))
     slots = slots._replace(
         cache=cache,
@@ -194,10 +194,10 @@ def decode(
         live=(slots.live & kept).at[:rows].set(live & ~ended),
         counts=slots.counts.at[jnp.arange(rows), new].add(live.astype(jnp.int32)),
     )
-    return _laid_out(slots), made
+    return laid_out(slots), made
 
 
-def _laid_out(slots: Slots) -> Slots:
+def laid_out(slots: Slots) -> Slots:
     """Over a mesh, every array where the engine first put it: else the result of one program would compile the next."""
 
     def lay_out(x: Array, *axes: str | None) -> Array:
@@ -213,13 +213,13 @@ def _laid_out(slots: Slots) -> Slots:
     )
 
 
-def _bits(words: Array, count: int) -> Array:
+def bits(words: Array, count: int) -> Array:
     """The first `count` bits of uint32 [N, W], the lowest of a word first, as bool [N, count]."""
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return bits.reshape(len(words), -1)[:, :count] == 1
 
 
-def _scored(raw: Array, tokens: Array) -> Made:
+def score(raw: Array, tokens: Array) -> Made:
     """The log-probabilities of tokens [N] under logits [N, V]."""
     logprobs = jax.nn.log_softmax(raw, axis=-1)
     own = jnp.take_along_axis(logprobs, tokens[:, None].clip(0), axis=1)[:, 0]

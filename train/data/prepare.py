@@ -247,7 +247,8 @@ def chosen_steps(
     if refusals:
         steps.append(without_phrases())
     if phrases:
-        steps.append(without_phrases([line for line in phrases.read_text(encoding="utf-8").splitlines() if line.strip()]))
+        lines = phrases.read_text(encoding="utf-8").splitlines()
+        steps.append(without_phrases([line for line in lines if line.strip()]))
     if deduplicated:
         steps.append(without_duplicates())
     if max_length is not None and tokenizer is not None:
