@@ -79,6 +79,8 @@ class Room(NamedTuple):
 
 # --- prompt lookup
 
+LONGEST_PAUSE = 16  # steps without proposals where they are never right
+
 
 class Index:
     """Where each n-gram of a growing text stood last. A new token costs one entry for each n."""
@@ -87,6 +89,7 @@ class Index:
         self.owner = owner
         self._text: list[int] = []
         self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest)]
+        self._asked = self._pause = self._wait = 0
 
     def follow(self, text: Text) -> None:
         for token in (*text.before[len(self._text) :], text.token):
@@ -94,6 +97,21 @@ class Index:
             for n, ends in enumerate(self._ends[:end], 1):  # an n-gram is entered once something follows it
                 ends[tuple(self._text[end - n :])] = end
             self._text.append(token)
+
+    def next_proposals(self, count: int) -> list[int]:
+        """As `proposals`, but after some that were all wrong none for a step, then two, four and so on: a wrong
+        proposal costs time."""
+        if self._asked:
+            none_right = len(self._text) == self._asked + 1
+            self._pause = min(max(1, 2 * self._pause), LONGEST_PAUSE) if none_right else 0
+            self._wait = self._pause
+        self._asked = 0
+        if self._wait:
+            self._wait -= 1
+            return []
+        found = self.proposals(count)
+        self._asked = len(self._text) if found else 0
+        return found
 
     def proposals(self, count: int) -> list[int]:
         """What followed the longest n-gram that the text ends in; a copy that reaches the end copies itself."""
@@ -127,7 +145,7 @@ class _Lookups:
             if index is None or index.owner is not text.before:
                 index = self._indices[text.row] = Index(text.before, self._longest)
             index.follow(text)
-            found = index.proposals(self.tokens)
+            found = index.next_proposals(self.tokens)
             proposals[text.row, : len(found)] = found
         return proposals if (proposals >= 0).any() else None
 
