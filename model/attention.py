@@ -20,8 +20,11 @@ MASKED = -1e30  # finite: a query that may see nothing (padding) averages instea
 class Mask(NamedTuple):
     """Which keys a query may see: those at its position or before, of its own non-zero segment.
 
-    Positions are int32 [B, T] (queries) and [B, S] (keys), None meaning the index itself; segments likewise, None
-    meaning that all belong together. Segment 0 is padding, seen by nobody.
+    Attributes:
+        q_positions: int32 [B, T]; None for the index itself.
+        k_positions: int32 [B, S]; None for the index itself.
+        q_segments: int32 [B, T]; None, here or for the keys, where all belong together. 0 is padding.
+        k_segments: int32 [B, S]; keys of segment 0 are seen by nobody.
     """
 
     q_positions: Array | None = None
@@ -34,14 +37,14 @@ class Mask(NamedTuple):
         return self.q_positions is None and self.k_positions is None and T == S
 
     def same_segment(self) -> Array | None:
-        """Bool [B, T, S], or None where there are no segments."""
+        """Whether query and key are of one segment: bool [B, T, S], or None where there are no segments."""
         if self.q_segments is None or self.k_segments is None:
             return None
         q, k = self.q_segments[:, :, None], self.k_segments[:, None, :]
         return (q == k) & (k != 0)
 
     def dense(self, T: int, S: int) -> Array:
-        """Bool [B or 1, T, S]."""
+        """The whole mask for T queries and S keys, true where the key is seen: bool [B or 1, T, S]."""
         q = jnp.arange(T)[None] if self.q_positions is None else self.q_positions
         k = jnp.arange(S)[None] if self.k_positions is None else self.k_positions
         causal = q[:, :, None] >= k[:, None, :]
@@ -50,7 +53,17 @@ class Mask(NamedTuple):
 
 
 def attend(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """Softmax attention in XLA, grouped-query: q [B, T, H, d], k and v [B, K, S, d] -> [B, T, H, d] in q's dtype."""
+    """Grouped-query attention (arXiv:2305.13245) in XLA: scores, times d**-0.5, and softmax in float32.
+
+    Args:
+        q: [B, T, H, d].
+        k: [B, K, S, d], K a divisor of H. Query head h reads key-value head h // (H / K).
+        v: [B, K, S, d].
+        mask: which keys each query sees.
+
+    Returns:
+        [B, T, H, d] in q's dtype.
+    """
     T, S = q.shape[1], k.shape[2]
     seen = mask.dense(T, S)
     if not mask.by_index(T, S):
@@ -78,10 +91,19 @@ def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
 
 
 def attend_cudnn(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """The same through cuDNN's fused kernel on NVIDIA GPUs (bfloat16 or float16, head_dim a multiple of 8 up to 256).
+    """As `attend`, through cuDNN's fused kernel on NVIDIA GPUs.
 
     Plain causal passes need no mask in memory; segments and explicit positions are passed as one, [B, 1, T, S].
     Other platforms have no such kernel: a program with it does not compile there.
+
+    Args:
+        q: as `attend` takes it, in bfloat16 or float16, d a multiple of 8 up to 256.
+        k: as `attend` takes it.
+        v: as `attend` takes it.
+        mask: which keys each query sees.
+
+    Returns:
+        [B, T, H, d] in q's dtype.
 
     Raises:
         PunaError: the kernel does not apply: it is chosen by name and never silently replaced.

@@ -40,10 +40,18 @@ _HAS_AVX512 = _reads_avx512()
 
 
 def times_rows(x: Array, rows: Array, out_dtype: DTypeLike | None = None) -> Array:
-    """x [M, in] times the rows of a weight [out, in] -> [M, out]; with a few x each row is read once.
+    """A product with a weight of one row per output; with a few x each row is read once.
 
     XLA would first write a float32 copy of a whole 16-bit weight, which takes ten times as long. It does not for
     bfloat16 where the product gives float32 and has two rows or more; float16 is converted a chunk at a time.
+
+    Args:
+        x: [M, in].
+        rows: [out, in], in any float dtype; converted to x's.
+        out_dtype: of the result; None for x's.
+
+    Returns:
+        [M, out].
     """
     rows = rows.astype(x.dtype)
     if len(x) > FEW_ROWS:
@@ -61,8 +69,20 @@ def times_rows(x: Array, rows: Array, out_dtype: DTypeLike | None = None) -> Arr
 
 
 def in_query_blocks(attend: Callable[..., Array], q: Array, k: Array, v: Array, seen: Array) -> Array:
-    """`attend(q, k, v, seen)` where query i sees keys 0 to i at most, as blocks of queries against the keys up to
-    their end: half of the work of long rows is in scores that nobody sees. Shapes: see `model.attention.attend`."""
+    """`attend(q, k, v, seen)` where query i sees keys 0 to i at most, a block of queries at a time.
+
+    A block attends to the keys up to its end: half of the work of long rows is in scores that nobody sees.
+
+    Args:
+        attend: the attention of one block.
+        q: [B, T, H, d].
+        k: [B, K, T, d].
+        v: [B, K, T, d].
+        seen: bool [B or 1, T, T], which keys each query may see.
+
+    Returns:
+        [B, T, H, d].
+    """
     T = q.shape[1]
     count = max(1, min(MAX_BLOCKS, T // MIN_BLOCK))
     if count == 1:
@@ -88,14 +108,19 @@ def platform_of(tree: Any) -> str:
 
 
 def widened(x: Array) -> Array:
-    """x as products with decoded weights take it: float32, to which XLA would widen it again, and with it every chunk
-    that was narrowed to match."""
+    """x as products with decoded weights take it: float32.
+
+    XLA would widen a narrower x to it again, and with it every chunk that was narrowed to match.
+    """
     return x.astype(jnp.float32)
 
 
 def chunk_weights(size: int) -> int:
-    """How many weights of a matrix of `size` are decoded at a time: at most an eighth, in bounds between which decoded
-    weights stay in a cache and chunks are large enough to share among cores; never more than a half."""
+    """How many weights of a matrix of `size` weights are decoded at a time.
+
+    At most an eighth, in bounds between which decoded weights stay in a cache and chunks are large enough to share
+    among cores; never more than a half.
+    """
     return min(max(size // 8, 2**20), 2**21, size // 2)
 
 
@@ -109,7 +134,15 @@ def _in_halves(q: QuantizedArray) -> bool:
 
 
 def columns(x: Array, q: QuantizedArray) -> list[Array]:
-    """The columns of x [M, in] that each matrix of `decoded` is multiplied with: inputs 0, 2, ... and the others."""
+    """The columns of x that each matrix of `decoded` is multiplied with: inputs 0, 2, ... and the others.
+
+    Args:
+        x: [M, in].
+        q: the weight, whose format decides.
+
+    Returns:
+        x itself, or two arrays [M, in / 2].
+    """
     if not _in_halves(q):
         return [x]
     pairs = x.reshape(len(x), -1, 2)  # a strided slice would cross the shards of a mesh
@@ -117,7 +150,14 @@ def columns(x: Array, q: QuantizedArray) -> list[Array]:
 
 
 def decoded(piece: QuantizedArray) -> list[Array]:
-    """The rows of a chunk, decoded; int8 ones without their scale."""
+    """The rows of a chunk, decoded; int8 ones without their scale.
+
+    Args:
+        piece: the weight of one chunk; `absmax` of a 4-bit one is the factor on each block, as `block_scales` gives it.
+
+    Returns:
+        One matrix [rows, in]; or two float32 [rows, in / 2], of the high and of the low nibbles.
+    """
     if piece.format == "int8":
         return [piece.codes]
     if not _in_halves(piece):

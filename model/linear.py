@@ -16,9 +16,18 @@ from model.transposed import TransposedArray
 
 
 def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | None = None) -> Array:
-    """x [..., in] times w [in, out] plus b [out], computed in x's dtype (accumulated and returned in `out_dtype`).
+    """x times w plus b, computed in x's dtype.
 
     Leading axes are flattened first: a 3-D product has a slow weight gradient on CPU.
+
+    Args:
+        x: [..., in].
+        w: [in, out], of any kind.
+        b: [out]; None for no bias.
+        out_dtype: what is accumulated in and returned; None for x's.
+
+    Returns:
+        [..., out].
     """
     y = product(x.reshape(-1, x.shape[-1]), w, out_dtype)
     if b is not None:
@@ -27,7 +36,16 @@ def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | N
 
 
 def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
-    """x [M, in] times one weight [in, out] of any kind -> [M, out]."""
+    """x times one weight of any kind, which decides how.
+
+    Args:
+        x: [M, in].
+        w: [in, out].
+        out_dtype: as in `linear`.
+
+    Returns:
+        [M, out].
+    """
     match w:
         case QuantizedArray():
             return quantized_matmul(x, w).astype(out_dtype or x.dtype)

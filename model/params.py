@@ -25,7 +25,13 @@ LINEARS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
 class ParamSpec(NamedTuple):
-    """One weight: its shape, the logical name of each axis (see sharding.RULES) and how it starts."""
+    """One row of the parameter table.
+
+    Attributes:
+        shape: of the weight, stacked over layers.
+        axes: the logical name of each dimension (see sharding.RULES).
+        init: how it starts: normal (times config.initializer_range), ones or zeros.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -79,7 +85,11 @@ def param_specs(config: LlamaConfig) -> Params:
 
 
 def map_specs(function: Any, config: LlamaConfig) -> Params:
-    """Applies `function(name, spec)` to every row of the table; `name` is slash-joined, as in `layers/wq`."""
+    """Applies `function(name, spec)` to every row of the table; `name` is slash-joined, as in `layers/wq`.
+
+    Returns:
+        The tree of what the function returned.
+    """
 
     def apply(path: Any, spec: ParamSpec) -> Any:
         return function("/".join(entry.key for entry in path), spec)
@@ -88,7 +98,17 @@ def map_specs(function: Any, config: LlamaConfig) -> Params:
 
 
 def init_params(config: LlamaConfig, key: Array, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Params:
-    """Fresh parameters, born sharded over `mesh` where one is given; the numbers do not depend on the mesh."""
+    """Fresh stacked parameters: normal of standard deviation config.initializer_range, norms 1, biases 0.
+
+    Args:
+        config: the shape of the model.
+        key: a JAX key. Every weight draws from one of its own, made of this key and the weight's name.
+        dtype: of all parameters; numbers are drawn in float32.
+        mesh: where the parameters are made, sharded; None for the default device. It does not change the numbers.
+
+    Raises:
+        PunaError: an axis does not divide over `mesh`.
+    """
 
     def init(key: Array) -> Params:
         def one(name: str, spec: ParamSpec) -> Array:
@@ -113,7 +133,16 @@ def param_shardings(config: LlamaConfig, mesh: Mesh) -> Params:
 
 
 def abstract_params(config: LlamaConfig, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Params:
-    """The tree of `ShapeDtypeStruct`s: what the parameters would be, without any memory for them."""
+    """The tree of `ShapeDtypeStruct`s: what the parameters would be, without any memory for them.
+
+    Args:
+        config: the shape of the model.
+        dtype: of all parameters.
+        mesh: the mesh of their shardings; None for structs without a sharding.
+
+    Raises:
+        PunaError: an axis does not divide over `mesh`.
+    """
 
     def one(name: str, spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = None if mesh is None else named_sharding(mesh, spec.axes, spec.shape, name)
@@ -131,6 +160,10 @@ def unstack(params: Params, form: Callable[[Params], Params] = lambda layer: lay
     """Layers as a tuple, each as `form` makes it; unstacked ones stay.
 
     The form for decoding, where slicing stacked weights would copy them at every token.
+
+    Args:
+        params: stacked or unstacked.
+        form: called with one layer's parameters; by default it returns them.
     """
     if isinstance(params["layers"], tuple):
         return params

@@ -39,7 +39,15 @@ _DEFAULT = _Form(lambda x: x, lambda x, q: [x], _decoded, lambda size: 2**24, fe
 
 @jax.custom_vjp
 def quantized_matmul(x: Array, q: QuantizedArray) -> Array:
-    """x [M, in] times the weight of one matrix q -> float32 [M, out]. Differentiable in x, never in q."""
+    """x times a quantized weight. Differentiable in x, never in q.
+
+    Args:
+        x: [M, in].
+        q: one matrix [in, out]; `q.activations` "int8" rounds x to int8 too.
+
+    Returns:
+        float32 [M, out].
+    """
     if q.activations == "int8":
         return _int8_product(x, q)
     return lax.platform_dependent(x, q, cpu=partial(_product, _CPU), default=partial(_product, _DEFAULT))

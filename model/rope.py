@@ -10,10 +10,14 @@ from model.config import LlamaConfig, RopeScaling
 
 
 def frequencies(config: LlamaConfig) -> tuple[Array, float]:
-    """The d/2 inverse frequencies (float32, radians per position) and the factor on cos and sin (YaRN's; else 1).
+    """The inverse frequencies of every RoPE type but the dynamic one, whose plain ones these are.
 
     Computed outside any trace: a compiler folding the power would round it otherwise, and an error of one unit in
     the last place is 5e-4 radians at position 8,192.
+
+    Returns:
+        float32 [d/2], radians per position; and the factor on cos and sin, 1 but for YaRN's (arXiv:2309.00071,
+        section 3.4).
     """
     scaling, base, d = config.rope_scaling, config.rope_theta, config.head_dim
     with jax.ensure_compile_time_eval():
@@ -31,9 +35,16 @@ def frequencies(config: LlamaConfig) -> tuple[Array, float]:
 
 
 def dynamic_frequencies(config: LlamaConfig, longest: Array) -> Array:
-    """Dynamic NTK: inverse frequencies [..., d/2] for sequences of `longest` [...] tokens.
+    """Dynamic NTK (arXiv:2309.00071, section 3.3) with transformers' base, which grows beyond the original context.
 
-    Within the original context they are the plain ones; beyond it the base grows with the length.
+    Within the original context the frequencies are the plain ones.
+
+    Args:
+        config: of a model with dynamic `rope_scaling`.
+        longest: [...], the length of each sequence in tokens.
+
+    Returns:
+        float32 [..., d/2], radians per position.
     """
     scaling, d, original = config.rope_scaling, config.head_dim, config.max_position_embeddings
     assert scaling is not None
@@ -44,7 +55,16 @@ def dynamic_frequencies(config: LlamaConfig, longest: Array) -> Array:
 
 
 def tables(config: LlamaConfig, positions: Array, segments: Array | None) -> tuple[Array, Array]:
-    """cos and sin, float32 [B, T, d/2], of int32 positions [B, T]."""
+    """The cosines and sines that `rotate` takes.
+
+    Args:
+        config: the shape of the model, and its RoPE scaling.
+        positions: int32 [B, T].
+        segments: int32 [B, T]; each segment is a sequence of its own to dynamic NTK. None: each row is one.
+
+    Returns:
+        cos and sin, float32 [B, T, d/2], times YaRN's factor.
+    """
     inverse, factor = frequencies(config)
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic":
         ends = positions + 1
@@ -59,7 +79,16 @@ def tables(config: LlamaConfig, positions: Array, segments: Array | None) -> tup
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates x [B, T, N, d] in float32; dimension i pairs with i + d/2, Hugging Face's layout."""
+    """Rotates x in float32 (arXiv:2104.09864, section 3.4.2); dimension i pairs with i + d/2, Hugging Face's layout.
+
+    Args:
+        x: [B, T, N, d], of N heads.
+        cos: [B, T, d/2].
+        sin: [B, T, d/2].
+
+    Returns:
+        [B, T, N, d] in x's dtype.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -33,7 +33,13 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `devices` (all of them by default); one size may be -1 for "the rest".
+    """A mesh of three axes, of the Auto type. One size may be -1 for "the rest".
+
+    Args:
+        data: replicas of the model, each with its part of the batch.
+        fsdp: parts of every weight, and of the batch.
+        tensor: parts of the heads, the MLP and the vocabulary.
+        devices: those of the mesh; None for all.
 
     Raises:
         PunaError: the sizes do not multiply to the number of devices.
@@ -61,7 +67,13 @@ def ways(mesh: Mesh, axis: str | None) -> int:
 
 
 def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> PartitionSpec:
-    """Where RULES put an array of `shape` whose dimensions mean `axes`. Mesh axes of size 1 are left out.
+    """Where RULES put an array. Mesh axes of size 1 are left out.
+
+    Args:
+        mesh: one of `make_mesh`.
+        axes: what each dimension means, a key of RULES.
+        shape: the array's, whole.
+        name: what an error calls the array.
 
     Raises:
         PunaError: naming the parameter, the axis and the sizes where a dimension does not divide.
@@ -79,13 +91,15 @@ def partition_spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> NamedSharding:
-    """`partition_spec` on its mesh."""
+    """The sharding that `partition_spec` gives on its mesh; see there for the arguments and the error."""
     return NamedSharding(mesh, partition_spec(mesh, axes, shape, name))
 
 
 def relaxed_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-    """As `named_sharding`, for what is computed: a dimension that does not divide is replicated, since a batch of one
-    or two key-value heads over eight devices is no fault of the request."""
+    """As `named_sharding`, for what is computed: a dimension that does not divide is replicated.
+
+    A batch of one, or two key-value heads over eight devices, is no fault of the request.
+    """
     spec = []
     for axis, size in zip(axes, shape, strict=True):
         over = tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
@@ -96,7 +110,15 @@ def relaxed_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int
 
 
 def constrain(x: Array, axes: Sequence[str | None]) -> Array:
-    """Tells the compiler how to lay out an activation; nothing where `x` lives on no mesh of ours."""
+    """Tells the compiler how to lay out an activation; nothing where `x` lives on no mesh of ours.
+
+    Args:
+        x: an array of any shape, traced.
+        axes: what each of its dimensions means, a key of RULES.
+
+    Returns:
+        `x`, constrained.
+    """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or mesh.axis_names != MESH_AXES or mesh.size == 1:
         return x

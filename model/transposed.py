@@ -10,6 +10,9 @@ class TransposedArray:
 
     A product of few rows reads it once in this order; the other order is packed anew each time, which on CPU
     takes longer (`benchmarks/quantized.py` times both).
+
+    Attributes:
+        rows: [out, in], a row for each output.
     """
 
     rows: Array
