@@ -19,7 +19,13 @@ from model.sharding import relaxed_sharding
 
 
 class KVCache(struct.PyTreeNode):
-    """`k` and `v`: [L, B, K, S, d], or a tuple of L arrays [B, K, S, d]; `lengths`: int32 [B], tokens seen per row."""
+    """Keys and values of all layers, and how much of each row is filled.
+
+    Attributes:
+        k: [L, B, K, S, d], or a tuple of L arrays [B, K, S, d].
+        v: as `k`.
+        lengths: int32 [B], tokens seen per row.
+    """
 
     k: Any
     v: Any
@@ -47,9 +53,16 @@ def init_cache(
     mesh: Mesh | None = None,
     layout: Literal["stacked", "per_layer"] = "stacked",
 ) -> KVCache:
-    """An empty cache for `batch` rows of up to `max_length` tokens, in the layout of the parameters beside it.
+    """An empty cache.
 
-    Over a mesh, heads are split as the model's are, or replicated where there are too few.
+    Args:
+        config: the shape of the model.
+        batch: how many rows.
+        max_length: tokens that a row has room for.
+        dtype: of keys and values.
+        mesh: where it lies: heads are split as the model's are, or replicated where there are too few. None for the
+            default device.
+        layout: that of the parameters beside it.
     """
     shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
 
@@ -72,10 +85,14 @@ def init_cache(
 
 
 class LayerCache(struct.PyTreeNode):
-    """One layer's window on the cache during a pass: its `k` and `v`, all layers' with the index `layer`, or its own.
+    """One layer's window on the cache during a pass.
 
-    `slots` [B] are the cache rows that the batch's rows stand for (None: the first B rows); attention reads the first
-    `window` positions only.
+    Attributes:
+        k: all layers' [L, B, K, S, d], or the layer's own [B, K, S, d].
+        v: as `k`.
+        layer: int32 [], which layer of all; None where `k` is the layer's own.
+        slots: int32 [rows of the batch], the cache row of each; None for the first rows.
+        window: how many positions attention reads, from the first on.
     """
 
     k: Array
@@ -85,10 +102,16 @@ class LayerCache(struct.PyTreeNode):
     window: int = struct.field(pytree_node=False)
 
     def extend(self, k: Array, v: Array, positions: Array) -> tuple[Array, Array, "LayerCache"]:
-        """Writes k and v [B, T, K, d] at `positions` [B, T]; those at or past the capacity are dropped.
+        """Writes keys and values; those at or past the capacity are dropped.
 
-        Returns the keys and values to attend to, [B, K, window, d] in the wider of their and the cache's dtypes, and
-        the cache after the write.
+        Args:
+            k: [B, T, K, d].
+            v: [B, T, K, d].
+            positions: int32 [B, T], where each goes.
+
+        Returns:
+            The keys and values to attend to, [B, K, window, d] in the wider of their and the cache's dtypes, and the
+            cache after the write.
         """
         rows = jnp.arange(k.shape[0]) if self.slots is None else self.slots
         heads = jnp.arange(k.shape[2])

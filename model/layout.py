@@ -41,10 +41,16 @@ def _transposed(w: Weight) -> Weight:
 
 
 def weight_shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> Any:
-    """The `NamedSharding` of every leaf of a weight whose dimensions mean `axes` (..., in, out); `w` may be abstract.
+    """The `NamedSharding` of every leaf of one weight, in a weight of its kind.
+
+    Args:
+        w: the weight [..., in, out], which may be abstract.
+        axes: what each of its dimensions means, a key of sharding.RULES.
+        mesh: the devices.
+        name: what an error or a warning calls it.
 
     Raises:
-        PunaError: a dimension of a plain array does not divide over the mesh.
+        PunaError: a dimension of a plain or transposed array does not divide over the mesh.
     """
     match w:
         case QuantizedArray():
@@ -58,7 +64,11 @@ def weight_shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: st
 
 
 def tree_shardings(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
-    """The `NamedSharding` of every leaf of stacked parameters, which may be abstract, whatever their kinds."""
+    """The `NamedSharding` of every leaf of stacked parameters, which may be abstract, whatever their kinds.
+
+    Raises:
+        PunaError: a dimension of a plain array does not divide over the mesh.
+    """
 
     def one(path: Any, spec: ParamSpec, w: Weight) -> Any:
         return weight_shardings(w, spec.axes, mesh, "/".join(entry.key for entry in path))
@@ -68,5 +78,9 @@ def tree_shardings(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
 
 
 def place(params: Params, config: LlamaConfig, mesh: Mesh) -> Params:
-    """Moves stacked parameters of any kinds onto `mesh` as the parameter table says."""
+    """Moves stacked parameters of any kinds onto `mesh` as the parameter table says.
+
+    Raises:
+        PunaError: a dimension of a plain array does not divide over the mesh.
+    """
     return jax.device_put(params, tree_shardings(params, config, mesh))

@@ -29,7 +29,14 @@ SPLIT_SEQUENCE = ("batch", "sequence", None)  # sequence parallelism (arXiv:2205
 
 
 class Context(NamedTuple):
-    """What all layers of one pass share: RoPE tables [B, T, d/2], the mask, and where keys go in the cache [B, T]."""
+    """What all layers of one pass share.
+
+    Attributes:
+        cos: float32 [B, T, d/2], as `rotate` takes it.
+        sin: float32 [B, T, d/2].
+        mask: which keys each query sees.
+        positions: int32 [B, T], where the keys of this pass go in the cache.
+    """
 
     cos: Array
     sin: Array
@@ -45,7 +52,15 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def mlp(x: Array, layer: Params) -> Array:
-    """SwiGLU (arXiv:2002.05202): x [B, T, D] -> [B, T, D]."""
+    """SwiGLU (arXiv:2002.05202): w_down(silu(w_gate x) * w_up x).
+
+    Args:
+        x: [B, T, D].
+        layer: one layer's parameters; biases are added where it has them.
+
+    Returns:
+        [B, T, D].
+    """
     gate = linear(x, layer["w_gate"], layer.get("b_gate"))
     up = linear(x, layer["w_up"], layer.get("b_up"))
     return linear(jax.nn.silu(gate) * up, layer["w_down"], layer.get("b_down"))
@@ -54,7 +69,19 @@ def mlp(x: Array, layer: Params) -> Array:
 def attention(
     x: Array, layer: Params, config: LlamaConfig, context: Context, cache: LayerCache | None, attend: Callable = attend
 ) -> tuple[Array, LayerCache | None]:
-    """Grouped-query attention with RoPE: x [B, T, D] -> [B, T, D], and the layer's cache with this pass's keys."""
+    """Grouped-query attention with RoPE, from the normalized residual stream.
+
+    Args:
+        x: [B, T, D].
+        layer: one layer's parameters.
+        config: the shape of the model.
+        context: what all layers share.
+        cache: the layer's; None to attend to this pass's keys alone.
+        attend: what mixes the values, as `model.attention.attend`.
+
+    Returns:
+        [B, T, D], and the cache with this pass's keys (None where none was given).
+    """
     B, T, _ = x.shape
 
     def heads(weight: str, bias: str) -> Array:
@@ -89,6 +116,20 @@ def block(
     """One decoder layer. For a variation, pass `partial(block, attend=..., norm=..., mlp=..., residual=...)`.
 
     One constraint on the residual stream keeps FSDP gathering one layer's weights instead of exchanging activations.
+
+    Args:
+        x: [B, T, D].
+        layer: one layer's parameters.
+        config: the shape of the model.
+        context: what all layers share.
+        cache: the layer's; None to attend to this pass's keys alone.
+        attend: as `model.attention.attend`.
+        norm: as `rms_norm`.
+        mlp: as the function `mlp`.
+        residual: what each dimension of x means, for its layout over a mesh: REPLICATED_SEQUENCE or SPLIT_SEQUENCE.
+
+    Returns:
+        [B, T, D], and the cache with this pass's keys (None where none was given).
     """
     x = constrain(x, residual)
     with jax.named_scope("attention"):
@@ -100,16 +141,27 @@ def block(
 
 
 def norm_of(config: LlamaConfig) -> Callable:
-    """The model's norm: `rms_norm`, or what `config.pieces` names."""
+    """The model's norm: `rms_norm`, or what `config.pieces` names.
+
+    Raises:
+        PunaError: there is no such function.
+    """
     name = config.pieces.norm
     return rms_norm if name is None else load_function(name, "norm")
 
 
 def block_of(config: LlamaConfig, **keywords: Any) -> Callable:
-    """The model's decoder layer, as `config.pieces` names it and its parts, with `keywords` of `block` set.
+    """The model's decoder layer, as `config.pieces` names it and its parts.
+
+    Args:
+        config: the shape of the model, and its pieces.
+        keywords: of `block`, to be set; a piece that `config` names comes before them.
+
+    Returns:
+        A function of `block`'s five positional arguments.
 
     Raises:
-        PunaError: the block that is named does not take one of the keywords.
+        PunaError: a piece is not found, or the block that is named does not take one of the keywords.
     """
     pieces = config.pieces
     if pieces.norm is not None:
@@ -152,15 +204,25 @@ def hidden(
     norm: Callable | None = None,
     remat: str = "none",
 ) -> tuple[Array, KVCache | None]:
-    """tokens int32 [B, T] -> the final normalized residual stream [B, T, D], and the cache with this pass's keys.
+    """The forward pass up to the head. A token id outside the vocabulary gives NaN, not another token.
 
-    positions: int32 [B, T]; None continues each row's cache, or counts from 0, anew at each segment.
-    segments: int32 [B, T]; 0 is padding, equal non-zero segments attend to each other. With a cache, 0 marks tokens
-      that are not there: they are not written.
-    slots, window: see `LayerCache`. dtype: what is computed in; None for the embedding's.
-    block, norm: the decoder layer and the final norm, as functions; None for those of the config's `pieces`.
-    remat: none, dots or full, what the backward pass recomputes.
-    A token id outside the vocabulary gives NaN, not another token.
+    Args:
+        params: stacked or unstacked, with weights of any kind.
+        tokens: int32 [B, T].
+        config: the shape of the model.
+        positions: int32 [B, T]; None continues each row's cache, or counts from 0, anew at each segment.
+        segments: int32 [B, T]; 0 is padding, equal non-zero segments attend to each other. With a cache, 0 marks
+            tokens that are not there: they are not written.
+        cache: what the rows have seen; None for a pass without.
+        slots: int32 [B], the cache row of each row; None for the first B.
+        window: how many positions of the cache attention reads; None for all.
+        dtype: what is computed in; None for the embedding's.
+        block: the decoder layer; None for that of the config's `pieces`.
+        norm: the final norm; None for that of the config's `pieces`.
+        remat: what the backward pass recomputes: none, dots (all but products with weights) or full.
+
+    Returns:
+        The final normalized residual stream [B, T, D], and the cache with this pass's keys (None where none was given).
 
     Raises:
         PunaError: for an unknown remat, and for a cache that reaches beyond the original context of a model with
@@ -208,16 +270,35 @@ def head_of(params: Params, config: LlamaConfig) -> Any:
 
 
 def logits(params: Params, x: Array, config: LlamaConfig) -> Array:
-    """x [..., D] -> float32 [..., V].
+    """The head's scores. `per_layer` gives tied parameters a head, which shares the embedding's memory.
 
-    `per_layer` gives tied parameters a head, which shares the embedding's memory.
+    Args:
+        params: of which only the head, or the tied embedding, is read.
+        x: [..., D], the final normalized residual stream.
+        config: the shape of the model.
+
+    Returns:
+        float32 [..., V].
     """
     with jax.named_scope("head"):
         return linear(x, head_of(params, config), out_dtype=jnp.float32)
 
 
 def forward(params: Params, tokens: Array, config: LlamaConfig, **keywords: Any) -> tuple[Array, KVCache | None]:
-    """tokens [B, T] -> logits float32 [B, T, V], and the cache (None where none was given). Keywords: see `hidden`."""
+    """The whole forward pass: `logits` of `hidden`.
+
+    Args:
+        params: stacked or unstacked, with weights of any kind.
+        tokens: int32 [B, T].
+        config: the shape of the model.
+        keywords: those of `hidden`.
+
+    Returns:
+        Logits float32 [B, T, V], and the cache with this pass's keys (None where none was given).
+
+    Raises:
+        PunaError: as `hidden`.
+    """
     x, cache = hidden(params, tokens, config, **keywords)
     return logits(params, x, config), cache
 

@@ -21,8 +21,10 @@ SHA256 = "sha256"  # under the `puna` key: the code of each piece as it was when
 class Pieces:
     """The replaced parts, each as "module:function"; None is LLaMA's own.
 
-    block: one decoder layer, as `model.llama.block`. attention: as `model.attention.attend`. norm: every norm, as
-    `model.llama.rms_norm`.
+    Attributes:
+        block: one decoder layer, as `model.llama.block`.
+        attention: as `model.attention.attend`.
+        norm: every norm, as `model.llama.rms_norm`.
     """
 
     block: str | None = None
@@ -59,7 +61,11 @@ class Pieces:
         return cls(**names)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `puna` object of a config.json: the names, and the SHA-256 of the code of each."""
+        """The `puna` object of a config.json: the names, and the SHA-256 of the code of each.
+
+        Raises:
+            PunaError: a function is not found, or its source is not to be had.
+        """
         names = self.names()
         return {**names, SHA256: {part: code_fingerprint(name, part) for part, name in names.items()}}
 
@@ -67,8 +73,12 @@ class Pieces:
 def load_function(name: str, setting: str) -> Callable[..., Any]:
     """The function that "module:function" names.
 
+    Args:
+        name: the module, as `import` takes it, and the function in it.
+        setting: what named it, for the error.
+
     Raises:
-        PunaError: there is none; the message names `setting`.
+        PunaError: there is none.
     """
     module, _, function = name.partition(":")
     try:
@@ -82,6 +92,10 @@ def load_function(name: str, setting: str) -> Callable[..., Any]:
 
 def code_fingerprint(name: str, setting: str) -> str:
     """The SHA-256 of the source file in which the function "module:function" is defined, in hexadecimal.
+
+    Args:
+        name: as `load_function` takes it.
+        setting: what named it, for the error.
 
     Raises:
         PunaError: there is no such function, or its source is not to be had.

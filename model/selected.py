@@ -22,9 +22,13 @@ from model.params import Params
 class SelectedLora:
     """One weight [in, out] with n adapters over it, of rank r at most.
 
-    `a` [in, n * r] and `b` [n * r, out] hold all factors, scales within b. `gain` [n, out] are DoRA's factors on the
-    columns, ones for plain LoRA; None where no adapter is DoRA. `index` int32 [B] says which adapter each row of the
-    batch uses, -1 none.
+    Attributes:
+        base: the weight, of any kind.
+        a: [in, n * r], the first factors, side by side.
+        b: [n * r, out], the second factors, with their scales.
+        gain: [n, out], DoRA's factors on the columns, ones for plain LoRA; None where no adapter is DoRA.
+        index: int32 [B], which adapter each row of the batch uses, -1 none.
+        rank: r.
     """
 
     base: Any
@@ -41,8 +45,16 @@ class SelectedLora:
 
 
 def selected(x: Array, w: SelectedLora, base: Callable[[Array], Array]) -> Array:
-    """x [M, in] times the weight of each row's adapter -> [M, out]; M is B rows of M / B tokens. `base` multiplies by
-    `w.base`."""
+    """x times the weight of each row's adapter.
+
+    Args:
+        x: [M, in], M being B rows of M / B tokens.
+        w: the weight and its adapters.
+        base: multiplies by `w.base`: [M, in] -> [M, out].
+
+    Returns:
+        [M, out].
+    """
     index = jnp.repeat(w.index, len(x) // len(w.index), total_repeat_length=len(x))[:, None]
     own = jnp.arange(w.a.shape[1]) // w.rank == index
     y = base(x)
@@ -53,9 +65,12 @@ def selected(x: Array, w: SelectedLora, base: Callable[[Array], Array]) -> Array
 
 
 def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]) -> Params:
-    """Per-layer parameters of one base under different adapters as one tree, adapter i being the tree i's.
+    """Per-layer parameters of one base under different adapters, as one tree in which no row uses any (see `select`).
 
-    `product` multiplies by a base weight (DoRA's norms need it). Every row starts without an adapter: see `select`.
+    Args:
+        trees: as the parameters of each adapter alone; tree i brings adapter i.
+        product: multiplies [M, in] by a base weight -> [M, out]; DoRA's norms need it.
+
     Raises:
         PunaError: trees that differ in more than single adapters over linear weights.
     """
@@ -99,7 +114,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def select(params: Params, index: Array) -> Params:
-    """The parameters for a batch whose row i uses adapter `index[i]` (int32 [B], -1 for none)."""
+    """The parameters for one batch.
+
+    Args:
+        params: as `side_by_side` makes them; others are returned as they are.
+        index: int32 [B], the adapter of each row, -1 for none.
+    """
 
     def choose(leaf: Any) -> Any:
         return replace(leaf, index=index) if isinstance(leaf, SelectedLora) else leaf
