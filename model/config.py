@@ -50,9 +50,11 @@ _INERT = frozenset(
 class RopeScaling:
     """How the RoPE frequencies are stretched beyond the original context (Hugging Face `rope_scaling`).
 
-    `rope_type` is linear, dynamic (NTK), llama3 or yarn; the other fields are None where the type has no such number.
-    `factor` is the ratio of the new context to the original, the `*_freq_factor`s are llama3's wavelength bounds,
-    `beta_*`, `mscale*`, `attention_factor` and `truncate` are YaRN's (arXiv:2309.00071).
+    Attributes:
+        rope_type: linear, dynamic (NTK), llama3 or yarn; the fields below are None where the type has no such number.
+        factor: the ratio of the new context to the original (llama3, yarn: `original_max_position_embeddings` tokens).
+        low_freq_factor, high_freq_factor: llama3's bounds, in waves that the original context holds.
+        attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate: YaRN's (arXiv:2309.00071).
     """
 
     rope_type: str
@@ -111,9 +113,11 @@ class RopeScaling:
 class LlamaConfig:
     """The numbers of a LLaMA, under Hugging Face's names. Hashable, so it may be a static argument of `jit`.
 
-    `head_dim` and `num_key_value_heads` default to hidden_size / num_attention_heads and num_attention_heads.
-    `max_position_embeddings` is in tokens; `rope_theta` is the RoPE base; `eos_token_id` holds every stop id.
-    `pieces` names what replaces parts of the forward pass; a model with any is no plain LLaMA.
+    Attributes:
+        head_dim, num_key_value_heads: 0 for hidden_size / num_attention_heads, and for num_attention_heads.
+        max_position_embeddings: the context, in tokens; `rope_theta` is the RoPE base.
+        eos_token_id: every stop id.
+        pieces: what replaces parts of the forward pass; a model with any is no plain LLaMA.
     """
 
     vocab_size: int = 32000
@@ -170,8 +174,7 @@ class LlamaConfig:
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
         """Reads the object of a `config.json` as transformers 4 or 5 writes it.
 
-        `quantization_config` is a property of the files, not of the model: the reader of the files takes it away
-        first.
+        `quantization_config` is a property of the files, not of the model: their reader takes it away first.
 
         Raises:
             PunaError: naming any field that would change the model and is not known here.
@@ -207,7 +210,7 @@ class LlamaConfig:
         return cls(**kept)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """The object of a `config.json` in the spelling that transformers 4 and 5 both read.
+        """The object of a `config.json` in the spelling that transformers 4 and 5 both read; `dtype` is of the weights.
 
         A model with replaced `pieces` has an architecture and a model_type of its own, which other readers refuse.
         """
@@ -222,10 +225,11 @@ class LlamaConfig:
 
     @classmethod
     def from_meta(cls, params: dict[str, Any], vocab_size: int | None = None) -> "LlamaConfig":
-        """Reads Meta's `params.json`; `vocab_size` (the embedding's rows) stands in for a -1 or a missing one.
+        """Reads Meta's `params.json`. Raises PunaError naming a field that is missing or not known here.
 
-        The hidden width of the MLP is round_up(int(multiplier * int(8 dim / 3)), multiple_of), as in Meta's code.
-        `params.json` does not say how long the context is: it is that of the family which the other numbers show.
+        `vocab_size` (the embedding's rows) stands in for a -1 or a missing one. The hidden width of the MLP is
+        round_up(int(multiplier * int(8 dim / 3)), multiple_of), as in Meta's code. Where `max_seq_len` does not say
+        how long the context is, it is that of the family which the other numbers show.
         """
         given = {key: value for key, value in params.get("model", params).items() if value is not None}
         rows = given.pop("vocab_size", -1)

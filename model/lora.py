@@ -40,12 +40,18 @@ SAVED_MODULES = {"embed_tokens": "embed", "lm_head": "lm_head"}
 
 @struct.dataclass
 class LoraArray:
-    """The weight base + scale * a @ b; with a `magnitude`, that weight's columns rescaled to it (DoRA).
+    """The weight base + scale * a @ b; with a `magnitude` (DoRA, arXiv:2402.09353), its columns rescaled to that.
 
-    `base` [..., in, out] is an array, a QuantizedArray or another LoraArray; `a` [..., in, r]; `b` [..., r, out];
-    `scale` float32 [...], one per layer. DoRA (arXiv:2402.09353) has `magnitude` [..., out] and keeps `base_square`,
-    the squared norms of the base's columns, float32 [..., out]. A `key` [...] drops inputs of `a` at rate `dropout`.
-    `ranks` are the layers' own; lower ones than r are padded with zeros, and 0 is a layer without adapter.
+    Attributes:
+        base: [..., in, out], an array, a QuantizedArray or another LoraArray.
+        a: [..., in, r].
+        b: [..., r, out].
+        scale: float32 [...], one per layer.
+        magnitude: [..., out], DoRA's norms of the columns; None for plain LoRA.
+        base_square: float32 [..., out], the squared norms of the base's columns, for DoRA.
+        key: [...], JAX keys of this step, which drop inputs of `a`; None for no dropout.
+        ranks: the layers' own; lower ones than r are padded with zeros, and 0 is a layer without adapter.
+        dropout: the rate.
     """
 
     base: Any
@@ -65,10 +71,18 @@ class LoraArray:
 
 
 def adapted(x: Array, w: LoraArray, base: Callable[[Array], Array]) -> Array:
-    """x [M, in] times one adapted weight -> [M, out]; `base` multiplies by `w.base`.
+    """x times one adapted weight.
 
-    The norm that DoRA divides by is a constant to the gradient, as the paper proposes. It comes from norms and inner
-    products, so that no dense weight is ever built.
+    The norm that DoRA divides by is a constant to the gradient, as the paper proposes (section 4.3). It comes from
+    norms and inner products, so that no dense weight is ever built.
+
+    Args:
+        x: [M, in].
+        w: the adapted weight of one layer.
+        base: multiplies by `w.base`: [M, in] -> [M, out].
+
+    Returns:
+        [M, out].
     """
     dropped = x if w.key is None else _dropout(x, w.key, w.dropout)
     y = base(x)
@@ -81,7 +95,7 @@ def adapted(x: Array, w: LoraArray, base: Callable[[Array], Array]) -> Array:
 
 
 def column_norm(w: LoraArray, base: Callable[[Array], Array]) -> Array:
-    """The norm of each column of base + scale * a @ b, float32 [out], by the binomial formula."""
+    """The norm of each column of base + scale * a @ b, float32 [out], by the binomial formula; see `adapted`."""
     a, b = w.a.astype(jnp.float32), w.b.astype(jnp.float32)
     cross = (base(a.T).astype(jnp.float32) * b).sum(axis=0)
     square = ((a.T @ a) @ b * b).sum(axis=0)
@@ -115,9 +129,23 @@ def add(
 ) -> tuple[LlamaConfig, Params]:
     """Puts fresh adapters over stacked parameters: a uniform as Kaiming's, b zero, so the model stays as it was.
 
-    targets: names as `q_proj`, or "all-linear". scale: alpha / rank, or alpha / sqrt(rank) with rslora. The patterns
-    give modules whose name `model.layers.0.self_attn.q_proj` ends in a key (a regular expression) another rank or
-    alpha. modules_to_save: `embed_tokens`, `lm_head`, trained whole; this unties them. The config returned says so.
+    Args:
+        params: stacked, with a base of any kind.
+        config: the shape of the model.
+        key: a JAX key, for a.
+        rank: of each adapter.
+        alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora` (arXiv:2312.03732).
+        dropout: the rate at which inputs of a are dropped in training.
+        targets: names as `q_proj`, or "all-linear".
+        modules_to_save: `embed_tokens`, `lm_head`, trained whole; this unties them.
+        rslora: see `alpha`.
+        dora: whether the adapters have a magnitude.
+        rank_pattern: another rank where a name like `model.layers.0.self_attn.q_proj` ends in a regular expression.
+        alpha_pattern: another alpha, likewise.
+        mesh: the devices of `params`, if any.
+
+    Returns:
+        The config, which says whether embeddings are still tied, and the parameters.
 
     Raises:
         PunaError: for a rank below 1 or above the weight's sides, an alpha that is not finite, an unknown target or
@@ -182,7 +210,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def module_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches, as peft chooses it."""
+    """The value of the first pattern that `module` ends in, as peft chooses it. Raises PunaError for a bad pattern."""
     return next((value for pattern, value in patterns.items() if _matches(pattern, module)), default)
 
 
@@ -214,7 +242,10 @@ def on_mesh(w: LoraArray, axes: Sequence[str], mesh: Mesh | None, name: str) -> 
 
 
 def with_magnitude(w: LoraArray, magnitude: Array | None) -> LoraArray:
-    """The adapter, of one layer or stacked, as DoRA; None starts from the base's own norms, which changes nothing."""
+    """The adapter, of one layer or stacked, as DoRA, with the norms `magnitude` [..., out] of its columns.
+
+    None starts from the base's own norms, which changes nothing while b is zero.
+    """
     square = _column_squares(w.base) if w.a.ndim == 2 else jax.jit(lambda base: lax.map(_column_squares, base))(w.base)
     return replace(w, magnitude=jnp.sqrt(square) if magnitude is None else magnitude, base_square=square)
 
@@ -259,7 +290,7 @@ def join(trained: Params, frozen: Params) -> Params:
 
 
 def with_dropout(params: Params, key: Array) -> Params:
-    """Gives every adapter that has a dropout rate its keys for one step, one per layer."""
+    """Gives every adapter that has a dropout rate its keys for one step, made of `key`, one per layer."""
 
     def give(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, LoraArray) or not leaf.dropout:
@@ -297,8 +328,11 @@ def dense(w: Any) -> Array:
 def merge(params: Params) -> tuple[Params, dict[str, float]]:
     """Parameters without adapters: the update in float32, the result in the base's dtype and format.
 
-    A quantized base is dequantized, added to and quantized again, which loses something: the second value says how
-    much, the largest relative error (Frobenius norm) over the layers, by weight. It is empty for float bases.
+    A quantized base is dequantized, added to and quantized again, which loses something.
+
+    Returns:
+        The parameters; and, by the name of each weight that was quantized again, the relative error of that
+        (Frobenius norm), the largest over stacked layers.
     """
     errors: dict[str, float] = {}
 
@@ -333,7 +367,15 @@ def _merge(w: LoraArray) -> tuple[Any, Array]:
 
 
 def lora_shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: str, base: Any) -> LoraArray:
-    """The `NamedSharding` of every leaf beside the base's: a and b are split as the weight's sides are, where whole."""
+    """The `NamedSharding` of every leaf beside the base's: a and b are split as the weight's sides are, where whole.
+
+    Args:
+        w: the adapter, which may be abstract.
+        axes: what each dimension of the weight means, a key of sharding.RULES.
+        mesh: the devices.
+        name: what an error calls it.
+        base: the base's shardings, put in as they are.
+    """
     *lead, in_axis, out_axis = axes
 
     def place(x: Array | None, *last: str | None) -> Any:

@@ -40,13 +40,20 @@ _GRID = np.float32(32767.5)
 class QuantizedArray:
     """A weight [..., in, out] of few bits. Its leaves stack along leading axes and slice like any others.
 
-    `codes`: int8 [..., out, in]; or two 4-bit codes a byte, the first in the high nibble, uint8 [..., rows, width / 2]:
-    a row is one output's inputs, or, where a block does not divide them, as many outputs' as make whole blocks.
-    `absmax`: the largest magnitude per output (float32 [..., out]) or per block ([..., rows, width / block]: bfloat16
-    for int4, float32 for nf4). Double quantization keeps it as uint8 codes of `absmax - offset` in blocks of 256, with
-    `nested_absmax` float32 [..., blocks / 256] and `offset` float32 [...].
-    `dtype` names what the weight was before. `activations` "int8" multiplies int8 weights with activations rounded to
-    int8 row by row (LLM.int8, arXiv:2208.07339, without its outlier columns); "float" keeps activations as they are.
+    Attributes:
+        codes: int8 [..., out, in]; or two 4-bit codes a byte, the first in the high nibble, uint8 [..., rows, width/2]:
+            a row is one output's inputs, or, where a block does not divide them, as many outputs' as make whole blocks.
+        absmax: the largest magnitude per output (float32 [..., out]) or per block ([..., rows, width/block]: bfloat16
+            for int4, float32 for nf4). Double quantization keeps it as uint8 codes of `absmax - offset`.
+        nested_absmax: float32 [..., blocks/256], the scales of those codes; None without double quantization.
+        offset: float32 [...], the mean of absmax; None without double quantization.
+        format: int8, int4 or nf4.
+        block: how many weights share a scale at 4 bits.
+        in_features: inputs of the weight.
+        out_features: outputs of the weight.
+        dtype: what the weight was before.
+        activations: "int8" multiplies int8 weights with activations rounded to int8 row by row (LLM.int8,
+            arXiv:2208.07339, without its outlier columns); "float" keeps activations as they are.
     """
 
     codes: Array
@@ -82,7 +89,7 @@ class QuantizedArray:
 
 
 def joined_rows(in_features: int, block: int) -> int:
-    """The fewest output rows whose flattened inputs make whole blocks."""
+    """The fewest output rows, of `in_features` weights each, that make whole blocks of `block` weights."""
     return block // math.gcd(in_features, block)
 
 
@@ -92,8 +99,13 @@ def joined_rows(in_features: int, block: int) -> int:
 def quantizer(
     format: Format, block: int = 64, double: bool = False, activations: str = "float"
 ) -> Callable[[Array], QuantizedArray]:
-    """The function from a weight to its quantized form. block: 32, 64 or 128 weights that share a scale, for int4;
-    double: double quantization, for nf4; activations: "int8" or "float", for int8.
+    """The function from a float weight to its quantized form.
+
+    Args:
+        format: int8, int4 or nf4.
+        block: weights that share a scale: 32, 64 or 128 for int4, else 64.
+        double: double quantization, for nf4.
+        activations: "int8" or "float", for int8 (see `QuantizedArray`).
 
     Raises:
         PunaError: for a setting that the format does not have.
@@ -103,7 +115,7 @@ def quantizer(
 
 
 def check_format(format: str, block: int = 64, double: bool = False, activations: str = "float") -> Format:
-    """The format of that name.
+    """The format of that name, checked with the settings of `quantizer`.
 
     Raises:
         PunaError: for another, and for a setting that it does not have.
@@ -124,13 +136,19 @@ def check_format(format: str, block: int = 64, double: bool = False, activations
 
 @partial(jax.jit, static_argnames=("format", "block", "double"))
 def quantize(w: Array, format: Format, block: int = 64, double: bool = False) -> QuantizedArray:
-    """Rounds float weights [..., in, out] to `format`.
+    """Rounds a float weight to `format`.
 
-    block: int4's group, 32, 64 or 128; nf4's is 64. double: quantize nf4's absmax too. int8 and nf4 give the bits that
-    bitsandbytes gives (which takes float16 for int8), on every [in, out] matrix by itself.
+    int8 and nf4 give the bits that bitsandbytes gives (which takes float16 for int8), on every [in, out] matrix by
+    itself. nf4 and double quantization: QLoRA (arXiv:2305.14314, section 3).
     The error of one weight is at most, in units of its block's absmax: int8 1/254 (and float16's rounding); int4
     (1 + 2**-8) / 14; nf4 half the widest gap of its table, (1 - 0.6962) / 2; double quantization adds the error of
     absmax itself.
+
+    Args:
+        w: [..., in, out].
+        format: int8, int4 or nf4.
+        block: int4's group, 32, 64 or 128; nf4's is 64.
+        double: quantize nf4's absmax too.
 
     Raises:
         PunaError: for an unknown format, a block it does not have, or an odd number of inputs at 4 bits.
@@ -191,6 +209,7 @@ def _grid_codes() -> np.ndarray:
 
 
 def inverse(absmax: Array) -> Array:
+    """1 / absmax, finite where absmax is 0."""
     return 1 / jnp.maximum(absmax, 1e-38)
 
 
@@ -243,7 +262,15 @@ def dynamic_map() -> np.ndarray:
 
 @partial(jax.jit, static_argnames="dtype")
 def dequantize(q: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
-    """The float weight [..., in, out] that `q` stands for, in `dtype` (None: the one it had)."""
+    """The float weight that `q` stands for.
+
+    Args:
+        q: [..., in, out].
+        dtype: of the result; None for the one that the weight had.
+
+    Returns:
+        [..., in, out].
+    """
     if q.codes.ndim > 2:
         return lax.map(lambda matrix: dequantize(matrix, dtype), q)
     if q.format == "int8":
@@ -254,7 +281,7 @@ def dequantize(q: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
 
 
 def block_scales(q: QuantizedArray) -> Array:
-    """What the values of a 4-bit weight are multiplied by, as float32 [rows, blocks of a row]."""
+    """What the codes' values are multiplied by, for one 4-bit matrix: float32 [rows, blocks of a row]."""
     if q.format == "int4":
         return q.absmax.astype(jnp.float32) / 7
     if q.nested_absmax is None or q.offset is None:
@@ -275,10 +302,18 @@ def _lookup(table: np.ndarray, index: Array) -> Array:
 
 
 def decode_codes(codes: Array, scales: Array, q: QuantizedArray) -> Array:
-    """Rows of packed codes as float32 [rows, in].
+    """Rows of packed 4-bit codes as floats.
 
     A table over whole bytes gives both weights of a byte at once, in their order: taking nibbles apart by arithmetic
     leaves halves that are two products (quantized_matmul.py), or an interleaving that costs more than all else here.
+
+    Args:
+        codes: uint8 [rows, width/2].
+        scales: float32 [rows, width/block], of `block_scales`.
+        q: the weight whose format, block and inputs they have.
+
+    Returns:
+        float32 [rows * q.joined, in].
     """
     values = np.arange(-8, 8, dtype=np.float32) if q.format == "int4" else np.array(NF4, np.float32)
     pairs = _lookup(np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=-1), codes)
@@ -287,8 +322,13 @@ def decode_codes(codes: Array, scales: Array, q: QuantizedArray) -> Array:
 
 
 def chunk_rows(n: int, width: int, weights: int) -> int:
-    """How many of a matrix's n rows of `width` make a chunk of at most `weights`: a divisor of n, where it can be a
-    multiple of 8, which vectors hold."""
+    """How many rows of a matrix make a chunk: a divisor of n, where it can be a multiple of 8, which vectors hold.
+
+    Args:
+        n: rows of the matrix.
+        width: weights of a row.
+        weights: most weights of a chunk; a row is one even where it has more.
+    """
     limit = max(weights // width, 1)
     divisors = [d for d in range(1, n + 1) if n % d == 0 and d <= limit]
     return max(divisors, key=lambda d: (d % 8 == 0, d))
@@ -298,9 +338,15 @@ def chunk_rows(n: int, width: int, weights: int) -> int:
 
 
 def quantized_shardings(q: QuantizedArray, axes: Sequence[str | None], mesh: Mesh, name: str) -> QuantizedArray:
-    """The `NamedSharding` of every leaf, for a weight whose dimensions mean `axes` (..., in, out).
+    """The `NamedSharding` of every leaf of a quantized weight.
 
     An axis is split only where each device holds whole blocks; otherwise it is replicated, which is said once.
+
+    Args:
+        q: the weight [..., in, out], which may be abstract.
+        axes: what each of its dimensions means, a key of sharding.RULES.
+        mesh: the devices.
+        name: what the warning calls it.
     """
     *lead, in_axis, out_axis = axes
     n_rows = q.codes.shape[-2]

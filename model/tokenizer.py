@@ -35,6 +35,18 @@ class Tokenizer:
     Special tokens written in text are text: their ids come from `special_id`, `add_bos` and `add_eos` alone. Every call
     of `encode` stands for itself, so SentencePiece prefixes each piece of a template with its dummy space (as
     transformers' legacy LlamaTokenizer does, on which the published templates rely).
+
+    Args:
+        vocabulary: what the file of the trained vocabulary says.
+        added: tokens beside the vocabulary, each with its id, and those of the vocabulary that are special.
+        roles: the text of the token that has each role of ROLES.
+        chat_template: the checkpoint's own, as jinja source; None where it has none.
+        files: the files that `save` copies, by their names in checkpoints.
+
+    Attributes:
+        vocab_size: one more than the highest id.
+        bos_id, eos_id, unk_id, pad_id: None where the tokenizer has no such token.
+        chat_template: as given.
     """
 
     def __init__(
@@ -67,6 +79,10 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
         """The ids of `text`, which never hold a special one but those asked for.
 
+        Args:
+            add_bos: whether to put the beginning-of-text token first.
+            add_eos: whether to put the end-of-text token last.
+
         Raises:
             PunaError: for a lone surrogate, and where the tokenizer has no such token to add.
         """
@@ -85,9 +101,14 @@ class Tokenizer:
         return [*ids, self._required("eos", self.eos_id)] if add_eos else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Raises PunaError for an id outside the vocabulary.
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
 
-        `skip_special=False` shows special tokens by their names.
+        Args:
+            ids: of the vocabulary.
+            skip_special: whether special tokens are left out; else they are shown by their names.
+
+        Raises:
+            PunaError: for an id outside the vocabulary.
         """
         stream = Stream(self, skip_special)
         return "".join(map(stream.push, ids)) + stream.flush()
@@ -130,7 +151,7 @@ class Tokenizer:
 class Stream:
     """Decodes ids as they come: the pushed texts and the flushed rest join to what `decode` gives for all of them.
 
-    A character whose last byte is still to come is held back.
+    A character whose last byte is still to come is held back. `skip_special`: see `Tokenizer.decode`.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
@@ -140,7 +161,7 @@ class Stream:
         self._drop_space = tokenizer._dummy_prefix
 
     def push(self, id: int) -> str:
-        """The text that this id completes, which may be none."""
+        """The text that this id completes, which may be none. Raises PunaError for an id outside the vocabulary."""
         return self._text(self._special_text.get(id) or self._token_bytes(id), final=False)
 
     def flush(self) -> str:
@@ -161,7 +182,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     The kind of file is found from its content.
 
     Raises:
-        PunaError: there is none, or of no kind we know.
+        PunaError: there is none, it is damaged, or of no kind we know.
     """
     path = Path(path)
     if not path.exists():
@@ -189,7 +210,14 @@ def _main_file(files: Mapping[str, Path]) -> Path | None:
 
 @dataclass(frozen=True)
 class Companions:
-    """What the JSON files beside a vocabulary add to it."""
+    """What the JSON files beside a vocabulary add to it.
+
+    Attributes:
+        added: tokens beside the vocabulary, or said again.
+        roles: the text of the token that has each role of ROLES.
+        specials: texts of other special tokens.
+        chat_template: jinja source; None where there is none.
+    """
 
     added: list[AddedToken] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)

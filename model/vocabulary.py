@@ -53,7 +53,16 @@ MAX_RUN = 25_000
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token beside the trained vocabulary. A special one has meaning to templates and is never read from text."""
+    """A token beside the trained vocabulary, with the fields of tokenizer.json's `added_tokens`.
+
+    Attributes:
+        content: its text.
+        id: None where no table gives one yet.
+        special: whether it has meaning to templates; such a token is never read from text.
+        lstrip: whether it takes the blanks before it.
+        rstrip: whether it takes the blanks after it.
+        single_word: whether it is found only where no letter, digit or underscore touches it.
+    """
 
     content: str
     id: int | None = None
@@ -74,8 +83,14 @@ class AddedToken:
 class Vocabulary:
     """What one tokenizer file says.
 
-    `pieces` are the bytes of each id, `ids` the id of each piece's text, and `encoder` makes, from the special tokens'
-    texts, a function from text to ids that cannot yield them. `errors` is the codec error handler for invalid UTF-8.
+    Attributes:
+        pieces: the bytes of each id.
+        ids: the id of each piece's text; empty for tiktoken ranks.
+        added: tokens beside the pieces, and the special ones among the pieces.
+        roles: the text of the token that has each role of ROLES.
+        encoder: makes, from the special tokens' texts, a function from text to ids that cannot yield them.
+        dummy_prefix: whether encoding puts a space before the text, which decoding takes away.
+        errors: the codec error handler for invalid UTF-8.
     """
 
     pieces: list[bytes]
@@ -88,6 +103,11 @@ class Vocabulary:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
+    """What the tokenizer file `path` says; its kind is found from its content.
+
+    Raises:
+        PunaError: it is damaged, or of no kind we know.
+    """
     data = path.read_bytes()
     if data.lstrip()[:1] == b"{":
         return _read_merges(path)
@@ -95,6 +115,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def added_token(entry: dict[str, Any]) -> AddedToken:
+    """The token of an entry of `added_tokens` or `added_tokens_decoder`; what else the entry says is left out."""
     return AddedToken(**{name: entry[name] for name in AddedToken.__dataclass_fields__ if name in entry})
 
 
@@ -103,6 +124,10 @@ def added_token(entry: dict[str, Any]) -> AddedToken:
 
 def parse_sentencepiece(data: bytes, path: str | Path) -> Any:
     """SentencePiece's ModelProto message.
+
+    Args:
+        data: the bytes of a model file.
+        path: the file, for the error.
 
     Raises:
         PunaError: `data` holds none.
@@ -155,6 +180,7 @@ def _read_sentencepiece(data: bytes, path: Path) -> Vocabulary:
 
 
 def is_ranks(data: bytes) -> bool:
+    """Whether a file's bytes begin as tiktoken ranks do: a token in base64 and its rank."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data) is not None
 
 
