@@ -33,9 +33,10 @@ class Piece(NamedTuple):
 
 
 def encode_counted(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids of `pieces`, and which are trained. Neighbouring texts are tokenized as one, and a masked text that
-    begins one masks as many tokens as it has by itself, even where its last token merges with the next text's first
-    (Stanford Alpaca's and FastChat's rule).
+    """Token ids of `pieces`, and which are trained: neighbouring texts are tokenized as one.
+
+    A masked text that begins one masks as many tokens as it has by itself, even where its last token merges with the
+    next text's first (Stanford Alpaca's and FastChat's rule).
 
     Raises:
         PunaError: a piece names a special token that the tokenizer lacks.
@@ -44,8 +45,10 @@ def encode_counted(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[
 
 
 def encode_aligned(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """As `encode_counted`, but a token is trained where the text of its last byte is (transformers' rule for chat
-    templates with `{% generation %}`)."""
+    """As `encode_counted`, but a token is trained where the text of its last byte is.
+
+    That is transformers' rule for chat templates with `{% generation %}`.
+    """
     return _encode_runs(_neighbours(pieces), tokenizer, _align)
 
 
@@ -95,7 +98,7 @@ def _align(ids: list[int], text: str, prefix: str, tokenizer: Tokenizer) -> int:
 
 
 def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
-    """The id of the special token `name`, as a list: empty for the BOS of a tokenizer that has none."""
+    """The id of the special token `name`, as a list: empty for the BOS of a tokenizer without. Raises PunaError."""
     if name == BOS:
         return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     found = tokenizer.eos_id if name == EOS else tokenizer.special_id(name)
@@ -107,10 +110,14 @@ def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written: `render(messages, add_generation_prompt)` gives the pieces, and `encode` their
-    token ids and mask. `stop` are texts that end a reply, and `stop_tokens` the special tokens that do.
+    """How a conversation is written.
 
     Attributes:
+        name: the key in TEMPLATES, or "chat_template".
+        render: from messages, and whether a reply is to follow them, to pieces.
+        encode: from pieces to token ids, and which of them are trained, as `encode_counted`.
+        stop: texts that end a reply.
+        stop_tokens: special tokens that end a reply.
         with_tools: the same template beside functions that the model may call (JSON schemas, as OpenAI's `tools`); None
             where it has no place for them.
     """
@@ -124,7 +131,11 @@ class Template:
 
 
 def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a conversation ready for the assistant's next reply."""
+    """Token ids of a conversation ready for the assistant's next reply.
+
+    Raises:
+        PunaError: the template refuses the messages, or the tokenizer lacks one of its special tokens.
+    """
     return template.encode(template.render(messages, True), tokenizer)[0]
 
 
@@ -343,7 +354,7 @@ def get_template(name: str, tokenizer: Tokenizer) -> Template:
     """The template `name`: a key of TEMPLATES, "chat_template" (the checkpoint's own), or a path to a .jinja file.
 
     Raises:
-        PunaError: no such template, or the tokenizer brings none.
+        PunaError: no such template, the tokenizer brings none, or it does not compile.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -363,6 +374,9 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
 
     The tokens that a model is trained on are those inside `{% generation %}` where the template has it, and otherwise
     what each assistant message adds to the conversation rendered with a generation prompt.
+
+    Raises:
+        PunaError: the template does not compile, or refuses a user message with its answer.
     """
     render = jinja_render(source, tokenizer)
 

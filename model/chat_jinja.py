@@ -78,13 +78,20 @@ def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None
 
 
 def jinja_render(source: str, tokenizer: Tokenizer) -> Callable[..., list[tuple[str, bool, bool]]]:
-    """Compile `source`. The result, `render(messages, add_generation_prompt, masked, tools=None)`, gives (text,
-    trained, special) in order; without `masked` nothing is trained. `tools` are functions that the model may call, as
-    OpenAI's API has them.
+    """Compiles a chat template.
+
+    Args:
+        source: the template.
+        tokenizer: whose special tokens it writes.
+
+    Returns:
+        `render(messages, add_generation_prompt, masked, tools=None)`, which gives (text, trained, special) in order.
+        Without `masked` only what `{% generation %}` encloses is trained. `tools` are functions that the model may
+        call, as OpenAI's API has them. It raises PunaError where the template refuses the messages, or rewrites
+        earlier turns so that what each assistant message adds cannot be told (it then needs `{% generation %}`).
 
     Raises:
-        PunaError: the template does not compile, refuses the messages, or rewrites earlier turns so that what each
-            assistant message adds cannot be told (such a template needs `{% generation %}`).
+        PunaError: the template does not compile.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
