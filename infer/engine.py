@@ -37,7 +37,15 @@ SHORTEST_REUSE = 16  # tokens of a common prefix that are worth copying from ano
 
 @dataclass
 class Counts:
-    """What an engine has done since it was made."""
+    """What an engine has done since it was made.
+
+    Attributes:
+        steps: turns of the loop.
+        prompt_tokens: tokens of all prompts begun.
+        reused_tokens: those of them that were in the cache already.
+        tokens: tokens made.
+        finished: how many requests have ended, by `Progress.finish`.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -66,13 +74,16 @@ class _Row:
 
 
 class Engine:
-    """Runs requests over `params` (as `load_model(layout="per_layer")` gives them) in `rows` rows of `length` tokens.
+    """Runs requests in the rows of one cache.
 
     `submit` and `Progress.cancel` may be called from any thread; `step` from one.
 
     Args:
+        params: as `load_model(layout="per_layer")` gives them, or with adapters as `side_by_side` makes them.
+        config: the shape of the model.
+        tokenizer: the model's; None where only tokens are wanted, and no text.
         rows: requests that are worked on at once.
-        length: tokens of the longest request, prompt and text; the model's context at most.
+        length: tokens of the longest request, prompt and text; None for the model's context, which is the most.
         chunk: prompt tokens written in one step; bounds how long others wait for their next token.
         queue: requests that may wait.
         speculate: where proposals for the next tokens come from while few rows are live; the texts stay the same.
@@ -139,7 +150,11 @@ class Engine:
     # --- from any thread
 
     def submit(self, request: Request, changed: Callable[[Progress], None] = lambda progress: None) -> Progress:
-        """Queues a request; `changed` is called in the engine's thread whenever there is more of it.
+        """Queues a request.
+
+        Args:
+            request: what to continue.
+            changed: called in the engine's thread whenever there is more of it, and when it ends.
 
         Raises:
             PunaError: the request can never be met: no prompt, no room for it, too many stop tokens.
@@ -222,7 +237,14 @@ class Engine:
             self._proposer.reset()
 
     def warm_up(self, scored: bool = False) -> int:
-        """Compiles everything that requests will need (log-probabilities with `scored`); returns how many programs."""
+        """Compiles everything that requests will need. To be called before the first of them.
+
+        Args:
+            scored: whether requests will ask for log-probabilities.
+
+        Returns:
+            How many programs this process has compiled for engines.
+        """
         rows = {min(1 << i, len(self._rows)) for i in range(len(self._rows).bit_length() + 1)}
         windows = {self._window(1 << i) for i in range(self.length.bit_length() + 1)}
         widths = {self._width(n): n for n in range(self.chunk, 0, -1)}  # and the shortest piece that is as wide
@@ -520,7 +542,15 @@ class Engine:
 
 
 def run_all(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Progress]]:
-    """Submits all requests and steps until all have ended, yielding their progress after each step."""
+    """Submits all requests and steps until all have ended.
+
+    Returns:
+        An iterator that gives the progress of each, in order, after each step.
+
+    Raises:
+        PunaError: a request can never be met.
+        Full: there are more requests than the engine's queue holds.
+    """
     progress = [engine.submit(request) for request in requests]
     while engine.busy:
         engine.step()

@@ -31,8 +31,15 @@ WINDOW = 128  # least positions that attention reads
 
 
 class State(NamedTuple):
-    """A batch in decoding. `token` [B] stands at `position` [B] and is not in the cache yet; `seen` [B, V] are the
-    tokens of a row so far; rows that are `done` [B] rest."""
+    """A batch of B rows in decoding.
+
+    Attributes:
+        cache: keys and values of all tokens before `token`.
+        token: int32 [B], the last of each row, not in the cache yet.
+        position: int32 [B], where it stands.
+        seen: bool [B, V], the tokens of a row so far.
+        done: bool [B], the rows that rest.
+    """
 
     cache: KVCache
     token: Array
@@ -45,7 +52,16 @@ class State(NamedTuple):
 def prefill(
     params: Params, cache: KVCache, tokens: Array, positions: Array, config: LlamaConfig, window: int
 ) -> KVCache:
-    """Writes tokens [B, T] into the cache at positions [B, T]; padding stands at the cache's capacity."""
+    """Writes pieces of prompts into the cache.
+
+    Args:
+        params: unstacked, as the cache is.
+        cache: donated.
+        tokens: int32 [B, T].
+        positions: int32 [B, T], where each token goes; padding stands at the cache's capacity.
+        config: the shape of the model.
+        window: how many positions attention reads; above every token's.
+    """
     return cached(hidden(params, tokens, config, positions=positions, cache=cache, window=window)[1])
 
 
@@ -60,10 +76,20 @@ def decode_steps(
     config: LlamaConfig,
     window: int,
 ) -> tuple[State, Array]:
-    """Up to `steps` <= CHUNK tokens for every row that is not done; ends early when all are.
+    """Up to `steps` tokens for every row that is not done; ends early when all are.
 
-    Tokens from the id `vocab_limit` on are never chosen. Returns the state and the tokens int32 [B, CHUNK], -1 where a
-    row was done. A row is done after a token in `eos`.
+    Args:
+        params: unstacked, as the cache is.
+        state: donated.
+        rows: the settings of the B rows.
+        eos: int32 [E], tokens; a row is done after one of them.
+        steps: int32 [], CHUNK at most.
+        vocab_limit: int32 []; tokens from this id on are never chosen.
+        config: the shape of the model.
+        window: how many positions attention reads; above every row's.
+
+    Returns:
+        The state, and the tokens int32 [B, CHUNK], -1 where a row was done.
     """
 
     def unfinished(carry: tuple[Array, State, Array]) -> Array:
@@ -110,17 +136,22 @@ def generate(
     mesh: Mesh | None = None,
     vocab_limit: int | None = None,
 ) -> Iterator[list[list[int]]]:
-    """Continues token prompts as one batch, yielding each row's new tokens as they come; at the end rows yield none.
+    """Continues token prompts as one batch.
 
     Args:
         params: stacked or unstacked; a caller that comes again gives them as `per_layer` makes stacked ones.
+        config: the shape of the model.
         prompts: at least one token each, of any lengths.
+        max_new_tokens: most tokens to make for a row.
         samplings: one for each prompt; greedy when not given.
         eos_ids: tokens that end a row; the one that ended it is its last.
         stopped: asked between chunks with a row's index; true ends the row.
         mesh: the mesh that `params` live on, if any.
         vocab_limit: how many tokens the tokenizer has, where it is fewer than the model: what pads a vocabulary to a
             round size is never chosen.
+
+    Returns:
+        An iterator that gives each row's new tokens as they come; a row that has ended gives none.
 
     Raises:
         PunaError: no token in a prompt, or no room for `max_new_tokens` after it in the model's context.
@@ -145,7 +176,17 @@ def generate(
 
 
 def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: LlamaConfig) -> None:
-    """Raises PunaError unless the tokens are the model's, and they and `max_new_tokens` more fit in its context."""
+    """Checks that a prompt's tokens are the model's, and that they and `max_new_tokens` more fit in its context.
+
+    Args:
+        name: what an error calls the prompt.
+        prompt: token ids.
+        max_new_tokens: tokens to make.
+        config: the shape of the model.
+
+    Raises:
+        PunaError: they are not, or do not fit; or the prompt is empty, or `max_new_tokens` below 1.
+    """
     context = config.max_position_embeddings
     if max_new_tokens < 1:
         raise PunaError(f"max_new_tokens is {max_new_tokens}: give a number above 0")
@@ -171,7 +212,15 @@ def cache_dtype(params: Params) -> Any:
 def prefill_prompts(
     params: Params, config: LlamaConfig, prompts: Sequence[Sequence[int]], longest: int, mesh: Mesh | None
 ) -> State:
-    """The state after all tokens of each prompt but the last, with room for `longest` tokens a row."""
+    """The state after all tokens of each prompt but the last.
+
+    Args:
+        params: unstacked.
+        config: the shape of the model.
+        prompts: at least one token each, of any lengths.
+        longest: how many tokens a row has room for; the model's context at most.
+        mesh: the mesh that `params` live on, if any.
+    """
     capacity = min(_round_up(longest, WINDOW), config.max_position_embeddings)
     cache = init_cache(config, len(prompts), capacity, cache_dtype(params), mesh, layout="per_layer")
     cache = jax.device_put(cache, jax.local_devices()[0]) if mesh is None else cache
@@ -211,7 +260,15 @@ class TextStream:
     """The text of one continuation: whole characters only, and nothing of a stop string.
 
     Text that may yet turn out to begin a stop string is held back. The stop string that is complete first wins,
-    however the text is cut into tokens; it and all after it are left out, and `stopped` becomes true.
+    however the text is cut into tokens; it and all after it are left out.
+
+    Args:
+        tokenizer: the model's.
+        prompt: the tokens that are continued: what they spell is no part of the text.
+        stop: the stop strings.
+
+    Attributes:
+        stopped: whether a stop string has come.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):

@@ -32,12 +32,20 @@ LONGEST = 4096  # tokens that an engine makes room for where nobody says
 
 
 class ModelSource(NamedTuple):
-    """A model found and understood, its weights unread: requests can be refused before they are."""
+    """A model found and understood, its weights unread: requests can be refused before they are.
+
+    Attributes:
+        checkpoint: the files, open.
+        config: the shape of the model, as the adapters make it.
+        tokenizer: the model's, or that of its adapters.
+        generation: the object of generation_config.json; empty where there is none.
+        adapters: those over its weights, all active, unmerged.
+    """
 
     checkpoint: Checkpoint
-    config: LlamaConfig  # as the adapters make it
+    config: LlamaConfig
     tokenizer: Tokenizer
-    generation: dict[str, Any]  # generation_config.json; empty where there is none
+    generation: dict[str, Any]
     adapters: tuple[Adapter, ...] = ()
 
     @property
@@ -57,8 +65,13 @@ class ModelSource(NamedTuple):
 
 
 def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequence[str | Path] = ()) -> ModelSource:
-    """The model that a folder, a GGUF file or a Hub id names, with `adapters` for it. Its tokenizer is `tokenizer`
-    (file, folder or Hub id), or the one that merging the adapters would give it, or lies with it.
+    """The model that a folder, a GGUF file or a Hub id names.
+
+    Args:
+        model: the folder, file or id.
+        tokenizer: a file, a folder or a Hub id; None for the one that merging the adapters would give the model, or
+            that lies with it.
+        adapters: folders of adapters, all active.
 
     Raises:
         PunaError: no model or no tokenizer there, a model that is not a LLaMA as we know it, or an adapter that does
@@ -83,7 +96,17 @@ def load(
     dtype: str | None = None,
     quantize: Quantize | None = None,
 ) -> tuple[LlamaConfig, Params]:
-    """The weights as decoding wants them, and the config as adapters leave it. See `load_model`."""
+    """The weights as decoding wants them, and the config as adapters leave it.
+
+    Args:
+        source: the model, with its adapters.
+        mesh: the devices to load onto; None is the first device.
+        dtype: of all floats; None keeps what is stored.
+        quantize: from a weight to a quantized one, for the layers' linear weights; None keeps them.
+
+    Raises:
+        PunaError: naming what is wrong with the files, or an adapter that does not fit.
+    """
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
         params = load_params(source.checkpoint, dtype, mesh, quantize, layout="per_layer")
         return apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
@@ -100,13 +123,20 @@ def load_engine(
     length: int | None = None,
     queue: int = 1024,
 ) -> Engine:
-    """An engine over a model, with `adapters` side by side: request i's adapter is the i-th of them.
+    """An engine over a model, with `adapters` side by side: a request names one by its index.
 
     Args:
-        length: tokens of the longest request; None is the model's context, 4,096 at most.
+        source: the model.
+        adapters: by name, in the order of `Request.adapter`.
+        mesh: as in `load`.
+        dtype: as in `load`.
+        quantize: as in `load`.
+        rows: as in `Engine`.
+        length: tokens of the longest request; None is the model's context, LONGEST at most.
+        queue: as in `Engine`.
 
     Raises:
-        PunaError: an adapter does not fit the model, or does more than adapt its linear weights.
+        PunaError: an adapter does not fit the model, or does more than adapt its linear weights; or as `load`.
     """
     config, params = load(source, mesh, dtype, quantize)
     trees = [apply_adapters(params, config, [adapter], mesh)[1] for adapter in adapters.values()]
@@ -155,6 +185,13 @@ def sampling(generation: dict[str, Any], **given: Any) -> Sampling:
 
     A generation_config.json without `do_sample` is greedy. A filter (top_k, top_p, min_p) given without a temperature
     asks for sampling: at the file's temperature, or 1.
+
+    Args:
+        generation: the object of generation_config.json.
+        given: fields of `Sampling`.
+
+    Raises:
+        PunaError: a value is out of its range.
     """
     given = {name: value for name, value in given.items() if value is not None}
     names = {"repetition_penalty"}
@@ -167,9 +204,12 @@ def sampling(generation: dict[str, Any], **given: Any) -> Sampling:
 
 
 def start_mesh(text: str | None) -> Mesh | None:
-    """The mesh that an option such as `tensor=2` or `fsdp=2,tensor=2` asks for, on the first devices.
+    """The mesh that an option asks for, on the first devices; None without the option.
 
     On a CPU as many virtual devices are made, so this comes before any other use of JAX.
+
+    Args:
+        text: sizes of MESH_AXES, as `tensor=2` or `fsdp=2,tensor=2`; None where the option is not given.
 
     Raises:
         PunaError: an unknown axis, a size that is no number above 0, or more devices than there are.

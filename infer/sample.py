@@ -70,8 +70,17 @@ def _is_bias(pairs: tuple[tuple[int, float], ...]) -> bool:
 
 
 class SamplingRows(NamedTuple):
-    """The settings of a batch, one array entry a row: [B] each, `bias_ids` and `bias` [B, BIASES], `key` uint32 [B, 2],
-    the words of JAX's keys."""
+    """The settings of a batch of B rows; `Sampling` says what they mean.
+
+    Attributes:
+        temperature: float32 [B].
+        top_k: int32 [B].
+        top_p, min_p: float32 [B].
+        repetition_penalty, presence_penalty, frequency_penalty: float32 [B].
+        bias_ids: int32 [B, BIASES]; unused places are token 0 with bias 0.
+        bias: float32 [B, BIASES].
+        key: uint32 [B, 2], the words of JAX's keys.
+    """
 
     temperature: Array
     top_k: Array
@@ -117,6 +126,7 @@ def sample(logits: Array, rows: SamplingRows, seen: Array, positions: Array, cou
 
     Args:
         logits: float32 [B, V].
+        rows: the settings of the rows.
         seen: bool [B, V], the tokens in a row's prompt and text so far.
         positions: int32 [B], where the new token will stand. Row b draws with `fold_in(key[b], positions[b])`, so
             that its text does not depend on its neighbours.
@@ -142,13 +152,31 @@ def sample(logits: Array, rows: SamplingRows, seen: Array, positions: Array, cou
 
 
 def penalize(logits: Array, rows: SamplingRows, seen: Array) -> Array:
-    """Repetition penalty (CTRL, Keskar et al. 2019, section 4.1) on the tokens `seen`."""
+    """Repetition penalty (CTRL, arXiv:1909.05858, section 4.1).
+
+    Args:
+        logits: float32 [B, V].
+        rows: the settings of the rows.
+        seen: bool [B, V], the tokens that are penalized.
+
+    Returns:
+        float32 [B, V].
+    """
     penalty = rows.repetition_penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def penalize_made(logits: Array, rows: SamplingRows, counts: Array) -> Array:
-    """OpenAI's presence and frequency penalties and logit_bias, as its API reference gives them."""
+    """OpenAI's presence and frequency penalties and logit_bias, as its API reference gives them.
+
+    Args:
+        logits: float32 [B, V].
+        rows: the settings of the rows.
+        counts: int32 [B, V], how often each token was made.
+
+    Returns:
+        float32 [B, V].
+    """
 
     def apply() -> Array:
         taken = rows.presence_penalty[:, None] * (counts > 0) + rows.frequency_penalty[:, None] * counts
@@ -159,9 +187,16 @@ def penalize_made(logits: Array, rows: SamplingRows, counts: Array) -> Array:
 
 
 def keep(logits: Array, rows: SamplingRows) -> Array:
-    """The logits [B, V] with every token that top-k, top-p or min-p leaves out at minus infinity.
+    """Filters by top-k, top-p (nucleus sampling, arXiv:1904.09751, section 3.1) and min-p (arXiv:2407.01082).
 
     Tokens that tie with the last one kept are kept. The likeliest token always is.
+
+    Args:
+        logits: float32 [B, V], divided by the temperature.
+        rows: the settings of the rows.
+
+    Returns:
+        float32 [B, V], minus infinity for the tokens left out.
     """
     vocab = logits.shape[-1]
     count = jnp.where(rows.top_k > 0, rows.top_k, vocab).astype(jnp.float32)

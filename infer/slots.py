@@ -25,11 +25,19 @@ TOP = 20  # log-probabilities of the likeliest tokens that a request may ask for
 
 
 class Slots(NamedTuple):
-    """N rows. `token` [N] stands at `position` [N] and is not in the cache yet; a row that is not `live` [N] rests.
+    """N rows of one cache.
 
-    A row ends after a token of its `stops` [N, STOPS] (-1 is none), or when its token stands at `last` [N].
-    `adapter` [N] is the one that it uses, -1 none.
-    `in_prompt` bool [N, V] and `counts` int32 [N, V] are the tokens of the prompt, and how often each was made.
+    Attributes:
+        cache: of N rows, unstacked.
+        token: int32 [N], the last token of each row, not in the cache yet.
+        position: int32 [N], where it stands.
+        last: int32 [N]; a row ends when its token stands there.
+        live: bool [N]; a row that is not live rests.
+        stops: int32 [N, STOPS], the tokens after which a row ends; -1 is none.
+        adapter: int32 [N], which adapter it uses; -1 is none.
+        in_prompt: bool [N, V], the tokens of the prompt.
+        counts: int32 [N, V], how often each token was made.
+        settings: how each row is sampled.
     """
 
     cache: KVCache
@@ -45,8 +53,16 @@ class Slots(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What one step made, a row an entry: `token` [N], -1 where the row rested. Where asked for: its log-probability
-    [N] under the model itself (no temperature, no filter), and the ids and log-probabilities [N, TOP] of the likeliest.
+    """What one pass made, N tokens.
+
+    Log-probabilities are there where asked for. They are the model's own: no temperature and no filter, but tokens that
+    `decode` does not allow have none.
+
+    Attributes:
+        token: int32 [N], -1 where the row rested.
+        logprob: float32 [N], of the token.
+        top_ids: int32 [N, TOP], the likeliest tokens in its place.
+        top_logprobs: float32 [N, TOP], theirs.
     """
 
     token: Array
@@ -56,7 +72,13 @@ class Made(NamedTuple):
 
 
 def empty_slots(cache: KVCache, settings: SamplingRows, vocab_size: int) -> Slots:
-    """Rows that all rest; `settings` is any batch of N."""
+    """Rows that all rest.
+
+    Args:
+        cache: of N rows.
+        settings: any N; `admit` replaces a row's.
+        vocab_size: V.
+    """
     n = len(cache.lengths)
 
     def zeros() -> Array:  # each its own buffer, or donating one would take the others
@@ -88,7 +110,19 @@ def admit(
     in_prompt: Array,
     own: SamplingRows,
 ) -> Slots:
-    """Row `row` goes on from `token` at `position`, with its own stops [STOPS], prompt mask [V] and settings [1]."""
+    """Gives a row whose prompt is in the cache its settings; it lives from here on.
+
+    Args:
+        slots: donated.
+        row: int32 [], which row.
+        token: int32 [], the prompt's last.
+        position: int32 [], where it stands.
+        last: int32 [], where the last token may stand.
+        stops: int32 [STOPS], the tokens that end it; -1 is none.
+        adapter: int32 [], which one it uses; -1 is none.
+        in_prompt: bool [V], the tokens of its prompt.
+        own: the settings of this one row, [1] each.
+    """
 
     def put(all: Array, one: Array) -> Array:
         return all.at[row].set(one)
@@ -122,15 +156,24 @@ def extend(
     window: int,
     scored: bool,
 ) -> tuple[Slots, Made | None, Array]:
-    """Writes tokens [1, T] into row `row` at positions [1, T].
+    """Writes a piece of a prompt into one row.
 
     Args:
-        tokens: of which the first `count` are; padding stands at the cache's capacity.
-        following: [T], the tokens that are scored, each after its own.
-        scored: whether they are.
+        params: unstacked; with adapters as `side_by_side` makes them.
+        slots: donated.
+        tokens: int32 [1, T], of which the first `count` are; the rest is padding.
+        positions: int32 [1, T], where each goes; padding stands at the cache's capacity.
+        following: int32 [T], the tokens that are scored, each after its own.
+        count: int32 [].
+        row: int32 [], which row.
+        adapter: int32 [], which adapter it uses; -1 is none.
+        config: the shape of the model.
+        window: how many positions attention reads; above every token's.
+        scored: whether the tokens in `following` are.
 
     Returns:
-        The slots, the scores, and the last token's hidden state after the final norm, float32 [D].
+        The slots, the scores (N being T; None where not asked for), and the last token's hidden state after the final
+        norm, float32 [D].
     """
     params = select(params, adapter[None])
     x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window)
@@ -142,7 +185,7 @@ def extend(
 
 @partial(jax.jit, donate_argnames="slots")
 def copy_row(slots: Slots, source: Array, target: Array) -> Slots:
-    """The cached keys and values of row `source` in row `target` too."""
+    """The cached keys and values of row `source` in row `target` too; the slots are donated."""
 
     def copy(x: Array) -> Array:
         return x.at[target].set(x[source])
@@ -166,10 +209,17 @@ def decode(
     """One token for every live row of the first `rows`.
 
     Args:
+        params: unstacked; with adapters as `side_by_side` makes them.
+        slots: donated.
         kept: bool [N]; a row that is not ends first.
         allowed: uint32 [N, ceil(V / 32)], the tokens that may be chosen: a bit each, the lowest first.
+        config: the shape of the model.
+        rows: how many; each number is a program of its own.
         window: how many positions attention reads; above every live row's.
-        scored: see `Made`.
+        scored: whether log-probabilities are wanted.
+
+    Returns:
+        The slots, and what was made, N being `rows`.
     """
     params = select(params, slots.adapter[:rows])
     live = (slots.live & kept)[:rows]

@@ -186,8 +186,7 @@ class LlamaConfig:
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
         """Reads the object of a `config.json` as transformers 4 or 5 writes it.
 
-        `quantization_config` is a property of the files, not of the model: the reader of the files takes it away
-        first.
+        `quantization_config` is a property of the files, not of the model: their reader takes it away first.
 
         Raises:
             PunaError: naming any field that would change the model and is not known here.
@@ -223,7 +222,7 @@ class LlamaConfig:
         return cls(**kept)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """The object of a `config.json` in the spelling that transformers 4 and 5 both read.
+        """The object of a `config.json` in the spelling that transformers 4 and 5 both read; `dtype` is of the weights.
 
         A model with replaced `pieces` has an architecture and a model_type of its own, which other readers refuse.
         """
@@ -238,7 +237,7 @@ class LlamaConfig:
 
     @classmethod
     def from_meta(cls, params: dict[str, Any], vocab_size: int | None = None) -> "LlamaConfig":
-        """Reads Meta's `params.json`; `vocab_size` (the embedding's rows) stands in for a -1 or a missing one.
+        """Reads Meta's `params.json`. Raises PunaError naming a field that is missing or not known here.
 
         The hidden width of the MLP is round_up(int(multiplier * int(8 dim / 3)), multiple_of), as in Meta's code.
         `params.json` does not say how long the context is: it is that of the family which the other numbers show.

@@ -51,7 +51,7 @@ def weight_shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: st
         A sharding for a plain array; else the weight's own type with shardings for arrays.
 
     Raises:
-        PunaError: a dimension of a plain array does not divide over the mesh.
+        PunaError: a dimension of a plain or transposed array does not divide over the mesh.
     """
     match w:
         case QuantizedArray():

@@ -40,12 +40,18 @@ SAVED_MODULES = {"embed_tokens": "embed", "lm_head": "lm_head"}
 
 @struct.dataclass
 class LoraArray:
-    """The weight base + scale * a @ b; with a `magnitude`, that weight's columns rescaled to it (DoRA).
+    """The weight base + scale * a @ b; with a `magnitude` (DoRA, arXiv:2402.09353), its columns rescaled to that.
 
-    `base` [..., in, out] is an array, a QuantizedArray or another LoraArray; `a` [..., in, r]; `b` [..., r, out];
-    `scale` float32 [...], one per layer. DoRA (arXiv:2402.09353) has `magnitude` [..., out] and keeps `base_square`,
-    the squared norms of the base's columns, float32 [..., out]. A `key` [...] drops inputs of `a` at rate `dropout`.
-    `ranks` are the layers' own; lower ones than r are padded with zeros, and 0 is a layer without adapter.
+    Attributes:
+        base: [..., in, out], an array, a QuantizedArray or another LoraArray.
+        a: [..., in, r].
+        b: [..., r, out].
+        scale: float32 [...], one per layer.
+        magnitude: [..., out], DoRA's norms of the columns; None for plain LoRA.
+        base_square: float32 [..., out], the squared norms of the base's columns, for DoRA.
+        key: [...], JAX keys of this step, which drop inputs of `a`; None for no dropout.
+        ranks: the layers' own; lower ones than r are padded with zeros, and 0 is a layer without adapter.
+        dropout: the rate.
     """
 
     base: Any

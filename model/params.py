@@ -35,7 +35,7 @@ class ParamSpec(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    init: str  # normal (times config.initializer_range), ones, zeros
+    init: str
 
 
 def param_specs(config: LlamaConfig) -> Params:

@@ -276,7 +276,7 @@ def dequantize(q: QuantizedArray, dtype: DTypeLike | None = None) -> Array:
 
 
 def block_scales(q: QuantizedArray) -> Array:
-    """What the values of a 4-bit weight are multiplied by, as float32 [rows, blocks of a row]."""
+    """What the codes' values are multiplied by, for one 4-bit matrix: float32 [rows, blocks of a row]."""
     if q.format == "int4":
         return q.absmax.astype(jnp.float32) / 7
     if q.nested_absmax is None or q.offset is None:

@@ -64,7 +64,11 @@ def selected(x: Array, w: SelectedLora, base: Callable[[Array], Array]) -> Array
 
 
 def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]) -> Params:
-    """Per-layer parameters of one base under different adapters as one tree, adapter i being the tree i's.
+    """Per-layer parameters of one base under different adapters, as one tree in which no row uses any (see `select`).
+
+    Args:
+        trees: as the parameters of each adapter alone; tree i brings adapter i.
+        product: multiplies [M, in] by a base weight -> [M, out]; DoRA's norms need it.
 
     Every row starts without an adapter: see `select`.
 
