@@ -5,6 +5,7 @@ Everything a `config.json` says is honoured or refused: a field that would chang
 does not have is an error that names it. Meta's `params.json` says less; what it leaves out is the family's.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -172,6 +173,9 @@ class LlamaConfig:
         ):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise PunaError(f"{name} is {value!r}; it must be a positive integer")
+        for name, value in (("rope_theta", self.rope_theta), ("rms_norm_eps", self.rms_norm_eps)):
+            if not 0 < value < math.inf:
+                raise PunaError(f"{name} is {value}; it must be a positive number")
         if self.num_hidden_layers > MOST_LAYERS:
             raise PunaError(f"num_hidden_layers is {self.num_hidden_layers}; no LLaMA has more than {MOST_LAYERS}")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -4,9 +4,13 @@ An ablation names a function, as "my_module:block". The name is part of the mode
 function is exported, read back and run with it, and plain LLaMA readers refuse it.
 """
 
+import ast
 import hashlib
 import importlib
+import importlib.util
 import inspect
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -87,10 +91,19 @@ def load_function(name: str, setting: str) -> Callable[..., Any]:
             f'{setting} is "{name}": {error}; write "module:function", and start from the folder that holds the module '
             "or put it on PYTHONPATH"
         ) from None
+    except Exception as error:  # whatever the user's module does when it is imported
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = (
+            f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{place.filename}:{place.lineno}"
+        )
+        raise PunaError(f'{setting} is "{name}", which fails at {where}: {type(error).__name__}: {error}') from error
 
 
 def code_fingerprint(name: str, setting: str) -> str:
-    """The SHA-256 of the source file in which the function "module:function" is defined, in hexadecimal.
+    """The SHA-256 of the source that the function "module:function" comes from, in hexadecimal.
+
+    That is the module's file, the one that defines the function, and every file of the same project that they import.
+    Puna's own files and installed packages are not of it.
 
     Args:
         setting: what gave the name, for the message.
@@ -99,9 +112,51 @@ def code_fingerprint(name: str, setting: str) -> str:
         PunaError: there is no such function, or its source is not to be had.
     """
     function = load_function(name, setting)
+    module = name.partition(":")[0]
+    files: dict[str, bytes] = {}
     try:
-        return hashlib.sha256(Path(inspect.getfile(inspect.unwrap(function))).read_bytes()).hexdigest()
-    except (TypeError, OSError):
+        files[module] = _source(module)
+        _add_imports(module, _folder(module), files)
+        defined = getattr(function, "__module__", module)
+        if defined != module and defined.partition(".")[0] not in _OURS:
+            files[defined] = _source(defined)
+            _add_imports(defined, _folder(module), files)
+    except (TypeError, OSError, SyntaxError):
         raise PunaError(
             f'{setting} is "{name}", whose source is not to be had: give a function of a .py file'
         ) from None
+    sums = [hashlib.sha256(files[key]).hexdigest() for key in sorted(files)]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+_OURS = ("model", "cli", "convert", "infer", "train")
+
+
+def _source(module: str) -> bytes:
+    return Path(inspect.getfile(sys.modules[module])).read_bytes()
+
+
+def _folder(module: str) -> Path:
+    """The folder from which the project's modules are imported."""
+    path = Path(inspect.getfile(sys.modules[module])).resolve()
+    return path.parents[module.count(".") + (path.name == "__init__.py")]
+
+
+def _add_imports(module: str, folder: Path, files: dict[str, bytes]) -> None:
+    """Adds to `files` the modules below `folder` that the file of `module` imports, and those that they import."""
+    is_package = hasattr(sys.modules[module], "__path__")
+    package = module if is_package else module.rpartition(".")[0]
+    wanted: set[str] = set()
+    for node in ast.walk(ast.parse(files[module])):
+        if isinstance(node, ast.Import):
+            wanted |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            wanted |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    for found in sorted(wanted - files.keys()):
+        file = getattr(sys.modules.get(found), "__file__", None)
+        if file is None or not file.endswith(".py") or found.partition(".")[0] in _OURS:
+            continue
+        if Path(file).resolve().is_relative_to(folder) and "site-packages" not in Path(file).parts:
+            files[found] = _source(found)
+            _add_imports(found, folder, files)

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from convert.names import parameters
 from model.config import LlamaConfig
+from model.errors import PunaError
 from model.params import init_params
 from train.config import OptimConfig
 from train.optim import clip, decay_mask, global_norm, make_optimizer, make_schedule
@@ -112,3 +113,15 @@ def test_clipping_is_that_of_torch(most):
     for ours, param in zip(clip(grads, global_norm(grads), most).values(), theirs, strict=True):
         np.testing.assert_allclose(ours, param.grad.numpy(), rtol=1e-6)
     assert clip(grads, global_norm(grads), 0.0) is grads
+
+
+def gives_three(optim, schedule):
+    return 3
+
+
+@pytest.mark.parametrize(
+    "name, word", [("optax:sgd", "cannot be called with"), ("test_optim:gives_three", "returns int")]
+)
+def test_an_optimizer_that_is_none_is_named(name, word):
+    with pytest.raises(PunaError, match=f'optim.optimizer is "{name}", which {word}'):
+        make_optimizer(OptimConfig(optimizer=name))

@@ -16,7 +16,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.llama import block_of, forward
 from model.params import init_params
-from model.pieces import Pieces, code_fingerprint
+from model.pieces import Pieces, code_fingerprint, load_function
 
 SMALL = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -86,3 +86,34 @@ def test_a_block_that_does_not_take_what_is_set_is_refused(tmp_path, monkeypatch
         PunaError, match=r"block bare_block:block has no keyword attend \(attention\) and norm \(norm\)"
     ):
         block_of(config, attend=attend)
+
+
+def test_the_fingerprint_covers_what_the_code_imports_and_wrappers(tmp_path, monkeypatch):
+    """A wrapped function, a helper beside it and a helper of the helper; nothing that is Puna's or installed."""
+    package = tmp_path / "own_pieces"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "deepest.py").write_text("SCALE = 1.0\n")
+    (package / "helper.py").write_text("import numpy\nfrom .deepest import SCALE\n")
+    (package / "piece.py").write_text(
+        "import functools\nfrom model.llama import rms_norm\nfrom own_pieces import helper\n"
+        "@functools.wraps(rms_norm)\ndef norm(x, weight, eps):\n    return rms_norm(x, weight, eps) * helper.SCALE\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [code_fingerprint("own_pieces.piece:norm", "norm")]
+    for name in ("deepest", "helper", "piece"):
+        with (package / f"{name}.py").open("a") as file:
+            file.write("# changed\n")
+        found.append(code_fingerprint("own_pieces.piece:norm", "norm"))
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize(
+    "code, word",
+    [("def norm(:\n", "SyntaxError"), ("x = 1 / 0\n", "division by zero"), ("import nowhere\n", "nowhere")],
+)
+def test_a_module_that_fails_is_named_with_its_line(tmp_path, monkeypatch, code, word):
+    (tmp_path / "failing_piece.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PunaError, match=f'model.norm is "failing_piece:norm".*{word}'):
+        load_function("failing_piece:norm", "model.norm")

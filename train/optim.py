@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from model.errors import PunaError
 from model.pieces import load_function
 from train.config import OptimConfig
 
@@ -85,11 +86,23 @@ def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> opta
         schedule: the learning rate at every step; None, where only the state's shapes matter, for a constant one.
 
     Raises:
-        PunaError: there is no such function.
+        PunaError: there is no such function, or it gives no optax transformation.
     """
     if owns_learning_rate(optim):
         make = load_function(optim.optimizer, "optim.optimizer")
-        return make(optim, schedule or (lambda step: jnp.asarray(optim.learning_rate)))
+        try:
+            made = make(optim, schedule or (lambda step: jnp.asarray(optim.learning_rate)))
+        except TypeError as error:  # as of optax's own functions, which take a rate and not the settings
+            raise PunaError(
+                f'optim.optimizer is "{optim.optimizer}", which cannot be called with (optim, schedule): {error}; '
+                "write a function of these two that returns an optax transformation"
+            ) from error
+        if not isinstance(made, optax.GradientTransformation):
+            raise PunaError(
+                f'optim.optimizer is "{optim.optimizer}", which returns {type(made).__name__}: return an optax '
+                "transformation"
+            )
+        return made
     if optim.optimizer == "adafactor":
         scale = per_layer(
             optax.chain(
