@@ -17,6 +17,7 @@ from convert.peft import Adapter, read_adapter
 from convert.tokenizer_files import find_tokenizer, tokenizer_folder
 from infer.engine import Engine
 from infer.generate import cache_dtype
+from infer.proposals import Draft, PromptLookup, Speculation
 from infer.sample import Sampling
 from model.chat import Template, get_template
 from model.config import LlamaConfig
@@ -122,6 +123,7 @@ def load_engine(
     rows: int = 8,
     length: int | None = None,
     queue: int = 1024,
+    speculate: Speculation | None = None,
 ) -> Engine:
     """An engine over a model, with `adapters` side by side: a request names one by its index.
 
@@ -134,6 +136,7 @@ def load_engine(
         rows: as in `Engine`.
         length: tokens of the longest request; None is the model's context, LONGEST at most.
         queue: as in `Engine`.
+        speculate: as in `Engine`.
 
     Raises:
         PunaError: an adapter does not fit the model, or does more than adapt its linear weights; or as `load`.
@@ -151,7 +154,31 @@ def load_engine(
         queue=queue,
         mesh=mesh,
         cache_dtype=cache_dtype(params),
+        speculate=speculate,
     )
+
+
+def speculation(
+    lookup: str | None, draft: str | None, mesh: Mesh | None = None, dtype: str | None = None
+) -> Speculation | None:
+    """Where the options `--speculate lookup` and `--draft MODEL` have proposals for the next tokens from.
+
+    Args:
+        lookup: "lookup" or None.
+        draft: a model, as in `find_model`, or None.
+        mesh: the devices of the draft, as in `load`.
+        dtype: of the draft, as in `load`.
+
+    Raises:
+        PunaError: both are given, or as `find_model` and `load`.
+    """
+    if lookup and draft:
+        raise PunaError("--speculate lookup and --draft each say where proposals come from: give one of them")
+    if draft:
+        source = find_model(draft)
+        config, params = load(source, mesh, dtype)
+        return Draft(params, config, tokenizer=source.tokenizer)
+    return PromptLookup() if lookup else None
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, Adapter]:

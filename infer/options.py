@@ -22,6 +22,13 @@ DoubleQuantOption = Annotated[bool, typer.Option("--double-quant", help="nf4: qu
 Int8ActivationsOption = Annotated[bool, typer.Option("--int8-activations", help="int8: round activations too.")]
 AdapterOption = Annotated[list[str] | None, typer.Option(help="PEFT adapter folder; several apply in order.")]
 MeshOption = Annotated[str | None, typer.Option(help="Devices to split the model over, as tensor=2.")]
+SpeculateOption = Annotated[
+    Literal["lookup"] | None,
+    typer.Option(help="lookup: check several tokens at once where the text repeats itself; the same text, sooner."),
+]
+DraftOption = Annotated[
+    str | None, typer.Option(help="A smaller model of the same tokenizer that proposes tokens; the same text, sooner.")
+]
 
 # --- how tokens are chosen
 

@@ -27,7 +27,7 @@ from convert.peft import save_adapter
 from convert.save import write_model
 from infer.__main__ import app
 from infer.generate import TextStream, check_room, decode_steps, generate
-from infer.load import sampling, start_mesh
+from infer.load import load_engine, sampling, speculation, start_mesh
 from infer.sample import Sampling, stack_sampling
 from model import forward, make_mesh
 from model.errors import PunaError
@@ -310,6 +310,27 @@ def test_the_story_from_meta_from_orbax_and_sharded(data_dir, story, command, tm
     save_model(tmp_path / "orbax", *load_model(derived / "hf_sharded"), format="orbax")
     monkeypatch.chdir(tmp_path)
     assert command("orbax", *greedy, *tokenizer) == story
+
+
+@pytest.mark.slow
+def test_proposals_print_the_same_story_in_fewer_steps(data_dir, story, command, monkeypatch):
+    folder = data_dir / "stories260k-derived" / "hf_sharded"
+    engines = []
+
+    def kept(*arguments, **settings):
+        engines.append(load_engine(*arguments, **settings))
+        return engines[-1]
+
+    monkeypatch.setattr("infer.commands.generate.load_engine", kept)
+    for flags in ([], ["--speculate", "lookup"], ["--draft", folder]):
+        assert command(folder, "--prompt", "", "--temperature", "0", "--max-new-tokens", "200", *flags) == story
+    plain, lookup, draft = (engine.counts.steps for engine in engines)
+    assert lookup < plain - 10 and draft < plain / 3
+
+
+def test_proposals_come_from_one_place():
+    with pytest.raises(PunaError, match="--speculate lookup and --draft each say where proposals come from"):
+        speculation("lookup", "small")
 
 
 @pytest.mark.slow

@@ -9,11 +9,12 @@ from typing import Annotated, cast
 import typer
 
 from infer.conversation import Conversation, load_conversation
-from infer.load import find_model, load_engine, sampling, start_mesh
+from infer.load import find_model, load_engine, sampling, speculation, start_mesh
 from infer.options import (
     AdapterOption,
     BlockOption,
     DoubleQuantOption,
+    DraftOption,
     DtypeOption,
     Int8ActivationsOption,
     MeshOption,
@@ -21,6 +22,7 @@ from infer.options import (
     QuantizeOption,
     RepetitionPenaltyOption,
     SeedOption,
+    SpeculateOption,
     TemperatureOption,
     TokenizerOption,
     TopKOption,
@@ -65,6 +67,8 @@ def chat(
     int8_activations: Int8ActivationsOption = False,
     adapter: AdapterOption = None,
     mesh: MeshOption = None,
+    speculate: SpeculateOption = None,
+    draft: DraftOption = None,
 ) -> None:
     """Talk with a model, or with a server of OpenAI's API.
 
@@ -83,7 +87,7 @@ def chat(
         others = {
             "--template": template, "--context": context, "--tokenizer": tokenizer, "--dtype": dtype, "--mesh": mesh,
             "--quantize": quantize, "--block": block, "--double-quant": double_quant,
-            "--int8-activations": int8_activations, "--adapter": adapter,
+            "--int8-activations": int8_activations, "--adapter": adapter, "--speculate": speculate, "--draft": draft,
         }  # fmt: skip
     else:
         others = {"--model": served, "--api-key": api_key}
@@ -107,7 +111,8 @@ def chat(
             template = choose_template(template or conversation.template, source.tokenizer, conversation.system)
             context, max_new_tokens = room(source.config, context, max_new_tokens)
             devices = start_mesh(mesh)
-            engine = load_engine(source, {}, devices, dtype, form, rows=1, length=context)
+            proposals = speculation(speculate, draft, devices, dtype)
+            engine = load_engine(source, {}, devices, dtype, form, rows=1, length=context, speculate=proposals)
             stack.enter_context(running(engine))
             speaker = LocalModel(engine, source.tokenizer, template, settings, max_new_tokens, source.eos_ids, note)
             conversation = replace(conversation, template=template)

@@ -6,11 +6,12 @@ import typer
 
 from infer.engine import run_all
 from infer.generate import check_room
-from infer.load import find_model, load_engine, sampling, start_mesh
+from infer.load import find_model, load_engine, sampling, speculation, start_mesh
 from infer.options import (
     AdapterOption,
     BlockOption,
     DoubleQuantOption,
+    DraftOption,
     DtypeOption,
     Int8ActivationsOption,
     MeshOption,
@@ -19,6 +20,7 @@ from infer.options import (
     QuantizeOption,
     RepetitionPenaltyOption,
     SeedOption,
+    SpeculateOption,
     TemperatureOption,
     TokenizerOption,
     TopKOption,
@@ -47,6 +49,8 @@ def generate(
     int8_activations: Int8ActivationsOption = False,
     adapter: AdapterOption = None,
     mesh: MeshOption = None,
+    speculate: SpeculateOption = None,
+    draft: DraftOption = None,
 ) -> None:
     """Print each prompt and its continuation, and nothing else.
 
@@ -72,8 +76,17 @@ def generate(
         requests.append(Request(ids, max_new_tokens, settings, source.eos_ids, tuple(stop or ())))
     devices = start_mesh(mesh)
     longest = max(len(request.prompt) for request in requests) + max_new_tokens
+    proposals = speculation(speculate, draft, devices, dtype)
     engine = load_engine(
-        source, {}, devices, dtype, form, rows=min(len(requests), 8), length=longest, queue=len(requests)
+        source,
+        {},
+        devices,
+        dtype,
+        form,
+        rows=min(len(requests), 8),
+        length=longest,
+        queue=len(requests),
+        speculate=proposals,
     )
     alone = len(requests) == 1
     if alone:

@@ -5,15 +5,17 @@ from typing import Annotated
 import typer
 
 from infer.engine import Engine
-from infer.load import LONGEST, chat_template, find_model, load_engine, named_adapters, start_mesh
+from infer.load import LONGEST, chat_template, find_model, load_engine, named_adapters, speculation, start_mesh
 from infer.options import (
     BlockOption,
     DoubleQuantOption,
+    DraftOption,
     DtypeOption,
     Int8ActivationsOption,
     MeshOption,
     ModelArgument,
     QuantizeOption,
+    SpeculateOption,
     TokenizerOption,
     quantization,
 )
@@ -47,6 +49,8 @@ def serve(
     double_quant: DoubleQuantOption = False,
     int8_activations: Int8ActivationsOption = False,
     mesh: MeshOption = None,
+    speculate: SpeculateOption = None,
+    draft: DraftOption = None,
 ) -> None:
     """Serve the model over OpenAI's API, with a page to talk to it at /.
 
@@ -68,7 +72,10 @@ def serve(
     limit = context or min(LONGEST, source.config.max_position_embeddings)
 
     def make() -> Engine:
-        return load_engine(source, adapters, devices, dtype, form, rows=rows, length=limit, queue=queue)
+        proposals = speculation(speculate, draft, devices, dtype)
+        return load_engine(
+            source, adapters, devices, dtype, form, rows=rows, length=limit, queue=queue, speculate=proposals
+        )
 
     served = Served(
         name=name or source.name,
