@@ -1,5 +1,6 @@
 """Every test runs on eight virtual CPU devices, without a network, and with warnings as errors (pyproject.toml)."""
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -79,8 +80,15 @@ def subject(request) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
-    """Compile without LLVM's optimizations, but for what is compared with published text."""
+    """Compile without LLVM's optimizations, but for what is compared with published text.
+
+    Each program that is compiled takes three memory mappings or more. Linux allows a process 65,530, and XLA crashes
+    where it gets none: so a module's programs go with it.
+    """
     jax.config.update("jax_disable_most_optimizations", subject(request) not in OPTIMIZED_MODULES)
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """A tiny chat model on disk, and `infer serve` on it in a process of its own."""
 
+import os
 import re
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 
 import jax
+import pytest
 from small_tokenizer import small_tokenizer
 
 from convert import save_model
@@ -67,11 +69,15 @@ def chat_model(folder, context=512):
 
 
 class Server:
-    """`infer serve` on a free port; `with` waits until it is ready, and in the end that it has drained."""
+    """`infer serve` on a free port; `with` waits until it is ready, and in the end that it has drained.
+
+    It compiles as tests do, without LLVM's optimizations.
+    """
 
     def __init__(self, *arguments):
         command = [sys.executable, "-m", "infer", "serve", *map(str, arguments), "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
         self.log, self.url = [], ""
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
@@ -87,7 +93,9 @@ class Server:
 
     def __enter__(self):
         self._reader.start()
-        assert self._ready.wait(240) and self.url, "".join(self.log)
+        if not (self._ready.wait(500) and self.url):
+            self.process.kill()
+            pytest.fail("".join(self.log))
         return self
 
     def terminate(self):
