@@ -363,11 +363,12 @@ def test_the_distribution_is_exactly_the_models():
     _, own = forward(draft, first, TINY, cache=caches[1])
     rows = rows._replace(cache=cache)
     texts, everyone = [list(prompt) for _ in range(N)], np.ones(N, bool)
+    anything = np.full((N, 1), (1 << 16) - 1, np.uint32)  # a bit for each of the sixteen tokens
     accepted = asked = 0
     while min(map(len, texts)) < len(prompt) + new:
         before = np.array([text[-2] for text in texts], np.int32)
         own, proposed = draw(draft, own, rows, before, everyone, np.int32(16), TINY, 2, N, 16)
-        rows, tokens = verify(params, rows, everyone, proposed, np.int32(16), TINY, N, 16, False)
+        rows, tokens = verify(params, rows, everyone, proposed, anything, TINY, N, 16, False)
         for text, more in zip(texts, np.asarray(tokens.token).tolist(), strict=True):
             text += [token for token in more if token >= 0]
         accepted, asked = accepted + int((tokens.token[:, 1:] >= 0).sum()), asked + 2 * N
