@@ -5,7 +5,6 @@ starts one token for every live row, and only then reads the tokens that the ste
 while the host looks at text.
 """
 
-import itertools
 import threading
 import time
 import traceback
@@ -19,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from infer.generate import TextStream, check_room
-from infer.proposals import Room, Speculation, Text, proposer
+from infer.generate import check_room
+from infer.proposals import Room, Speculation, proposer
 from infer.request import Full, Progress, Request, TokenLogprobs
+from infer.rows import Row, Rows
 from infer.sample import Sampling, stack_sampling
 from infer.slots import STOPS, Made, admit, copy_row, decode, empty_slots, extend
 from infer.speculative import MOST_ROWS, single_steps, verify
@@ -31,8 +31,6 @@ from model.errors import PunaError
 from model.params import Params
 from model.sharding import relaxed_sharding
 from model.tokenizer import Tokenizer
-
-SHORTEST_REUSE = 16  # tokens of a common prefix that are worth copying from another row
 
 
 @dataclass
@@ -52,25 +50,6 @@ class Counts:
     reused_tokens: int = 0
     tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass
-class _Row:
-    """The host's side of one cache row.
-
-    `cached` are the tokens whose keys are in it. A request in it has `begun` when its prompt's place is known, and is
-    `reading` while the prompt is written. `used` says when it was, on the engine's clock.
-    """
-
-    index: int
-    cached: list[int] = field(default_factory=list)
-    adapter: int = -1
-    progress: Progress | None = None
-    text: TextStream | None = None
-    position: int = 0
-    begun: bool = False
-    reading: bool = False
-    used: int = 0
 
 
 class Engine:
@@ -111,12 +90,11 @@ class Engine:
         self.length = min(length or config.max_position_embeddings, config.max_position_embeddings)
         self.chunk, self.queue, self.least_window = chunk, queue, least_window
         self._mesh, self._cache_dtype = mesh, cache_dtype
-        self._rows = [_Row(i) for i in range(rows)]
+        self._rows = Rows(rows)
         self._waiting: deque[Progress] = deque()
         self._lock = threading.Lock()
         self._arrived = threading.Event()
-        self._started: tuple[Made, list[_Row], list[Progress]] | None = None
-        self._clock = itertools.count(1)
+        self._started: tuple[Made, list[Row], list[Progress]] | None = None
         known = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
         words = np.packbits(np.arange(-(-config.vocab_size // 32) * 32) < known, bitorder="little").view(np.uint32)
         self._anything = np.tile(words, (rows, 1))  # what is no token of the tokenizer is never chosen
@@ -179,7 +157,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._waiting) or self._started is not None or any(row.progress for row in self._rows)
+        return bool(self._waiting) or self._started is not None or bool(self._rows.taken())
 
     @property
     def rows(self) -> int:
@@ -189,7 +167,7 @@ class Engine:
     @property
     def running(self) -> int:
         """How many are now."""
-        return sum(row.progress is not None for row in self._rows)
+        return len(self._rows.taken())
 
     @property
     def waiting(self) -> int:
@@ -228,9 +206,9 @@ class Engine:
     def reset(self, error: BaseException) -> None:
         """Ends every request that is worked on with `error`, and starts from an empty cache."""
         self._started = None
+        for row in self._rows.taken():
+            self._fail(row, error)
         for row in self._rows:
-            if row.progress is not None:
-                self._fail(row, error)
             row.cached = []
         self._slots = self._fresh()
         if self._proposer:
@@ -297,9 +275,8 @@ class Engine:
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
-        for row in self._rows:
-            progress = row.progress
-            if progress is not None and (why := _over(progress, now)):
+        for row in self._rows.taken():
+            if row.progress and (why := _over(row.progress, now)):
                 self._end(row, why)
         with self._lock:
             ended = [progress for progress in self._waiting if _over(progress, now)]
@@ -309,54 +286,27 @@ class Engine:
             self._finished(progress, _over(progress, now))
 
     def _take_waiting(self) -> None:
-        """The oldest requests into free rows, each into the one that has most of its prompt already."""
-        while free := [row for row in self._rows if row.progress is None]:
+        """The oldest requests into free rows."""
+        while self._rows.free():
             with self._lock:
                 if not self._waiting:
                     return
                 progress = self._waiting.popleft()
-            prompt = progress.request.prompt
-            row = max(free, key=lambda row: (_shared(row, progress.request), -row.used, -row.index))
-            row.progress, row.begun, row.reading, row.used = progress, False, True, next(self._clock)
-            row.text = TextStream(self.tokenizer, prompt, progress.request.stop) if self.tokenizer else None
-
-    def _begin(self, row: _Row, progress: Progress) -> None:
-        """Keeps what the row's cache has of the prompt, or copies what another row has."""
-        prompt = progress.request.prompt
-        # Each token that is scored is computed, and so is the last.
-        most = 0 if progress.request.score_prompt else len(prompt) - 1
-        best = max(self._rows, key=lambda row: _shared(row, progress.request))
-        own, shared = (min(_shared(row, progress.request), most) for row in (row, best))
-        if shared >= own + SHORTEST_REUSE:
-            self._slots = copy_row(self._slots, np.int32(best.index), np.int32(row.index))
-            own = shared
-        row.begun, row.cached, progress.reused = True, list(prompt[:own]), own
-        row.adapter = progress.request.adapter
-        self.counts.prompt_tokens += len(prompt)
-        self.counts.reused_tokens += own
-
-    def _awaits_another(self, row: _Row) -> bool:
-        """Whether a prompt not begun will share more with one that is being read now than with what is cached."""
-        if row.begun or row.progress is None or row.progress.request.score_prompt:
-            return False
-        request = row.progress.request
-        cached = max(_shared(other, request) for other in self._rows)
-        read = [other.progress.request for other in self._rows if other.reading and other.begun and other.progress]
-        same = [other.prompt for other in read if other.adapter == request.adapter]
-        coming = max((_common(prompt[:-1], request.prompt[:-1]) for prompt in same), default=0)
-        return coming > cached and coming >= _shared(row, request) + SHORTEST_REUSE
+            self._rows.place(progress, self.tokenizer)
 
     def _read_prompt(self) -> None:
         """One piece of one prompt, each row in its turn; the last piece makes its row live."""
-        reading = [row for row in self._rows if row.reading and not self._awaits_another(row)]
-        if not reading:
+        row = self._rows.next_to_read()
+        if row is None:
             return
-        row = min(reading, key=lambda row: row.used)
-        row.used = next(self._clock)
         assert row.progress is not None
         if not row.begun:
-            self._begin(row, row.progress)
-        request = row.progress.request
+            source, row.progress.reused = self._rows.begin(row)
+            if source is not row:
+                self._slots = copy_row(self._slots, np.int32(source.index), np.int32(row.index))
+            self.counts.prompt_tokens += len(row.request.prompt)
+            self.counts.reused_tokens += row.progress.reused
+        request = row.request
         prompt, first = request.prompt, len(row.cached)
         end = len(prompt) if request.embed else len(prompt) - 1
         stop = min(first + self.chunk, end)
@@ -383,7 +333,7 @@ class Engine:
             self._admit(row, request)
 
     def _extend(
-        self, tokens: np.ndarray, positions: np.ndarray, following: np.ndarray, count: int, row: _Row, window: int,
+        self, tokens: np.ndarray, positions: np.ndarray, following: np.ndarray, count: int, row: Row, window: int,
         scored: bool,
     ) -> tuple[Made | None, jax.Array]:  # fmt: skip
         self._slots, made, state = extend(
@@ -401,7 +351,7 @@ class Engine:
         )
         return made, state
 
-    def _admit(self, row: _Row, request: Request) -> None:
+    def _admit(self, row: Row, request: Request) -> None:
         position = len(request.prompt) - 1
         row.cached, row.position, row.reading = list(request.prompt[:position]), position, False
         self._place(
@@ -422,20 +372,17 @@ class Engine:
 
     def _must_read_first(self) -> bool:
         """Whether what comes next depends on the tokens that are being made: for a constraint, or for proposals."""
-        live = self._live()
-        bound = any(row.progress.request.constraint for row in live if row.progress)
+        live = self._rows.live()
+        bound = any(row.request.constraint for row in live)
         return bound or (self._proposer is not None and len(live) <= MOST_ROWS)
 
-    def _live(self) -> list[_Row]:
-        return [row for row in self._rows if row.progress is not None and not row.reading]
-
-    def _start_tokens(self) -> tuple[Made, list[_Row], list[Progress]] | None:
-        allowed, live = self._allowed(self._live())
+    def _start_tokens(self) -> tuple[Made, list[Row], list[Progress]] | None:
+        allowed, live = self._allowed(self._rows.live())
         if not live:
             return None
         kept = np.zeros(len(self._rows), bool)
         kept[[row.index for row in live]] = True
-        scored = any(row.progress.request.logprobs is not None for row in live if row.progress)
+        scored = any(row.request.logprobs is not None for row in live)
         rows = min(_power_of_two(max(row.index for row in live) + 1, 1), len(self._rows))
         proposals = self._propose(live, rows)
         for row in live:
@@ -448,24 +395,24 @@ class Engine:
             self._slots, made = verify(self.params, self._slots, kept, proposals, *settings)
         return made, live, [row.progress for row in live if row.progress]
 
-    def _propose(self, live: list[_Row], rows: int) -> Any:
+    def _propose(self, live: list[Row], rows: int) -> Any:
         """Proposals for what follows, where few rows are live and all that was made is read."""
         if not self._proposer or self._started is not None or len(live) > MOST_ROWS:
             return None
         for row in live:
             row.position = len(row.cached)
-        free = [row for row in live if row.progress and row.progress.request.constraint is None]
-        proposals = self._proposer.propose([_text(row) for row in free], self._slots, rows)
+        free = [row for row in live if row.request.constraint is None]
+        proposals = self._proposer.propose([row.last_tokens() for row in free], self._slots, rows)
         if proposals is not None:
             for row in live:
                 row.position += self._proposer.tokens  # at most: proposals may be refused
         return proposals
 
-    def _allowed(self, live: list[_Row]) -> tuple[Any, list[_Row]]:
+    def _allowed(self, live: list[Row]) -> tuple[Any, list[Row]]:
         """What each row may choose (see `decode`), and the rows that can go on."""
         allowed, able = self._unconstrained, []
         for row in live:
-            constraint = row.progress.request.constraint if row.progress else None
+            constraint = row.request.constraint
             if constraint is not None:
                 try:
                     words = constraint.allowed()
@@ -490,7 +437,7 @@ class Engine:
                     continue
                 self._add(row, progress, token, one)
 
-    def _add(self, row: _Row, progress: Progress, token: int, made: Made) -> None:
+    def _add(self, row: Row, progress: Progress, token: int, made: Made) -> None:
         request = progress.request
         before = progress.tokens[-1] if progress.tokens else request.prompt[-1]
         row.cached.append(before)
@@ -515,15 +462,15 @@ class Engine:
         else:
             progress.changed(progress)
 
-    def _end(self, row: _Row, why: str) -> None:
+    def _end(self, row: Row, why: str) -> None:
         progress = row.progress
         assert progress is not None
         if row.text is not None:
             progress.text += row.text.flush()
-        row.progress, row.text, row.reading, row.used = None, None, False, next(self._clock)
+        self._rows.release(row)
         self._finished(progress, why)
 
-    def _fail(self, row: _Row, error: BaseException) -> None:
+    def _fail(self, row: Row, error: BaseException) -> None:
         assert row.progress is not None
         row.progress.error = error
         self._end(row, "error")
@@ -564,25 +511,10 @@ def _logprobs(made: Made, i: int, count: int | None) -> TokenLogprobs:
     return TokenLogprobs(int(made.token[i]), float(made.logprob[i]), able)
 
 
-def _text(row: _Row) -> Text:
-    assert row.progress is not None
-    return Text(row.index, row.cached, (row.progress.tokens or row.progress.request.prompt)[-1])
-
-
 def _over(progress: Progress, now: float) -> str | None:
     if progress.cancelled:
         return "cancelled"
     return "deadline" if progress.request.deadline is not None and now > progress.request.deadline else None
-
-
-def _shared(row: _Row, request: Request) -> int:
-    """How many tokens of the request's prompt the row has in its cache, under the same adapter."""
-    return _common(row.cached, request.prompt) if row.adapter == request.adapter else 0
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _power_of_two(size: int, least: int) -> int:
