@@ -21,6 +21,7 @@ from model.errors import PunaError
 _SHARD_SIZE = option_help("max_shard_size", "bytes of one file (5GB if not given), as in 500MB or 2GiB.")
 _SHARDS = option_help("shards", "model-parallel shards.")
 _DTYPE = "float32, bfloat16 or float16; by default "
+_OVERFLOW = "Let numbers beyond the dtype's range become infinite, where else they are an error."
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
 deltas = typer.Typer(no_args_is_help=True, help="What to add to a base model to give a fine-tuned one.")
@@ -44,6 +45,7 @@ def model(
     block: int | None = typer.Option(
         None, help=option_help("block", "32, 64 (if not given) or 128 weights to a scale of int4.")
     ),
+    allow_overflow: bool = typer.Option(False, "--allow-overflow", help=_OVERFLOW),
     max_shard_size: str | None = typer.Option(None, help=_SHARD_SIZE),
     shards: int = typer.Option(1, min=1, help=_SHARDS),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
@@ -51,6 +53,7 @@ def model(
     """Convert a model. Memory stays at a few layers, whatever the size."""
     options = WriteOptions(
         dtype=dtype,
+        allow_overflow=allow_overflow,
         quantize=quantize,
         block=block,
         double_quant=double_quant,
@@ -70,6 +73,7 @@ def merge_command(
     paths: list[str] = typer.Argument(metavar="BASE ADAPTER... DST", help="The base, adapters in order, and DST."),
     format: str = typer.Option("hf", "--to", help=formats_help()),
     dtype: str | None = typer.Option(None, help=_DTYPE + "the base's."),
+    allow_overflow: bool = typer.Option(False, "--allow-overflow", help=_OVERFLOW),
     max_shard_size: str | None = typer.Option(None, help=_SHARD_SIZE),
     shards: int = typer.Option(1, min=1, help=_SHARDS),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
@@ -81,6 +85,7 @@ def merge_command(
     destination = Path(last)
     options = WriteOptions(
         dtype=dtype,
+        allow_overflow=allow_overflow,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         shards=shards,
         bar=partial(progress, f"writing {destination.name}"),

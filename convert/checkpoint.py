@@ -47,12 +47,14 @@ class Checkpoint:
         floats = sum(tensor.nbytes for name, tensor in self.tensors.items() if name not in self.quantized)
         return floats + sum(weight.like.nbytes for weight in self.quantized.values())
 
-    def as_floats(self, dtype: str | None = None) -> "Checkpoint":
-        """Without quantized weights, whose dequantized numbers take their place; all in `dtype` where given."""
+    def as_floats(self, dtype: str | None = None, allow_overflow: bool = False) -> "Checkpoint":
+        """Without quantized weights, whose dequantized numbers take their place; all in `dtype` where given. Reading
+        them then raises PunaError where numbers overflow, unless that is allowed."""
         if dtype is None:
             return replace(self, quantized={})
         kind = np.dtype(as_dtype(dtype))
-        return replace(self, tensors={name: t.cast(kind) for name, t in self.tensors.items()}, quantized={})
+        tensors = {name: tensor.cast(kind, name, allow_overflow) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, quantized={})
 
 
 class SavesItself(Protocol):
@@ -65,13 +67,15 @@ class SavesItself(Protocol):
 class WriteOptions:
     """How a model is written. A format reads those that its row in convert/formats.py names, and the last two.
 
-    dtype: float32, bfloat16 or float16, of all weights; None keeps what they have. quantize: int8, int4 or nf4, for
+    dtype: float32, bfloat16 or float16, of all weights; None keeps what they have. allow_overflow: numbers beyond the
+    dtype's become infinite, where else they are an error. quantize: int8, int4 or nf4, for
     the layers' linear weights; block: int4's weights to a scale; double_quant: quantize nf4's scales too (None: yes).
     max_shard_size: bytes of one safetensors file; None is transformers' 5 GB. shards: Meta's model-parallel files.
     tokenizer: writes its files in place of those beside the model. bar: shows how many bytes are written.
     """
 
     dtype: str | None = None
+    allow_overflow: bool = False
     quantize: str | None = None
     block: int | None = None
     double_quant: bool | None = None

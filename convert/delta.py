@@ -180,7 +180,7 @@ def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
                 f"{tensor.where}: {name} is {tensor.dtype.name} and the delta {dtype}, neither of which holds the "
                 f"other's numbers: give the model in {dtype} or float32"
             )
-    return replace(checkpoint, tensors={name: tensor.cast(kind) for name, tensor in checkpoint.tensors.items()})
+    return replace(checkpoint, tensors={name: tensor.cast(kind, name) for name, tensor in checkpoint.tensors.items()})
 
 
 def _like(base: Checkpoint, other: Checkpoint, init: str) -> Checkpoint:

@@ -174,7 +174,8 @@ def check_options(name: str, options: WriteOptions) -> None:
     row = format_named(name)
     for option in fields(options):
         value = getattr(options, option.name)
-        if option.name in ("tokenizer", "bar", *row.options) or value == option.default or value is False:
+        of_all = ("allow_overflow", "tokenizer", "bar")
+        if option.name in (*of_all, *row.options) or value == option.default or value is False:
             continue
         others = _listed(f"format={other!r}" for other, its in FORMATS.items() if option.name in its.options)
         raise PunaError(f"{option.name}={value!r} is no option of format={name!r}: leave it out, or choose {others}")

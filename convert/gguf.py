@@ -17,11 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cli.progress import ProgressBar
 from convert.checkpoint import Checkpoint, WriteOptions, main_dtype
 from convert.damage import malformed
 from convert.gguf_tokenizer import add_tokenizer
-from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array
+from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array, narrowed
 from convert.names import Parameter, check_keys, check_shape, pairs_to_halves, parameters
 from model.config import LlamaConfig, RopeScaling
 from model.errors import PunaError
@@ -79,7 +78,7 @@ def write(path: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
         _add_config(gguf, writer, config)
         with _tokenizer(checkpoint, options) as folder:
             add_tokenizer(writer, folder, config.vocab_size)
-        _write_tensors(gguf, writer, entries, options.bar)
+        _write_tensors(gguf, writer, entries, options)
     finally:
         writer.close()
 
@@ -209,7 +208,7 @@ def _add_config(gguf: Any, writer: Any, config: LlamaConfig) -> None:
             )
 
 
-def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], bar: ProgressBar) -> None:
+def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], options: WriteOptions) -> None:
     for name, entry in entries.items():
         kind = gguf.GGMLQuantizationType[entry.type]
         dtype, shape = _ARRAYS.get(entry.type), entry.tensor.shape
@@ -219,22 +218,22 @@ def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], bar: Prog
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with bar(sum(entry.tensor.nbytes for entry in entries.values())) as advance:
+    with options.bar(sum(entry.tensor.nbytes for entry in entries.values())) as advance:
         for name, entry in entries.items():
-            writer.write_tensor_data(_converted(gguf, name, entry))
+            writer.write_tensor_data(_converted(gguf, name, entry, options.allow_overflow))
             advance(entry.tensor.nbytes)
 
 
-def _converted(gguf: Any, name: str, entry: _Entry) -> np.ndarray:
-    array = contiguous(entry.tensor.load())
-    check_finite(array, name, entry.tensor.where)
+def _converted(gguf: Any, name: str, entry: _Entry, allow_overflow: bool) -> np.ndarray:
+    array, where = contiguous(entry.tensor.load()), entry.tensor.where
+    if entry.type in _ARRAYS:
+        return narrowed(array, _ARRAYS[entry.type], name, where, allow_overflow)
+    check_finite(array, name, where)
     try:
         with np.errstate(over="raise"):
-            if entry.type in _ARRAYS:
-                return array.astype(_ARRAYS[entry.type])
             return gguf.quants.quantize(array.astype(np.float32), gguf.GGMLQuantizationType[entry.type])
     except FloatingPointError:
-        raise PunaError(f"{entry.tensor.where}: {name} has numbers beyond float16, which {entry.type} uses") from None
+        raise PunaError(f"{where}: {name} has numbers beyond float16, which {entry.type}'s scales are in") from None
 
 
 def read(path: Path) -> Checkpoint:

@@ -134,7 +134,7 @@ def _prepared(checkpoint: Checkpoint, options: WriteOptions) -> Checkpoint:
         said = f"block={options.block}" if options.block is not None else "double_quant=True"
         raise PunaError(f"{said} says how to quantize: give quantize too, or leave it out")
     if options.dtype is not None:
-        checkpoint = checkpoint.as_floats(options.dtype)
+        checkpoint = checkpoint.as_floats(options.dtype, options.allow_overflow)
     if options.quantize is None:
         return checkpoint
     double = options.quantize == "nf4" if options.double_quant is None else options.double_quant

@@ -11,11 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jax.numpy import finfo
 
 from model.errors import PunaError
 
 Index = tuple[slice, ...]
 
+_WIDER = {"float16": "bfloat16 or float32", "bfloat16": "float32"}
 _ROWS = 16  # of a transposed array copied together: whole cache lines of the copy, few enough to stay in the cache
 _THREADED_BYTES = 1 << 22
 
@@ -45,10 +47,13 @@ class LazyTensor:
         """With its dimensions in reverse order."""
         return replace(self, shape=self.shape[::-1], read=lambda index: self.read(index[::-1]).T)
 
-    def cast(self, dtype: np.dtype) -> "LazyTensor":
+    def cast(self, dtype: np.dtype, name: str, allow_overflow: bool = False) -> "LazyTensor":
+        """In another dtype; `name` is what to call it where reading meets an overflow, as in `narrowed`."""
         if dtype == self.dtype:
             return self
-        return replace(self, dtype=dtype, read=lambda index: self.read(index).astype(dtype))
+        return replace(
+            self, dtype=dtype, read=lambda index: narrowed(self.read(index), dtype, name, self.where, allow_overflow)
+        )
 
     def take(self, axis: int, order: np.ndarray) -> "LazyTensor":
         """With the entries `order` of `axis`, as `np.take` has them."""
@@ -129,6 +134,44 @@ def loaded(tensors: Iterable[LazyTensor]) -> Iterator[np.ndarray]:
             waiting = coming
         if waiting is not None:
             yield waiting.result()
+
+
+def narrowed(array: np.ndarray, dtype: np.dtype, name: str, where: str, allow_overflow: bool = False) -> np.ndarray:
+    """`array` in `dtype`.
+
+    Args:
+        array: floats.
+        dtype: of the result.
+        name: of the tensor.
+        where: the file that it is from.
+        allow_overflow: let numbers become infinite.
+
+    Raises:
+        PunaError: numbers that are finite in `array` are not in `dtype`, unless that is allowed.
+    """
+    if dtype == array.dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if not allow_overflow and finfo(dtype).max < finfo(array.dtype).max and not all_finite(result):
+        lost = np.isfinite(array) & ~np.isfinite(result)
+        if count := int(lost.sum()):
+            largest = np.abs(array[lost].astype(np.float64)).max()
+            raise PunaError(
+                f"{where}: {name} holds {count} numbers beyond {dtype.name}, whose largest is "
+                f"{float(finfo(dtype).max):.6g}; the largest is {largest:.6g}. "
+                f"Choose {_WIDER.get(dtype.name, 'a wider dtype')}, or allow_overflow=True to make them infinite"
+            )
+    return result
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite. Sixteen-bit floats are read as integers, which is faster."""
+    if array.dtype.itemsize == 2 and array.dtype.kind != "i":
+        bits = array.view(np.uint16)
+        infinity = 0x7C00 if array.dtype == np.float16 else 0x7F80
+        return not ((bits & 0x7FFF) >= infinity).any()
+    return bool(np.isfinite(array).all())
 
 
 def check_finite(array: np.ndarray, name: str, where: str) -> None:

@@ -49,7 +49,7 @@ def load_model(
     weight to a quantized one, for the layers' linear weights; each is quantized as it is read. adapters: PEFT folders,
     all active, in order, unmerged; one that saved a larger vocabulary changes the config.
     layout: "stacked" for training; "per_layer" for decoding, with transposed linear weights (`model.layout.per_layer`).
-    Raises PunaError naming what is wrong with the files.
+    Raises PunaError naming what is wrong with the files, or numbers that `dtype` cannot hold.
     """
     checkpoint = open_model(path)
     as_floats = checkpoint if dtype is None else replace(checkpoint, quantized={})
@@ -75,12 +75,14 @@ def load_params(
 
     def read(name: str, spec: ParamSpec, dtype: DTypeLike | None) -> jax.Array:
         tensor = checkpoint.tensors[name]
-        return _placed(tensor.cast(np.dtype(dtype or tensor.dtype)), _sharding(name, spec, mesh))
+        return _placed(tensor.cast(np.dtype(dtype or tensor.dtype), name), _sharding(name, spec, mesh))
 
     def read_transposed(name: str, spec: ParamSpec, dtype: DTypeLike | None) -> TransposedArray:
         tensor = checkpoint.tensors[name].transposed()  # as most files have it
         reverse = ParamSpec(spec.shape[::-1], spec.axes[::-1], spec.init)
-        return TransposedArray(_placed(tensor.cast(np.dtype(dtype or tensor.dtype)), _sharding(name, reverse, mesh)))
+        return TransposedArray(
+            _placed(tensor.cast(np.dtype(dtype or tensor.dtype), name), _sharding(name, reverse, mesh))
+        )
 
     def weight(name: str, key: str, spec: ParamSpec) -> Weight:
         if key in whole and quantize is None:

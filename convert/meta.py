@@ -104,7 +104,8 @@ def write(folder: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
     divide over the shards, and where Meta's format cannot say what the config does.
     """
     import_torch("writing Meta's .pth files")
-    config, tensors, shards = checkpoint.config, checkpoint.as_floats(options.dtype).tensors, options.shards
+    config, shards = checkpoint.config, options.shards
+    tensors = checkpoint.as_floats(options.dtype, options.allow_overflow).tensors
     if shards < 1:
         raise PunaError(f"shards={shards}: give 1 or more")
     write_json(folder / "params.json", config.to_meta())

@@ -95,7 +95,7 @@ def write(folder: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
     """Write config.json and the trees; while Orbax writes one layer, the next is read."""
     import orbax.checkpoint as ocp  # takes a second
 
-    config, tensors = checkpoint.config, checkpoint.as_floats(options.dtype).tensors
+    config, tensors = checkpoint.config, checkpoint.as_floats(options.dtype, options.allow_overflow).tensors
     write_json(folder / "config.json", config.to_hf(main_dtype(tensors)))
     write_generation_config(folder, config)
     trees: dict[str, dict[str, LazyTensor]] = {}

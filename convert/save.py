@@ -1,7 +1,9 @@
 """Writing a model: in any format, streamed, complete or not at all."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from cli.files import atomic_path, check_apart, check_free_space, copy_files
 from convert.checkpoint import Checkpoint, LazyQuantized, SavesItself, WriteOptions
 from convert.formats import FORMATS, check_options, format_named
-from convert.lazy import Index, LazyTensor
+from convert.lazy import Index, LazyTensor, all_finite
 from convert.names import parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -65,7 +67,8 @@ def save_model(
     with _new(Path(path), checkpoint, options, overwrite) as place:
         if tokenizer is not None and not row.is_file:
             tokenizer.save(place)
-        row.write(place, checkpoint, options)
+        with _not_finite_said(checkpoint) as watched:
+            row.write(place, watched, options)
 
 
 def write_model(
@@ -88,7 +91,8 @@ def write_model(
                 copy_files(TOKENIZER_FILES, checkpoint.folder, place)
             else:
                 options.tokenizer.save(place)
-        row.write(place, checkpoint, options)
+        with _not_finite_said(checkpoint) as watched:
+            row.write(place, watched, options)
 
 
 @contextmanager
@@ -103,6 +107,28 @@ def _new(path: Path, checkpoint: Checkpoint, options: WriteOptions, overwrite: b
         if not row.is_file:
             place.mkdir()
         yield place
+
+
+@contextmanager
+def _not_finite_said(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
+    """The checkpoint; in the end a line on stderr says which of the tensors read held NaN or infinities. They are
+    written as they are."""
+    found: dict[str, str] = {}
+
+    def watched(name: str, tensor: LazyTensor) -> LazyTensor:
+        def read(index: Index) -> np.ndarray:
+            part = tensor.read(index)
+            if not all_finite(part):
+                found[name] = tensor.where
+            return part
+
+        return replace(tensor, read=read)
+
+    yield replace(checkpoint, tensors={name: watched(name, tensor) for name, tensor in checkpoint.tensors.items()})
+    if found:
+        first, where = next(iter(found.items()))
+        more = f" and {len(found) - 1} more tensors hold" if len(found) > 1 else " holds"
+        print(f"{where}: {first}{more} NaN or infinite numbers, which are written as they are", file=sys.stderr)
 
 
 def _find(params: Params, name: str) -> tuple[Any, Any]:
