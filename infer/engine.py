@@ -209,7 +209,7 @@ class Engine:
                 continue
             try:
                 self.step()
-            except Exception as error:  # whatever a device or a compiler may raise
+            except BaseException as error:  # whatever a device or a compiler may raise; a panic in Rust is no Exception
                 traceback.print_exc()
                 self.failing = True
                 self._recover(error, stopping)
@@ -221,7 +221,7 @@ class Engine:
                 self.reset(error)
                 self.failing = False
                 return
-            except Exception:  # as above
+            except BaseException:  # as above
                 traceback.print_exc()
                 stopping.wait(1.0)
 

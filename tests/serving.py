@@ -1,5 +1,6 @@
 """A tiny chat model on disk, and `infer serve` on it in a process of its own."""
 
+import os
 import re
 import signal
 import subprocess
@@ -67,11 +68,17 @@ def chat_model(folder, context=512):
 
 
 class Server:
-    """`infer serve` on a free port; `with` waits until it is ready, and in the end that it has drained."""
+    """`infer serve` on a free port; `with` waits until it is ready, and in the end that it has drained.
 
-    def __init__(self, *arguments):
-        command = [sys.executable, "-m", "infer", "serve", *map(str, arguments), "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    Args:
+        entry: what Python runs.
+        environment: variables beside those of this process.
+    """
+
+    def __init__(self, *arguments, entry=("-m", "infer"), environment=None):
+        command = [sys.executable, *map(str, entry), "serve", *map(str, arguments), "--port", "0"]
+        variables = os.environ | (environment or {})
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
         self.log, self.url = [], ""
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
