@@ -187,7 +187,7 @@ class Engine:
                 continue
             try:
                 self.step()
-            except Exception as error:  # whatever a device or a compiler may raise
+            except BaseException as error:  # whatever a device or a compiler may raise; a panic in Rust is no Exception
                 traceback.print_exc()
                 self.failing = True
                 self._recover(error, stopping)
@@ -199,7 +199,7 @@ class Engine:
                 self.reset(error)
                 self.failing = False
                 return
-            except Exception:  # as above
+            except BaseException:  # as above
                 traceback.print_exc()
                 stopping.wait(1.0)
 

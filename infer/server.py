@@ -43,6 +43,11 @@ from infer.tools import Form
 from model.errors import PunaError
 
 BODY_LIMIT = 16 * 2**20  # bytes
+HEADERS = {  # of answers by status
+    413: {"Connection": "close"},  # the body is not read to its end: the connection is of no more use
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "2"},
+}
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -86,20 +91,19 @@ async def _answered(handler: Handler, request: Request) -> Response:
     try:
         return await handler(request)
     except ApiError as error:
-        # A body that is too large is not read to its end: the connection is of no more use.
-        return _error(error, {"Connection": "close"} if error.status == 413 else None)
+        return _error(error)
     except PunaError as error:
         return _error(ApiError(400, str(error)))
     except Full as error:
-        return _error(ApiError(429, str(error), code="queue_full"), {"Retry-After": "1"})
+        return _error(ApiError(429, str(error), code="queue_full"))
     except Unavailable as error:
-        return _error(ApiError(503, str(error), code="unavailable"), {"Retry-After": "2"})
+        return _error(ApiError(503, str(error), code="unavailable"))
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it
 
 
 def _error(error: ApiError, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, headers or HEADERS.get(error.status))
 
 
 async def _http_error(_: Request, error: HTTPException) -> Response:
@@ -112,8 +116,6 @@ async def _own_fault(_: Request, error: Exception) -> Response:
 
 class _Locked:
     """The application behind API keys, told from all others in a time that does not depend on them."""
-
-    OPEN = ("/health", "/", "/page/")
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         self._app, self._keys = app, [key.encode() for key in keys]
@@ -224,6 +226,9 @@ class Api:
 
     def _submit(self, requests: Sequence[EngineRequest]) -> list[Reply]:
         """All of them, or none."""
+        most = self.served.host.engine.queue
+        if len(requests) > most:  # which 429 would have the client try again for ever
+            raise ApiError(400, f"{len(requests)} texts are asked for at once; at most {most} are taken: ask for fewer")
         replies: list[Reply] = []
         try:
             for request in requests:
