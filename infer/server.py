@@ -161,14 +161,8 @@ class Api:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return self._stream(about, replies, choices, [], include_usage)
         await self._all(request, replies)
-        progress = [reply.progress for reply in replies]
-        if body.max_tokens == 0:  # the engine makes one token at least; only the prompt was asked for
-            for one in progress:
-                one.text, one.finish = "", "length"
-                one.tokens.clear()
-                one.logprobs.clear()
         whole = [choice.delta(last=True) for choice in choices]
-        return JSONResponse(about | {"choices": whole, "usage": usage(progress)})
+        return JSONResponse(about | {"choices": whole, "usage": usage([reply.progress for reply in replies])})
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""

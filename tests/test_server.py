@@ -179,6 +179,17 @@ def test_scores_are_the_models(client, offline):
     )
 
 
+def test_a_prompt_alone_is_scored_and_nothing_is_made(client):
+    for logprobs in (None, 1):
+        asked = {"model": "model", "prompt": TEXTS[1], "echo": True, "logprobs": logprobs, "max_tokens": 0}
+        reply = client.completions.create(**asked)
+        (choice,) = reply.choices
+        assert (choice.text, choice.finish_reason, reply.usage.completion_tokens) == (TEXTS[1], "length", 0)
+        (piece,) = client.completions.create(**asked, stream=True)
+        assert piece.choices[0].model_dump() == choice.model_dump()
+        assert logprobs is None or len(choice.logprobs.token_logprobs) == reply.usage.prompt_tokens
+
+
 def test_embeddings_are_the_last_states_at_length_one(client, offline):
     reply = client.embeddings.create(model="model", input=list(TEXTS))
     for text, found in zip(TEXTS, reply.data, strict=True):
@@ -251,7 +262,7 @@ def test_what_a_user_writes_is_never_a_turn(http, offline):
         ({"top_p": 0}, 400, "top_p"),
         ({"n": 9}, 400, "n:"),
         ({"stop": ""}, 400, "stop"),
-        ({"stop": ["a"] * 5}, 400, "stop"),
+        ({"stop": ["a"] * 17}, 400, "stop: List should have at most 16"),
         ({"logit_bias": {"hat": 1}}, 400, "logit_bias"),
         ({"logit_bias": {"9" * 400: 1}}, 400, "logit_bias"),
         ({"best_of": 2}, 400, "best_of"),
