@@ -159,10 +159,10 @@ class Evaluated:
         Args:
             messages: its turns.
             add_generation_prompt: whether a reply is to follow; else the last turn goes on, and what would end it is
-                left out.
+                left out, as transformers' `continue_final_message` does.
 
         Raises:
-            PunaError: there is no template, or it has no place for these turns.
+            PunaError: there is no template, or it has no place for these turns, or it changes the text of the last.
         """
         if self.template is None:
             raise PunaError("conversations are asked for and the model has no chat template: name one with --template")
@@ -170,8 +170,13 @@ class Evaluated:
         text = "".join(self._name(piece.text) if piece.special else piece.text for piece in pieces)
         if add_generation_prompt:
             return text
-        last = messages[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+        last = messages[-1]["content"].lstrip()
+        start = text.rfind(last.rstrip())
+        if start < 0:
+            raise PunaError(
+                "the chat template changes the last turn, which is to go on: evaluate without its beginning"
+            )
+        return text[: start + len(last if text.startswith(last, start) else last.rstrip())]
 
     def _name(self, special: str) -> str:
         return "".join(self._names[id] for id in special_ids(special, self.tokenizer))
