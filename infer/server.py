@@ -43,6 +43,7 @@ from infer.tools import Form
 from model.errors import PunaError
 
 BODY_LIMIT = 16 * 2**20  # bytes
+DISCARD_LIMIT, DISCARD_SECONDS = 64 * 2**20, 10.0  # of a body that is larger
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -86,7 +87,7 @@ async def _answered(handler: Handler, request: Request) -> Response:
     try:
         return await handler(request)
     except ApiError as error:
-        # A body that is too large is not read to its end: the connection is of no more use.
+        # A body that is too large may not have been read to its end: the connection is of no more use.
         return _error(error, {"Connection": "close"} if error.status == 413 else None)
     except PunaError as error:
         return _error(ApiError(400, str(error)))
@@ -352,18 +353,39 @@ class Api:
 
 
 async def _body(request: Request) -> bytes:
-    """The body, up to BODY_LIMIT; more is refused before it is read."""
+    """The body, up to BODY_LIMIT.
+
+    Raises:
+        ApiError: there is more, of which nothing is kept.
+    """
     too_large = ApiError(413, f"the body is larger than {BODY_LIMIT} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > BODY_LIMIT:
+        if (
+            "expect" not in request.headers
+        ):  # a client that asks whether it may send (Expect: 100-continue) does not yet
+            await _discard(request)
         raise too_large
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > BODY_LIMIT:
+            parts.clear()
+            await _discard(request)
             raise too_large
         parts.append(part)
     return b"".join(parts)
+
+
+async def _discard(request: Request) -> None:
+    """Reads the rest of a body, within bounds: a client that still sends when it is cut off never sees the answer."""
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > DISCARD_LIMIT:
+                    return
 
 
 async def _gone(request: Request) -> None:

@@ -313,8 +313,13 @@ def test_hostile_but_lawful_values_are_met(http, offline):
             assert reply.json()["choices"][0]["text"] == offline.completion("Hello", 6, Sampling())
 
 
-def test_a_body_too_large_is_refused_before_it_is_read(http, server):
-    assert http.post("/v1/completions", content=b" " * (17 * 2**20)).status_code == 413
+def test_a_body_too_large_is_refused_and_not_kept(http, server):
+    def pieces(count):
+        yield from (b" " * 2**20 for _ in range(count))
+
+    for body in (b" " * (17 * 2**20), pieces(40)):  # whether its length is said or not
+        reply = http.post("/v1/completions", content=body)
+        assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
 
     def endless():
         while True:

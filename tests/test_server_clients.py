@@ -197,6 +197,9 @@ def test_curl(server, offline, tmp_path):
     (tmp_path / "body").write_text(json.dumps({"prompt": "puna " * 500_000}))
     text, status = curl(server, "/v1/completions", "--data-binary", f"@{tmp_path / 'body'}")
     assert status == 400 and json.loads(text)["error"]["code"] == "context_length_exceeded"
+    (tmp_path / "body").write_bytes(b" " * 17 * 2**20)
+    text, status = curl(server, "/v1/completions", "--data-binary", f"@{tmp_path / 'body'}")
+    assert status == 413 and json.loads(text)["error"]["code"] == "body_too_large"
     (tmp_path / "body").write_text(json.dumps(body))
     chunked = ("-H", "Transfer-Encoding: chunked", "--data-binary", f"@{tmp_path / 'body'}")
     text, status = curl(server, "/v1/chat/completions", *chunked)
