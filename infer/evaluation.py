@@ -7,7 +7,7 @@ that spells a special token is that token, and a context that is too long loses 
 
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from infer.engine import Engine
@@ -55,8 +55,8 @@ class Evaluated:
                 "name one in tokenizer_config.json"
             )
         self.engine, self.tokenizer, self.template, self.prefix_id = engine, tokenizer, template, prefix
-        self._own_end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-        self._eos_ids = tuple(self._own_end if eos_ids is None else eos_ids)
+        own_end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self._eos_ids = own_end if eos_ids is None else tuple(eos_ids)
         self._add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
         self._seed = seed
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
@@ -140,7 +140,8 @@ class Evaluated:
                     f"max_gen_toks is {count}: give a number from 1 to {self.length - 1}, with room for text"
                 )
             until = [text for text in given.pop("until", ()) if text]
-            ends = (*self._eos_ids, *(self.tokenizer.special_tokens[x] for x in until if x in self._names.values()))
+            specials = self.tokenizer.special_tokens
+            ends = (*self._eos_ids, *(specials[text] for text in until if text in specials))
             prompt = self.encode(context)[-(self.length - count) :] or [self.prefix_id]
             sampling = self._sampling(given, number)
             requests.append(Request(prompt, count, sampling, tuple(dict.fromkeys(ends)), tuple(until)))
@@ -194,11 +195,11 @@ class Evaluated:
                 f"a task asks for {unknown}, which is not supported: leave it out of generation_kwargs"
             ) from None
 
-    def _run(self, requests: Sequence[Request], keep: Any) -> None:
+    def _run(self, requests: Sequence[Request], keep: Callable[[int, Progress], None]) -> None:
         """Runs all requests; `keep` is called with the number and the progress of each that has ended."""
         waiting = deque(enumerate(requests))
 
-        def changed(number: int) -> Any:
+        def changed(number: int) -> Callable[[Progress], None]:
             return lambda progress: keep(number, progress) if progress.finish is not None else None
 
         while waiting or self.engine.busy:
