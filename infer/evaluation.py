@@ -1,8 +1,9 @@
 """A model as lm-eval measures it (github.com/EleutherAI/lm-evaluation-harness), over the engine.
 
 Numbers are those of lm-eval's `hf` backend on the same checkpoint, so what happens to text is what happens there: text
-that spells a special token is that token, and a context that is too long loses its beginning. lm-eval is imported by
-`for_lm_eval` alone.
+that spells a special token is that token, and a context that is too long loses its beginning. The ids of plain text
+are those of our tokenizer, though: SentencePiece's own where transformers' conversion of it differs, after special
+tokens and in leading spaces. lm-eval is imported by `for_lm_eval` alone.
 """
 
 import re

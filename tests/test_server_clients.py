@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from typing import Literal
@@ -16,6 +17,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
@@ -356,6 +358,32 @@ def test_conversations_and_special_tokens_are_those_of_transformers(model, engin
     asked = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 1}
     found, expected = (evaluated(lm, tasks, CHOICE["task"], UNTIL["task"], **asked) for lm in (ours, theirs))
     assert_close(found, expected)
+
+
+def test_a_trained_model_over_sentencepiece_is_scored_as_transformers_scores_it(data_dir, tmp_path):
+    shutil.copytree(data_dir / "stories260k-derived" / "hf_sharded", tmp_path / "model")
+    shutil.copy(data_dir / "stories260k" / "tokenizer.model", tmp_path / "model")
+    named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(named | {"add_bos_token": True}))
+    source = find_model(str(tmp_path / "model"))
+    config, params = load(source)
+    engine = Engine(params, config, source.tokenizer, rows=2, length=LENGTH)
+    ours, theirs = for_lm_eval(Evaluated(engine, source.tokenizer)), transformers_own(tmp_path / "model")
+
+    def asked(*arguments):
+        return [Instance(request_type="", doc={}, arguments=one, idx=i) for i, one in enumerate(arguments)]
+
+    pairs = asked(
+        ("Once upon a time", ", there was a little"), ("", "Lily and Tom"), ("He said ", "that Lily was sad.")
+    )
+    assert_close(ours.loglikelihood(pairs), theirs.loglikelihood(pairs))
+    story = asked(("Once upon a time, there was a little girl. She was sad.\n" * 20,))
+    assert_close(ours.loglikelihood_rolling(story), theirs.loglikelihood_rolling(story))
+    texts = asked(
+        ("Once upon a time", {"until": ["\n", "."], "max_gen_toks": 30}), ("Lily", {"until": [], "max_gen_toks": 40})
+    )
+    made = ours.generate_until(texts)
+    assert made == theirs.generate_until(texts) and all(len(text) > 10 for text in made)
 
 
 def test_a_special_token_ends_a_text_where_a_task_says_so(engine):
