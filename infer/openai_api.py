@@ -74,7 +74,7 @@ class Sampled(_Ignored):
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, strict=True)]] | None = Field(None, max_length=300)
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None  # OpenAI's 4 are too few for lm-eval's tasks
     n: Integer | None = Field(None, ge=1, le=8)
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
@@ -335,9 +335,18 @@ def validate(kind: type[T], value: Any) -> T:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = min(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        # Of a value that may be of several kinds, what is wrong with its own kind goes before that it is no other.
+        first = min(
+            error.errors(include_url=False, include_input=False),
+            key=lambda one: (one["type"].endswith("_type"), len(one["loc"])),
+        )
         field = str(first["loc"][0]) if first["loc"] else None
-        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[")))
+        place = ".".join(str(part) for part in first["loc"] if not _is_kind(part))
         unknown = first["type"] == "extra_forbidden" or first["msg"] == "Input should be None"
         reason = "not supported here" if unknown else first["msg"]
         raise ApiError(400, f"{place}: {reason}", field) from None
+
+
+def _is_kind(part: int | str) -> bool:
+    """Whether a part of an error's place is no field: pydantic's name of one kind of a value that may be of several."""
+    return part == "str" or str(part).startswith(("constrained", "list[", "literal["))

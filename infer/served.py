@@ -72,11 +72,11 @@ class Served:
         requests = []
         for prompt in body.prompts:
             ids = self.ids(prompt, "prompt")
-            most = self._room(ids, DEFAULT_TOKENS if body.max_tokens is None else max(body.max_tokens, 1), body)
             if body.max_tokens == 0 and not body.echo:
                 raise ApiError(400, "max_tokens is 0: give 1 or more, or echo=true for the prompt alone", "max_tokens")
+            most = self._room(ids, DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens, body)
             request = self._request(body, ids, most, self.eos_ids, body.stops)
-            scored = bool(body.echo) and body.logprobs is not None
+            scored = bool(body.echo) and (body.logprobs is not None or most == 0)
             requests += self._choices(changed(request, logprobs=body.logprobs, score_prompt=scored), body)
         return requests
 
@@ -237,7 +237,7 @@ class Served:
             body is None or body.max_tokens is not None or getattr(body, "max_completion_tokens", None) is not None
         )
         most = room if wanted is None else wanted if explicit else min(wanted, max(room, 1))
-        if room < most or room < 1:
+        if room < most or (room < 1 and wanted != 0):
             raise ApiError(
                 400,
                 f"the prompt has {len(ids)} tokens and {max(most, 1)} are to follow; this model's context is "
