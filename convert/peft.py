@@ -21,14 +21,14 @@ from convert.damage import malformed
 from convert.hub import download, is_hub_id
 from convert.lazy import LazyTensor, check_finite, contiguous, from_array
 from convert.names import hf_name, our_name
-from convert.peft_settings import check_settings
+from convert.peft_settings import EMBED, HEAD, check_settings, is_saved
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import gathered
 from model.errors import PunaError
 from model.json_file import read_json
 from model.lora import MODULES, SAVED_MODULES, LoraArray, module_value
-from model.params import Params
+from model.params import LINEARS, Params
 from model.pieces import Pieces
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -226,7 +226,8 @@ def save_adapter(
     Args:
         path: the folder to write.
         params: stacked, with `LoraArray` leaves.
-        modules_to_save: `embed_tokens`, `lm_head`, written whole.
+        modules_to_save: ends of modules' names, as `embed_tokens` and `lm_head`, whose weights are written whole. The
+            embedding of tied parameters is written as the head's too.
         rslora: alphas are such that peft divides by sqrt(rank).
         base_model: the name of the base that the settings give.
         tokenizer: what saves its files beside the weights.
@@ -234,9 +235,11 @@ def save_adapter(
         pieces: what replaced parts of the model in training; the adapter names them, under a type that peft refuses.
 
     Raises:
-        PunaError: parameters without adapters, or with several over one weight.
+        PunaError: parameters without adapters, or with several over one weight; a module to save that is not there, or
+            whose weight is no plain array.
     """
-    adapted = {name: w for name, w in params["layers"].items() if isinstance(w, LoraArray)}
+    outer = {name: params[name] for name in ("embed", "lm_head") if name in params}
+    adapted = {name: w for name, w in (outer | params["layers"]).items() if isinstance(w, LoraArray)}
     if not adapted and not modules_to_save:
         raise PunaError("these parameters have no adapter to save")
     if nested := [name for name, w in adapted.items() if isinstance(w.base, LoraArray)]:
@@ -244,25 +247,32 @@ def save_adapter(
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    has_bias = any(w.bias is not None for w in adapted.values())
     for name, w in adapted.items():
+        places = [(name, ())] if name in outer else [(f"layers.{i}.{name}", i) for i in range(len(w.ranks))]
         a, b, scale = gathered(w.a), gathered(w.b), gathered(w.scale)
-        magnitude = None if w.magnitude is None else gathered(w.magnitude)
-        for i, rank in enumerate(w.ranks):
+        magnitude, bias = (None if x is None else gathered(x) for x in (w.magnitude, w.bias))
+        for (place, i), rank in zip(places, w.ranks, strict=True):
             if not rank:
                 continue
-            module = f"model.layers.{i}.{MODULES[name]}"
+            module = module_name(place)
+            key = f"base_model.model.{module}"
+            half = ("lora_embedding_A", "lora_embedding_B") if name == "embed" else ("lora_A.weight", "lora_B.weight")
             ranks[module], alphas[module] = rank, _alpha(scale[i], rank**0.5 if rslora else rank)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a[i, :, :rank].T
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b[i, :rank].T
+            tensors[f"{key}.{half[0]}"] = a[i][:, :rank].T
+            tensors[f"{key}.{half[1]}"] = b[i][:rank].T
             if magnitude is not None:
-                tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitude[i]
-    for module in modules_to_save:
-        table = gathered(params[SAVED_MODULES[module]])
-        prefix = "model." if module == "embed_tokens" else ""
-        tensors[f"base_model.model.{prefix}{module}.weight"] = table if module == "embed_tokens" else table.T
+                tensors[f"{key}.lora_magnitude_vector"] = magnitude[i]
+            if has_bias:
+                tensors[f"{key}.lora_B.bias"] = np.zeros(b.shape[-1], b.dtype) if bias is None else bias[i]
+            if name in outer:  # as peft does: the tables may be others than the base's
+                tensors[f"{key}.base_layer.weight"] = _whole(w.base, name)
+    tensors |= _whole_modules(params, modules_to_save)
     if jax.process_index() > 0:
         return
     settings = _settings(adapted, ranks, alphas)
+    is_shared = "lm_head" not in params and is_saved(EMBED, {"modules_to_save": modules_to_save})
+    settings |= {"lora_bias": has_bias, "ensure_weight_tying": is_shared}
     settings |= {"modules_to_save": list(dict.fromkeys(modules_to_save)) or None, "use_rslora": rslora}
     settings |= {"base_model_name_or_path": base_model}
     if pieces:
@@ -274,6 +284,33 @@ def save_adapter(
         write_safetensors(file, {key: from_array(contiguous(x), key) for key, x in tensors.items()}, lambda count: None)
         if tokenizer is not None:
             tokenizer.save(folder)
+
+
+def _whole_modules(params: Params, modules: Sequence[str]) -> dict[str, np.ndarray]:
+    """The weights of the modules whose names end so, under peft's names."""
+    leaves = {name: (leaf, ()) for name, leaf in params.items() if name != "layers"}
+    for key, leaf in params["layers"].items():
+        leaves |= {f"layers.{i}.{key}": (leaf, i) for i in range(leaf.shape[0])}
+    if "lm_head" not in params and is_saved(EMBED, {"modules_to_save": modules}):
+        leaves["lm_head"] = (params["embed"].T, ())
+        modules = [*modules, HEAD]
+    found: dict[str, np.ndarray] = {}
+    for module in modules:
+        names = [name for name in leaves if is_saved(module_name(name), {"modules_to_save": [module]})]
+        if not names:
+            raise PunaError(f"modules_to_save {module!r}: these parameters have no module whose name ends so")
+        for name in names:
+            leaf, select = leaves[name]
+            found[f"base_model.model.{hf_name(name)}"] = _whole(leaf, name, select)
+    return found
+
+
+def _whole(leaf: Any, name: str, select: Any = ()) -> np.ndarray:
+    """One weight, as peft has it."""
+    if not isinstance(leaf, jax.Array):
+        raise PunaError(f"{name} is a {type(leaf).__name__}, and only a plain array is written whole")
+    array = gathered(leaf[select])
+    return array.T if name.split(".")[-1] in (*LINEARS, "lm_head") else array
 
 
 def _alpha(scale: np.float32, divisor: float) -> float:
@@ -290,7 +327,9 @@ def _settings(
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 8.0
     whole = all(all(w.ranks) for w in adapted.values())
-    names = [MODULES[name].split(".")[1] for name in adapted] if whole else list(ranks)
+    names = [
+        module_name(name if name in SAVED_MODULES.values() else f"layers.0.{name}").split(".")[-1] for name in adapted
+    ]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -299,7 +338,7 @@ def _settings(
         "lora_dropout": max((w.dropout for w in adapted.values()), default=0.0),
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
-        "target_modules": names,
+        "target_modules": names if whole else list(ranks),
         "use_dora": any(w.magnitude is not None for w in adapted.values()),
         "bias": "none",
         "fan_in_fan_out": False,
