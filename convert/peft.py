@@ -31,6 +31,7 @@ from model.lora import MODULES, SAVED_MODULES, LoraArray, module_value
 from model.params import LINEARS, Params
 from model.pieces import Pieces
 
+_PREFIX = "base_model.model."  # peft's, before every name
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # One module's part of an adapter, and a weight of the base, which may lie inside a wrapper of peft's.
@@ -118,8 +119,10 @@ def _understood(folder: Path, settings: dict[str, Any], tensors: Mapping[str, La
     wrapped: dict[str, str] = {}
     unknown = []
     for name, tensor in tensors.items():
-        key = name.removeprefix("base_model.model.")
-        if match := _PART.fullmatch(key):
+        key = name.removeprefix(_PREFIX)
+        if key == name:
+            unknown.append(name)
+        elif match := _PART.fullmatch(key):
             weight, part = our_name(f"{match[1]}.weight"), "".join(filter(None, match.groups()[1:]))
             if part == "trainable_tokens_delta" and weight in ("embed", "lm_head"):
                 adapter.tokens[weight] = tensor
@@ -134,9 +137,15 @@ def _understood(folder: Path, settings: dict[str, Any], tensors: Mapping[str, La
                 adapter.saved[weight], wrapped[weight] = tensor, match[2] or ""
         else:
             unknown.append(name)
-    unknown += [hf_name(name) for name, wrap in wrapped.items() if (wrap == ".base_layer") != _is_in(name, parts)]
+    unknown += [
+        _PREFIX + hf_name(name) for name, wrap in wrapped.items() if (wrap == ".base_layer") != _is_in(name, parts)
+    ]
     if unknown:
-        raise PunaError(f"{folder}: {', '.join(sorted(unknown)[:8])} belong to no part of a LLaMA that can be adapted")
+        raise PunaError(
+            f"{folder}: {', '.join(sorted(unknown)[:8])} belong to no part of a LLaMA that can be adapted, or are not "
+            f"named as peft reads them: {_PREFIX}, the module, then lora_A.weight, lora_B.weight, ..., or "
+            "base_layer.weight where the module is adapted and weight where it is not"
+        )
     adapter.factors.update({name: _factors(name, part, settings, folder) for name, part in parts.items()})
     if not adapter.factors and not adapter.saved and not adapter.tokens:
         raise PunaError(f"{folder} holds no adapter tensors")
@@ -256,7 +265,7 @@ def save_adapter(
             if not rank:
                 continue
             module = module_name(place)
-            key = f"base_model.model.{module}"
+            key = _PREFIX + module
             half = ("lora_embedding_A", "lora_embedding_B") if name == "embed" else ("lora_A.weight", "lora_B.weight")
             ranks[module], alphas[module] = rank, _alpha(scale[i], rank**0.5 if rslora else rank)
             tensors[f"{key}.{half[0]}"] = a[i][:, :rank].T
@@ -301,7 +310,7 @@ def _whole_modules(params: Params, modules: Sequence[str]) -> dict[str, np.ndarr
             raise PunaError(f"modules_to_save {module!r}: these parameters have no module whose name ends so")
         for name in names:
             leaf, select = leaves[name]
-            found[f"base_model.model.{hf_name(name)}"] = _whole(leaf, name, select)
+            found[_PREFIX + hf_name(name)] = _whole(leaf, name, select)
     return found
 
 

@@ -246,7 +246,10 @@ VARIANTS: dict[str, Variant] = {
     "a vocabulary that only the embedding grew, untied": Variant(
         {"target_modules": ["q_proj", "embed_tokens"]}, rows=101, refused="only one of embed_tokens and lm_head"
     ),
-    "tensors under other names": Variant(
+    "tensors without peft's prefix, which peft passes over": Variant(
+        edit=renamed("base_model.model.model.", "model."), refused="named as peft reads them: base_model.model."
+    ),
+    "tensors of a model without its head": Variant(
         edit=renamed("base_model.model.model.", "base_model.model."), refused="no part"
     ),
 }
