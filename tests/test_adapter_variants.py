@@ -203,6 +203,25 @@ def test_an_adapter_with_whole_weights_stands_beside_no_other(name, bases, tmp_p
         side_by_side(trees, product)
 
 
+def test_over_quantized_weights_it_is_pefts_over_what_they_stand_for(bases, tmp_path, command):  # noqa: F811
+    folder, _, config, _ = bases["untied"]
+    assert command("model", folder, tmp_path / "q", "--to", "hf", "--quantize", "nf4")[0] == 0
+    save_model(tmp_path / "floats", *load_model(tmp_path / "q", dtype="float32"))
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "floats", dtype=torch.float32).eval()
+    tokens = np.arange(96)[None]
+    for name in ("LoRA on lm_head", "lora_bias", "modules_to_save: mlp", "modules_to_save: one linear map"):
+        place = tmp_path / name.replace(":", "")
+        written(VARIANTS[name], model, place)
+        golden = theirs(model, place, tokens, 0)
+        loaded = load_model(tmp_path / "q", adapters=[place], layout="per_layer")
+        np.testing.assert_allclose(ours(*loaded, tokens), golden, atol=1e-4)
+    with pytest.raises(PunaError, match=r"replaces wk in layers \[1\] of a quantized base, .*: merge it into the base"):
+        load_model(tmp_path / "q", adapters=[place])
+    assert any(
+        "layers.1.wk: quantized again" in line for line in command("merge", tmp_path / "q", place, tmp_path / "m")[2]
+    )
+
+
 def test_merged_in_memory_as_on_disk(bases, tmp_path):
     """With biases, which the config must then say."""
     folder, model, config, params = bases["untied"]
