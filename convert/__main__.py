@@ -70,7 +70,7 @@ def model(
 
 @app.command("merge")
 def merge_command(
-    paths: list[str] = typer.Argument(metavar="BASE ADAPTER... DST", help="The base, adapters in order, and DST."),
+    paths: list[str] = typer.Argument(metavar="BASE ADAPTER... DST", help="Base, adapters (folders or Hub ids), DST."),
     format: str = typer.Option("hf", "--to", help=formats_help()),
     dtype: str | None = typer.Option(None, help=_DTYPE + "the base's."),
     allow_overflow: bool = typer.Option(False, "--allow-overflow", help=_OVERFLOW),

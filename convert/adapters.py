@@ -1,6 +1,5 @@
-"""Adapters over a model's parameters: whether they fit, what they make of its config, and the parameters with them."""
+"""Adapters over a model's parameters: the parameters with them, active and unmerged."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,128 +8,86 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
-from convert.peft import Adapter, is_targeted, load_finite, module_name, read_adapter
+from convert.adapter_fit import adapted_config, new_tables, say_left_out
+from convert.lazy import LazyTensor
+from convert.peft import Adapter, Factors, load_finite, read_adapter
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.layout import weight_shardings
-from model.lora import MODULES, LoraArray, on_mesh, untie, with_magnitude
-from model.params import Params, param_specs
-from model.pieces import Pieces
+from model.lora import LoraArray, added_bias, dense, on_mesh, untie, with_magnitude
+from model.merge import BIASES
+from model.params import LINEARS, Params, param_specs
 from model.transposed import TransposedArray
 
 
 def apply_adapters(
     params: Params, config: LlamaConfig, adapters: Iterable[Adapter | str | Path], mesh: Mesh | None = None
 ) -> tuple[LlamaConfig, Params]:
-    """Parameters with every adapter active, in order, unmerged; a saved embedding replaces the base's.
+    """Parameters with every adapter active, in order, unmerged; what an adapter saved whole replaces the base's.
 
     Args:
         params: the base's, stacked or per layer.
         config: the base's.
-        adapters: PEFT folders, or what `read_adapter` gave for them.
+        adapters: PEFT folders, Hub ids, or what `read_adapter` gave for them.
         mesh: the devices that hold `params`; None is one.
 
     Returns:
         The config and the parameters with the adapters.
 
     Raises:
-        PunaError: an adapter does not fit the model (other shapes, missing layers, fewer vocabulary rows), or holds
-            numbers that are not finite.
+        PunaError: an adapter does not fit the model (other shapes, missing layers, fewer vocabulary rows), replaces
+            weights that lie under another adapter, or holds numbers that are not finite.
     """
     for given in adapters:
         adapter = given if isinstance(given, Adapter) else read_adapter(given)
         after = adapted_config(adapter, config)
         say_left_out(adapter, config)
-        specs = param_specs(config)
-        if isinstance(params["layers"], tuple):
-            each = enumerate(params["layers"])
-            layers: Any = tuple(_adapted_layer(adapter, i, layer, specs["layers"], mesh) for i, layer in each)
-        else:
-            layers = dict(params["layers"])
-            for name in dict.fromkeys(name.split(".")[2] for name in adapter.factors):
-                layers[name] = _stacked(adapter, name, layers[name], specs["layers"][name].axes, mesh)
-        params = {**params, "layers": layers}
-        params = _replace_saved(params, config, after, adapter, mesh)
+        params = _with_tables(params, config, adapter, mesh)
+        params = _with_saved(params, adapter, mesh, config)
+        params = _with_factors(params, after, adapter, mesh)
         config = after
     return config, params
 
 
-def check_fits(adapter: Adapter, config: LlamaConfig) -> None:
-    """Raises PunaError unless the adapter's shapes are those of adapters for this model."""
-    shapes = param_specs(config)["layers"]
-    for name, factors in adapter.factors.items():
-        _, number, weight = name.split(".")
-        _, n_in, n_out = shapes[weight].shape
-        found = (factors.a.shape[1], factors.b.shape[0])
-        if int(number) >= config.num_hidden_layers or found != (n_in, n_out):
-            raise PunaError(
-                f"{adapter.folder}: {module_name(name)} adapts {found[0]} inputs and {found[1]} outputs; this base has "
-                f"{n_in} and {n_out} in {config.num_hidden_layers} layers. The adapter belongs to another base"
-            )
-        if factors.magnitude is not None and factors.magnitude.shape != (n_out,):
-            raise PunaError(
-                f"{adapter.folder}: {module_name(name)} has {factors.magnitude.shape} magnitudes for {n_out} outputs"
-            )
-    vocab, width = config.vocab_size, config.hidden_size
-    for name, tensor in adapter.saved.items():
-        if len(tensor.shape) != 2 or tensor.shape[1] != width or tensor.shape[0] < vocab:
-            raise PunaError(
-                f"{adapter.folder}: its {name} is {tensor.shape} and the base's {(vocab, width)}: rows may grow only"
-            )
-    if len({tensor.shape[0] for tensor in adapter.saved.values()}) > 1:
-        raise PunaError(f"{adapter.folder}: embed_tokens and lm_head have different numbers of rows")
-    grown = any(tensor.shape[0] > vocab for tensor in adapter.saved.values())
-    if grown and len(adapter.saved) < 2 and (not config.tie_word_embeddings or "embed" not in adapter.saved):
-        raise PunaError(f"{adapter.folder}: the vocabulary grows, and only one of embed_tokens and lm_head was saved")
+def _with_factors(params: Params, config: LlamaConfig, adapter: Adapter, mesh: Mesh | None) -> Params:
+    """The parameters with the adapter's low-rank updates."""
+    specs = param_specs(replace(config, tie_word_embeddings=False))
+    params = dict(params)
+    for name in ("embed", "lm_head"):
+        if (factors := adapter.factors.get(name)) is not None:
+            params[name] = _adapted(adapter, factors, params[name], specs[name].axes, mesh, name)
+    layered = dict.fromkeys(name.split(".")[2] for name in adapter.factors if name.startswith("layers."))
+    if isinstance(params["layers"], tuple):
+        layers: Any = tuple(map(dict, params["layers"]))
+        for number, layer in enumerate(layers):
+            for name in layered:
+                if (factors := adapter.factors.get(f"layers.{number}.{name}")) is not None:
+                    axes = specs["layers"][name].axes[1:]
+                    layer[name] = _adapted(adapter, factors, layer[name], axes, mesh, f"layers/{name}")
+    else:
+        layers = dict(params["layers"])
+        for name in layered:
+            layers[name] = _stacked(adapter, name, layers[name], specs["layers"][name].axes, mesh)
+    return params | {"layers": layers}
 
 
-def adapted_config(adapter: Adapter, config: LlamaConfig) -> LlamaConfig:
-    """The config of the model `config` with the adapter: as many rows as the tables that it saved, a head of its own
-    where it saved one, or trained the embedding alone, and the pieces that it was trained with, where it names any.
-    Raises PunaError where the adapter does not fit."""
-    check_fits(adapter, config)
-    rows = max((tensor.shape[0] for tensor in adapter.saved.values()), default=config.vocab_size)
-    trained = "embed_tokens" in (adapter.settings.get("modules_to_save") or ())
-    untied = "lm_head" in adapter.saved or (trained and rows == config.vocab_size)
-    said = adapter.settings.get("puna")
-    return replace(
-        config,
-        vocab_size=rows,
-        tie_word_embeddings=config.tie_word_embeddings and not untied,
-        pieces=config.pieces if said is None else Pieces.from_hf(said),
-    )
+def _adapted(
+    adapter: Adapter, factors: Factors, base: Any, axes: Sequence[str], mesh: Mesh | None, name: str
+) -> LoraArray:
+    """One weight with its adapter."""
 
+    def load(part: LazyTensor | None) -> Array | None:
+        return None if part is None else jnp.asarray(load_finite(part, name).astype(np.float32))
 
-def say_left_out(adapter: Adapter, config: LlamaConfig) -> None:
-    """Warns of modules that the settings name and no tensor adapts."""
-    if adapter.settings.get("target_modules") is None:
-        return
-    names = [f"layers.{i}.{name}" for name in MODULES for i in range(config.num_hidden_layers)]
-    unadapted = [module_name(name) for name in names if name not in adapter.factors]
-    if left := [module for module in unadapted if is_targeted(module, adapter.settings)]:
-        said = "%s holds no adapter of %s%s, which its target_modules names: the base is used there as it is"
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        logging.getLogger(__name__).warning(said, adapter.folder, left[0], more)
-
-
-def _adapted_layer(adapter: Adapter, number: int, layer: Params, specs: Params, mesh: Mesh | None) -> Params:
-    """One layer with those of its weights adapted that the adapter has."""
-    layer = dict(layer)
-    rate = float(adapter.settings.get("lora_dropout") or 0.0)
-    for name, base in layer.items():
-        if (factors := adapter.factors.get(f"layers.{number}.{name}")) is None:
-            continue
-        a, b = (
-            jnp.asarray(load_finite(part, f"{name} {half} of layer {number}").astype(np.float32).T)
-            for part, half in ((factors.a, "lora_A"), (factors.b, "lora_B"))
-        )
-        w = LoraArray(base, a, b, jnp.float32(factors.scale), ranks=(factors.rank,), dropout=rate)
-        if factors.magnitude is not None:
-            w = with_magnitude(w, jnp.asarray(load_finite(factors.magnitude, name).astype(np.float32)))
-        layer[name] = on_mesh(w, specs[name].axes[1:], mesh, name)
-    return layer
+    a, b = jnp.asarray(load(factors.a)).T, jnp.asarray(load(factors.b)).T
+    bias, rate = load(factors.bias), float(adapter.settings.get("lora_dropout") or 0.0)
+    w = LoraArray(base, a, b, jnp.float32(factors.scale), bias=bias, ranks=(factors.rank,), dropout=rate)
+    if factors.magnitude is not None:
+        w = with_magnitude(w, load(factors.magnitude))
+    return on_mesh(w, axes, mesh, name)
 
 
 def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: Mesh | None) -> LoraArray:
@@ -145,38 +102,104 @@ def _stacked(adapter: Adapter, name: str, base: Any, axes: Sequence[str], mesh: 
             b[i, : ranks[i]] = load_finite(factors.b, f"{name} lora_B of layer {i}").astype(np.float32).T
     scale = jnp.array([factors.scale if factors else 0.0 for factors in found], jnp.float32)
     rate = float(adapter.settings.get("lora_dropout") or 0.0)
-    w = LoraArray(base, jnp.asarray(a), jnp.asarray(b), scale, ranks=ranks, dropout=rate)
+    bias = None
+    if adapter.settings.get("lora_bias"):
+        bias = jnp.asarray(_rows([factors and factors.bias for factors in found], n_out, name))
+    w = LoraArray(base, jnp.asarray(a), jnp.asarray(b), scale, bias=bias, ranks=ranks, dropout=rate)
     if adapter.settings.get("use_dora"):
         w = with_magnitude(w, None)
-        own = [
-            None if factors is None or factors.magnitude is None else load_finite(factors.magnitude, name)
-            for factors in found
-        ]
-        rows = np.stack([np.zeros(n_out, np.float32) if row is None else row.astype(np.float32) for row in own])
-        has_own = np.array([row is not None for row in own])[:, None]
+        rows = _rows([factors and factors.magnitude for factors in found], n_out, name)
+        has_own = np.array([factors is not None for factors in found])[:, None]
         # A layer without adapter keeps the base's norms, which change nothing.
         w = replace(w, magnitude=jnp.where(has_own, rows, jnp.asarray(w.magnitude)))
     return on_mesh(w, axes, mesh, name)
 
 
-def _replace_saved(
-    params: Params, before: LlamaConfig, after: LlamaConfig, adapter: Adapter, mesh: Mesh | None
-) -> Params:
-    if not adapter.saved:
-        return params
-    dtype, is_per_layer = params["embed"].dtype, isinstance(params["layers"], tuple)
-    if before.tie_word_embeddings and not after.tie_word_embeddings and not is_per_layer:  # which has a head already
+def _rows(parts: Sequence[LazyTensor | None], size: int, name: str) -> np.ndarray:
+    """One row for each layer, float32 [L, size]; zeros for a layer without."""
+    none = np.zeros(size, np.float32)
+    return np.stack([none if part is None else load_finite(part, name).astype(np.float32) for part in parts])
+
+
+# --------------------------------------------------------------------------------------------- what replaces the base's
+
+
+def _with_tables(params: Params, before: LlamaConfig, adapter: Adapter, mesh: Mesh | None) -> Params:
+    """The parameters with the embedding and the head, or rows of them, that the adapter brings."""
+    whole, rows, is_tied = new_tables(adapter, before)
+    is_per_layer, dtype = isinstance(params["layers"], tuple), params["embed"].dtype
+    if not is_tied and "lm_head" not in params:
         params = untie(params)
-    tables: Params = {name: jnp.asarray(load_finite(x, name)).astype(dtype) for name, x in adapter.saved.items()}
-    if "lm_head" in tables:
-        tables["lm_head"] = TransposedArray(tables["lm_head"]) if is_per_layer else tables["lm_head"].T
-    elif is_per_layer and after.tie_word_embeddings:
-        tables["lm_head"] = TransposedArray(tables["embed"])
-    params = {**params, **tables}
-    if mesh is not None:
-        specs = param_specs(replace(after, tie_word_embeddings=False))
-        for name in ("embed", "lm_head"):
-            if name in params:
-                where = weight_shardings(params[name], specs[name].axes, mesh, name)
-                params[name] = jax.device_put(params[name], where)
+    params, changed = dict(params), dict.fromkeys([*whole, *rows])
+    for name in changed:
+        table = _table(params[name], name, dtype)
+        if name in whole:
+            table = jnp.asarray(load_finite(whole[name], name)).astype(dtype)
+        if name in rows:
+            new = jnp.asarray(load_finite(rows[name].tensor, f"the token rows of {name}"))
+            table = table.at[jnp.asarray(rows[name].indices)].set(new.astype(dtype))
+        params[name] = table if name == "embed" else TransposedArray(table) if is_per_layer else table.T
+        if mesh is not None:
+            axes = ("vocab", "embed") if name == "embed" else ("embed", "vocab")
+            params[name] = jax.device_put(params[name], weight_shardings(params[name], axes, mesh, name))
+    if is_tied and is_per_layer and changed:
+        params["lm_head"] = TransposedArray(params["embed"])
     return params
+
+
+def _table(leaf: Any, name: str, dtype: Any) -> Array:
+    """The embedding or the head of any kind as rows [V, D]."""
+    if isinstance(leaf, TransposedArray):
+        return leaf.rows
+    table = leaf if isinstance(leaf, Array) else dense(leaf).astype(dtype)
+    return table if name == "embed" else table.T
+
+
+def _with_saved(params: Params, adapter: Adapter, mesh: Mesh | None, config: LlamaConfig) -> Params:
+    """The parameters with the norms, biases and linear weights that the adapter saved whole."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for name, tensor in adapter.saved.items():
+        if name == "final_norm":
+            params = params | {name: jnp.asarray(load_finite(tensor, name)).astype(params[name].dtype)}
+        elif name.startswith("layers."):
+            _, number, key = name.split(".")
+            found.setdefault(key, {})[int(number)] = load_finite(tensor, name)
+    specs, layers = param_specs(config)["layers"], params["layers"]
+    if isinstance(layers, tuple):
+        for number, key in ((number, key) for key, arrays in found.items() for number in arrays):
+            layer = layers[number]
+            _refuse_under_adapter(adapter, layer, key)
+            array = jnp.asarray(found[key][number]).astype(_dtype(layer[key]))
+            new = TransposedArray(array) if key in LINEARS else array
+            layers = (*layers[:number], layer | {key: _on(mesh, new, specs[key].axes[1:], key)}, *layers[number + 1 :])
+        return params | {"layers": layers}
+    for key, arrays in found.items():
+        _refuse_under_adapter(adapter, layers, key)
+        leaf, numbers = layers[key], sorted(arrays)
+        new = np.stack([arrays[i].T if key in LINEARS else arrays[i] for i in numbers])
+        if len(numbers) == config.num_hidden_layers:
+            leaf = jnp.asarray(new).astype(_dtype(leaf))
+        elif isinstance(leaf, Array):
+            leaf = leaf.at[jnp.asarray(numbers)].set(jnp.asarray(new).astype(leaf.dtype))
+        else:
+            raise PunaError(
+                f"{adapter.folder} replaces {key} in layers {numbers} of a quantized base, whose layers lie in one "
+                "array: merge it into the base (convert merge), or load the base with a dtype"
+            )
+        layers = layers | {key: _on(mesh, leaf, specs[key].axes, key)}
+    return params | {"layers": layers}
+
+
+def _refuse_under_adapter(adapter: Adapter, layer: Params, key: str) -> None:
+    weight = next((weight for weight, bias in BIASES.items() if bias == key), key)
+    over = layer.get(weight)
+    if isinstance(over, LoraArray) and (weight == key or added_bias(over) is not None):
+        raise PunaError(f"{adapter.folder} replaces {key}, over which an earlier adapter lies: merge that one first")
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.rows.dtype if isinstance(leaf, TransposedArray) else leaf.dtype
+
+
+def _on(mesh: Mesh | None, leaf: Any, axes: Sequence[str], key: str) -> Any:
+    return leaf if mesh is None else jax.device_put(leaf, weight_shardings(leaf, axes, mesh, f"layers/{key}"))

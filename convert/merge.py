@@ -14,17 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from cli.files import check_apart, copy_files
-from convert.adapters import adapted_config, say_left_out
+from convert.adapter_fit import Rows, adapted_config, new_tables, say_left_out
 from convert.bnb import quantize_rows
 from convert.checkpoint import Checkpoint, LazyQuantized, WriteOptions
 from convert.formats import check_options, format_named, open_model
-from convert.lazy import Index, LazyTensor
+from convert.lazy import Index, LazyTensor, from_array
+from convert.names import parameters
 from convert.peft import Adapter, Factors, load_finite, read_adapter
 from convert.save import write_model
 from convert.tokenizer_files import has_tokenizer, tokenizer_folder
 from convert.vocab import resized
 from model.errors import PunaError
 from model.lora import LoraArray, dense
+from model.merge import BIAS_GROUPS, BIASES, HEAD_BIAS
 from model.quantize import QuantizedArray, dequantize
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
@@ -42,7 +44,7 @@ def merge_adapters(
 
     Args:
         base: a model folder of any format, or a Hub id.
-        adapters: PEFT folders.
+        adapters: PEFT folders, or Hub ids.
         destination: the folder (or file) to write.
         format: a key of `FORMATS`.
         options: how to write; the tokenizer is chosen here. With a dtype, sums are in it where it is wider.
@@ -71,7 +73,7 @@ def merge_adapters(
     for folder in adapters:
         adapter, rows = read_adapter(folder), checkpoint.config.vocab_size
         checkpoint = with_adapter(checkpoint, adapter)
-        touched |= adapter.factors.keys()
+        touched |= adapter.factors.keys() | adapter.saved.keys()
         seen.append(adapter.folder)
         before, tokens = tokens, tokenizer_folder(checkpoint.folder, seen)
         if checkpoint.config.vocab_size > rows and has_tokenizer(adapter.folder) and tokens != adapter.folder:
@@ -106,21 +108,71 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
 
     Raises PunaError where the adapter does not fit.
     """
-    config = adapted_config(adapter, checkpoint.config)
-    say_left_out(adapter, config)
+    before, config = checkpoint.config, adapted_config(adapter, checkpoint.config)
+    say_left_out(adapter, before)
     for name, factors in adapter.factors.items():
-        for part in (factors.a, factors.b, *(() if factors.magnitude is None else (factors.magnitude,))):
+        for part in factors.parts:
             load_finite(part, f"the adapter of {name}")
-    tensors = dict(checkpoint.tensors)
-    for name, factors in adapter.factors.items():
-        tensors[name] = _merged(tensors[name], factors)
-    if config.tie_word_embeddings != checkpoint.config.tie_word_embeddings:
-        tensors["lm_head"] = tensors["embed"].transposed()
-    dtype = tensors["embed"].dtype
     for name, tensor in adapter.saved.items():
         load_finite(tensor, name)
-        tensors[name] = (tensor if name == "embed" else tensor.transposed()).cast(dtype)
+    tensors = dict(checkpoint.tensors)
+    tables = new_tables(adapter, before)
+    if before.tie_word_embeddings and not tables.is_tied:
+        tensors["lm_head"] = tensors["embed"].transposed()
+    for name, table in tables.whole.items():
+        tensors[name] = _laid(name, table).cast(tensors["embed"].dtype)
+    for name, rows in tables.rows.items():
+        tensors[name] = _laid(name, _with_rows(_laid(name, tensors[name]), rows))
+    for param in parameters(before):
+        if param.name in adapter.saved and param.name not in ("embed", "lm_head"):
+            tensors[param.name] = param.swap_layout(adapter.saved[param.name]).cast(tensors[param.name].dtype)
+    for name, factors in adapter.factors.items():
+        tensors[name] = _merged(tensors[name], factors)
+    return _with_biases(replace(checkpoint, config=config, tensors=tensors), adapter)
+
+
+def _laid(name: str, table: LazyTensor) -> LazyTensor:
+    """The embedding as [V, D] and the head as [D, V], and back."""
+    return table if name == "embed" else table.transposed()
+
+
+def _with_rows(table: LazyTensor, rows: Rows) -> LazyTensor:
+    """The table [V, D] with some rows replaced."""
+    new = load_finite(rows.tensor, "token rows").astype(table.dtype)
+
+    def read(index: Index) -> np.ndarray:
+        whole = np.array(table.load())
+        whole[rows.indices] = new
+        return whole[index]
+
+    return replace(table, read=read)
+
+
+def _with_biases(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The checkpoint with the biases that the adapter adds, and zeros where a LLaMA with those has others too."""
+    added = {name: factors for name, factors in adapter.factors.items() if factors.bias is not None}
+    if "lm_head" in added:
+        raise PunaError(f"{adapter.folder}: {HEAD_BIAS}")
+    keys = {name.split(".")[2] for name in added}
+    groups = {field for field, weights in BIAS_GROUPS.items() if keys & set(weights)}
+    config = replace(checkpoint.config, **dict.fromkeys(groups, True))
+    tensors = dict(checkpoint.tensors)
+    for param in parameters(config):
+        if param.name not in tensors:
+            zeros = np.zeros(param.shape, tensors["final_norm"].dtype)
+            tensors[param.name] = from_array(zeros, "zeros beside the adapter's biases")
+    for name, factors in added.items():
+        _, number, key = name.split(".")
+        bias = f"layers.{number}.{BIASES[key]}"
+        tensors[bias] = _plus(tensors[bias], factors)
     return replace(checkpoint, config=config, tensors=tensors)
+
+
+def _plus(tensor: LazyTensor, factors: Factors) -> LazyTensor:
+    """A bias [out] plus what the adapter adds to it."""
+    assert factors.bias is not None
+    own = factors.scale * factors.bias.load().astype(np.float32)
+    return from_array((tensor.load().astype(np.float32) + own).astype(tensor.dtype), tensor.where)
 
 
 def _merged(tensor: LazyTensor, factors: Factors) -> LazyTensor:

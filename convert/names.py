@@ -77,6 +77,21 @@ def parameters(config: LlamaConfig) -> list[Parameter]:
     return [outer.pop("embed"), *layers, *outer.values()]
 
 
+def our_name(hf: str) -> str | None:
+    """Our name of the parameter that Hugging Face's files call `hf`, of whatever depth; None for no LLaMA's."""
+    if match := re.fullmatch(r"model\.layers\.(0|[1-9]\d*)\.(.+)", hf):
+        return next((f"layers.{match[1]}.{ours}" for ours, (name, _) in _LAYER.items() if name == match[2]), None)
+    return next((ours for ours, (name, _) in _OUTER.items() if name == hf), None)
+
+
+def hf_name(ours: str) -> str:
+    """Hugging Face's name of our unstacked parameter."""
+    if ours in _OUTER:
+        return _OUTER[ours][0]
+    _, number, key = ours.split(".")
+    return f"model.layers.{number}.{_LAYER[key][0]}"
+
+
 def is_buffer(name: str) -> bool:
     """Whether a foreign tensor is known to be computed, not trained, so that it may be left where it is."""
     return _BUFFERS.search(name) is not None

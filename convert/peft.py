@@ -18,69 +18,87 @@ import numpy as np
 from cli.files import atomic_path, write_json
 from convert.checkpoint import SavesItself
 from convert.damage import malformed
+from convert.hub import download, is_hub_id
 from convert.lazy import LazyTensor, check_finite, contiguous, from_array
+from convert.names import hf_name, our_name
+from convert.peft_settings import EMBED, HEAD, check_settings, is_saved
 from convert.pickled import read_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import gathered
 from model.errors import PunaError
 from model.json_file import read_json
 from model.lora import MODULES, SAVED_MODULES, LoraArray, module_value
-from model.params import Params
+from model.params import LINEARS, Params
 from model.pieces import Pieces
 
-_KEY = re.compile(
-    r"model\.layers\.(0|[1-9]\d*)\.([\w.]+?)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
-)
-_SAVED = re.compile(r"(?:model\.)?(embed_tokens|lm_head)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight")
-_DUPLICATE = re.compile(
-    r"(?:model\.)?(?:embed_tokens|lm_head)\.(?:modules_to_save(?:\.default)?|original_module)\.weight"
-)
-_OURS = {module: name for name, module in MODULES.items()}
+_PREFIX = "base_model.model."  # peft's, before every name
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-# Settings that say where an adapter came from or how it was trained, or whose effect the tensors show.
-_TOLD = frozenset(
-    """
-    peft_type r lora_alpha use_rslora use_dora rank_pattern alpha_pattern modules_to_save lora_dropout bias
-    target_modules exclude_modules layers_to_transform layers_pattern init_lora_weights task_type inference_mode
-    base_model_name_or_path revision puna auto_mapping peft_version megatron_core qalora_group_size runtime_config
-    """.split()
+# One module's part of an adapter, and a weight of the base, which may lie inside a wrapper of peft's.
+_PART = re.compile(
+    r"([\w.]+?)\.(?:(lora_A|lora_B)(?:\.default)?\.(weight|bias)|(lora_embedding_A|lora_embedding_B)(?:\.default)?"
+    r"|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?|token_adapter\.(trainable_tokens_delta)(?:\.default)?)"
 )
-_REWRITES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initializations that also change the base weights
+_WHOLE = re.compile(
+    r"([\w.]+?)(\.base_layer|\.token_adapter\.base_layer|\.modules_to_save(?:\.default)?|\.original_module)?"
+    r"\.(weight|bias)"
+)
 
 
 class Factors(NamedTuple):
-    """One module's adapter as stored: a [r, in], b [out, r], magnitude [out] (DoRA), and its scale."""
+    """One module's adapter as stored: a [r, in], b [out, r], magnitude [out] (DoRA), its scale, and bias [out]
+    (lora_bias). `in` of the embedding is the vocabulary."""
 
     a: LazyTensor
     b: LazyTensor
     magnitude: LazyTensor | None
     scale: float
+    bias: LazyTensor | None = None
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
 
+    @property
+    def parts(self) -> list[LazyTensor]:
+        """The tensors that are there."""
+        return [part for part in (self.a, self.b, self.magnitude, self.bias) if part is not None]
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder. `factors` are named `layers.3.wq`; `saved` are whole `embed` and `lm_head`, [V, D]."""
+    """An adapter folder.
+
+    Parameters are named as in convert/names.py, and tensors lie as Hugging Face's do. `factors`: of linear weights, of
+    `embed` and `lm_head`. `saved`: parameters of the base replaced whole. `originals`: `embed` and `lm_head` as they
+    were before training, which peft writes beside what it trained. `tokens`: rows of `embed` and `lm_head`, replaced.
+    """
 
     folder: Path
     settings: dict[str, Any]
     factors: dict[str, Factors]
     saved: dict[str, LazyTensor] = field(default_factory=dict)
+    originals: dict[str, LazyTensor] = field(default_factory=dict)
+    tokens: dict[str, LazyTensor] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """What messages call its settings."""
+        return f"{self.folder}/adapter_config.json"
 
 
-def read_adapter(folder: str | Path) -> Adapter:
-    """The adapter in `folder`, its tensors unread.
+def read_adapter(place: str | Path) -> Adapter:
+    """The adapter in a local folder, or of a Hub id, its tensors unread.
 
     Raises:
-        PunaError: a setting is active and not supported, or tensors are unknown, left without their other half, of
-            rank 0 or of another rank than the settings say, or on modules that the settings leave out.
+        PunaError: a setting is active and not supported, or tensors are unknown, empty, left without their other half,
+            of rank 0 or of another rank than the settings say.
     """
-    folder = Path(folder)
+    folder = Path(place)
+    if not folder.exists() and is_hub_id(str(place)):
+        folder = download(str(place), ADAPTER_FILES)
     if not (folder / "adapter_config.json").is_file():
-        raise PunaError(f"{folder} has no adapter_config.json: give the folder of a PEFT adapter")
+        raise PunaError(f"{place} has no adapter_config.json: give the folder of a PEFT adapter, or a Hub id")
     settings = read_json(folder / "adapter_config.json")
     tensors = _read_tensors(folder)
     with malformed(folder):
@@ -89,100 +107,83 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 def _understood(folder: Path, settings: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Adapter:
     """What settings and tensors say together."""
-    _check_settings(settings, folder)
+    adapter = Adapter(folder, settings, {})
+    check_settings(settings, adapter.where)
+    if empty := sorted(name for name, tensor in tensors.items() if 0 in tensor.shape):
+        raise PunaError(
+            f"{folder}: {len(empty)} of {len(tensors)} tensors are empty, as {empty[0]} of shape "
+            f"{tensors[empty[0]].shape}. DeepSpeed ZeRO-3 saves such where parts were not gathered: save the adapter "
+            "again inside deepspeed.zero.GatheredParameters; if it is the rank, an adapter's rank is at least 1"
+        )
     parts: dict[str, dict[str, LazyTensor]] = {}
-    saved: dict[str, LazyTensor] = {}
+    wrapped: dict[str, str] = {}
     unknown = []
     for name, tensor in tensors.items():
-        key = name.removeprefix("base_model.model.")
-        if (match := _KEY.fullmatch(key)) and match[2] in _OURS:
-            parts.setdefault(f"layers.{match[1]}.{_OURS[match[2]]}", {})[match[3]] = tensor
-        elif _DUPLICATE.fullmatch(key) and _plain(name) in tensors:
-            continue  # written after a resize, beside the weight that counts
-        elif match := _SAVED.fullmatch(key):
-            saved[SAVED_MODULES[match[1]]] = tensor
+        key = name.removeprefix(_PREFIX)
+        if key == name:
+            unknown.append(name)
+        elif match := _PART.fullmatch(key):
+            weight, part = our_name(f"{match[1]}.weight"), "".join(filter(None, match.groups()[1:]))
+            if part == "trainable_tokens_delta" and weight in ("embed", "lm_head"):
+                adapter.tokens[weight] = tensor
+            elif weight is not None and _takes(weight, part):
+                parts.setdefault(weight, {})[part.replace("embedding_", "").removesuffix("weight")] = tensor
+            else:
+                unknown.append(name)
+        elif (match := _WHOLE.fullmatch(key)) and (weight := our_name(f"{match[1]}.{match[3]}")) is not None:
+            if match[2] == ".original_module":
+                adapter.originals[weight] = tensor
+            elif weight not in adapter.saved or not match[2]:  # else written after a resize, beside the one that counts
+                adapter.saved[weight], wrapped[weight] = tensor, match[2] or ""
         else:
             unknown.append(name)
+    unknown += [
+        _PREFIX + hf_name(name) for name, wrap in wrapped.items() if (wrap == ".base_layer") != _is_in(name, parts)
+    ]
     if unknown:
-        raise PunaError(f"{folder}: {', '.join(sorted(unknown)[:8])} belong to no part of a LLaMA that can be adapted")
-    for name in parts:
-        if not is_targeted(module_name(name), settings):
-            raise PunaError(
-                f"{folder} holds an adapter of {module_name(name)}, which target_modules, exclude_modules and "
-                "layers_to_transform leave out, so that peft would not use it: correct adapter_config.json"
-            )
-    if lost := [
-        m for m in settings.get("modules_to_save") or () if m in SAVED_MODULES and SAVED_MODULES[m] not in saved
-    ]:
-        raise PunaError(f"{folder} lacks the {' and '.join(lost)} that modules_to_save says it has: fetch it again")
-    factors = {name: _factors(name, part, settings, folder) for name, part in parts.items()}
-    if not factors and not saved:
-        raise PunaError(f"{folder} holds no adapter tensors")
-    return Adapter(folder, settings, factors, saved)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"\.(modules_to_save(\.default)?|original_module)\.weight$", ".weight", name)
-
-
-def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
-    where = f"{folder}/adapter_config.json"
-    if (kind := settings.get("peft_type", "LORA")) != ("PUNA_LORA" if "puna" in settings else "LORA"):
-        raise PunaError(f"{where}: peft_type {kind!r} is not supported; Puna reads LORA")
-    if settings.get("bias", "none") != "none":
-        raise PunaError(f"{where}: bias {settings['bias']!r} is not supported; only 'none' is")
-    start = settings.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_REWRITES_BASE):
         raise PunaError(
-            f"{where}: init_lora_weights {start!r} changes the base weights; convert it to plain LoRA in peft"
+            f"{folder}: {', '.join(sorted(unknown)[:8])} belong to no part of a LLaMA that can be adapted, or are not "
+            f"named as peft reads them: {_PREFIX}, the module, then lora_A.weight, lora_B.weight, ..., or "
+            "base_layer.weight where the module is adapted and weight where it is not"
         )
-    rate = settings.get("lora_dropout") or 0.0
-    if not isinstance(rate, int | float):
-        raise PunaError(f"{where}: lora_dropout {rate!r} is no number")
-    active = {key: value for key, value in settings.items() if value not in (None, False, "", {}, [])}
-    if unknown := sorted(active.keys() - _TOLD):
-        said = ", ".join(f"{key} = {active[key]!r}" for key in unknown)
-        raise PunaError(f"{where}: {said} is active and not supported")
+    adapter.factors.update({name: _factors(name, part, settings, folder) for name, part in parts.items()})
+    if not adapter.factors and not adapter.saved and not adapter.tokens:
+        raise PunaError(f"{folder} holds no adapter tensors")
+    return adapter
 
 
-def is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
-    """Whether peft puts an adapter on this module, by the names and layers of the settings, where they say any."""
-    targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
-    if _is_named(module, settings.get("exclude_modules") or ()):
-        return False
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        return True
-    if isinstance(targets, str) or module in targets or layers in (None, []):
-        return _is_named(module, targets)
-    patterns, number = settings.get("layers_pattern") or ["layers"], int(module.split(".")[2])
-    is_chosen = "layers" in ([patterns] if isinstance(patterns, str) else patterns) and number in (
-        layers if isinstance(layers, list) else [layers]
-    )
-    return is_chosen and _is_named(module, targets)
+def _is_in(name: str, parts: Mapping[str, Any]) -> bool:
+    """Whether the module that holds our parameter has a part of an adapter: peft wraps its own weights then."""
+    return our_name(f"{module_name(name)}.weight") in parts
 
 
-def _is_named(module: str, names: str | Sequence[str]) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def _takes(weight: str, part: str) -> bool:
+    """Whether a weight of ours can have this part of an adapter."""
+    if part.startswith("lora_embedding"):
+        return weight == "embed"
+    if weight == "embed" or part == "lora_Abias":
+        return part == "lora_magnitude_vector"
+    return weight == "lm_head" or weight.split(".")[-1] in MODULES
 
 
 def _read_tensors(folder: Path) -> dict[str, LazyTensor]:
-    if (file := folder / "adapter_model.safetensors").is_file():
+    if (file := folder / ADAPTER_FILES[0]).is_file():
         return read_safetensors(file)
-    if (file := folder / "adapter_model.bin").is_file():
+    if (file := folder / ADAPTER_FILES[1]).is_file():
         return read_pickled(file)
-    raise PunaError(f"{folder} has no adapter_model.safetensors and no adapter_model.bin: fetch the weights")
+    raise PunaError(f"{folder} has no {ADAPTER_FILES[0]} and no {ADAPTER_FILES[1]}: fetch the weights")
 
 
 def _factors(name: str, part: Mapping[str, LazyTensor], settings: Mapping[str, Any], folder: Path) -> Factors:
     if missing := {"lora_A", "lora_B"} - part.keys():
         raise PunaError(f"{folder}: {module_name(name)} lacks its {' and '.join(sorted(missing))}")
-    a, b, magnitude = part["lora_A"], part["lora_B"], part.get("lora_magnitude_vector")
+    a, b, magnitude, bias = part["lora_A"], part["lora_B"], part.get("lora_magnitude_vector"), part.get("lora_Bbias")
     if magnitude is not None and max(magnitude.shape, default=0) == math.prod(magnitude.shape):
         magnitude = replace(magnitude, shape=(max(magnitude.shape),), read=_flat(magnitude))
     if (magnitude is not None) != bool(settings.get("use_dora")):
         raise PunaError(f"{folder}: {module_name(name)}: use_dora and lora_magnitude_vector must come together")
+    if (bias is not None) != bool(settings.get("lora_bias")):
+        raise PunaError(f"{folder}: {module_name(name)}: lora_bias and lora_B.bias must come together")
     rank = module_value(settings.get("rank_pattern") or {}, module_name(name), settings.get("r", 8))
     alpha = module_value(settings.get("alpha_pattern") or {}, module_name(name), settings.get("lora_alpha", 8))
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -195,7 +196,7 @@ def _factors(name: str, part: Mapping[str, LazyTensor], settings: Mapping[str, A
             f"{folder}: {module_name(name)} has factors of rank {a_rank} and {b_rank}; the settings say "
             f"{rank}. An adapter has one rank of at least 1"
         )
-    return Factors(a, b, magnitude, alpha / (rank**0.5 if settings.get("use_rslora") else rank))
+    return Factors(a, b, magnitude, alpha / (rank**0.5 if settings.get("use_rslora") else rank), bias)
 
 
 def _flat(tensor: LazyTensor) -> Any:
@@ -203,9 +204,8 @@ def _flat(tensor: LazyTensor) -> Any:
 
 
 def module_name(name: str) -> str:
-    """peft's name of the module of our weight `layers.3.wq`."""
-    _, number, weight = name.split(".")
-    return f"model.layers.{number}.{MODULES[weight]}"
+    """peft's name of the module that holds our parameter, as of `layers.3.wq`."""
+    return hf_name(name).rpartition(".")[0]
 
 
 def load_finite(tensor: LazyTensor, what: str) -> np.ndarray:
@@ -235,7 +235,8 @@ def save_adapter(
     Args:
         path: the folder to write.
         params: stacked, with `LoraArray` leaves.
-        modules_to_save: `embed_tokens`, `lm_head`, written whole.
+        modules_to_save: ends of modules' names, as `embed_tokens` and `lm_head`, whose weights are written whole. The
+            embedding of tied parameters is written as the head's too.
         rslora: alphas are such that peft divides by sqrt(rank).
         base_model: the name of the base that the settings give.
         tokenizer: what saves its files beside the weights.
@@ -243,9 +244,11 @@ def save_adapter(
         pieces: what replaced parts of the model in training; the adapter names them, under a type that peft refuses.
 
     Raises:
-        PunaError: parameters without adapters, or with several over one weight.
+        PunaError: parameters without adapters, or with several over one weight; a module to save that is not there, or
+            whose weight is no plain array.
     """
-    adapted = {name: w for name, w in params["layers"].items() if isinstance(w, LoraArray)}
+    outer = {name: params[name] for name in ("embed", "lm_head") if name in params}
+    adapted = {name: w for name, w in (outer | params["layers"]).items() if isinstance(w, LoraArray)}
     if not adapted and not modules_to_save:
         raise PunaError("these parameters have no adapter to save")
     if nested := [name for name, w in adapted.items() if isinstance(w.base, LoraArray)]:
@@ -253,25 +256,32 @@ def save_adapter(
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    has_bias = any(w.bias is not None for w in adapted.values())
     for name, w in adapted.items():
+        places = [(name, ())] if name in outer else [(f"layers.{i}.{name}", i) for i in range(len(w.ranks))]
         a, b, scale = gathered(w.a), gathered(w.b), gathered(w.scale)
-        magnitude = None if w.magnitude is None else gathered(w.magnitude)
-        for i, rank in enumerate(w.ranks):
+        magnitude, bias = (None if x is None else gathered(x) for x in (w.magnitude, w.bias))
+        for (place, i), rank in zip(places, w.ranks, strict=True):
             if not rank:
                 continue
-            module = f"model.layers.{i}.{MODULES[name]}"
+            module = module_name(place)
+            key = _PREFIX + module
+            half = ("lora_embedding_A", "lora_embedding_B") if name == "embed" else ("lora_A.weight", "lora_B.weight")
             ranks[module], alphas[module] = rank, _alpha(scale[i], rank**0.5 if rslora else rank)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a[i, :, :rank].T
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b[i, :rank].T
+            tensors[f"{key}.{half[0]}"] = a[i][:, :rank].T
+            tensors[f"{key}.{half[1]}"] = b[i][:rank].T
             if magnitude is not None:
-                tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitude[i]
-    for module in modules_to_save:
-        table = gathered(params[SAVED_MODULES[module]])
-        prefix = "model." if module == "embed_tokens" else ""
-        tensors[f"base_model.model.{prefix}{module}.weight"] = table if module == "embed_tokens" else table.T
+                tensors[f"{key}.lora_magnitude_vector"] = magnitude[i]
+            if has_bias:
+                tensors[f"{key}.lora_B.bias"] = np.zeros(b.shape[-1], b.dtype) if bias is None else bias[i]
+            if name in outer:  # as peft does: the tables may be others than the base's
+                tensors[f"{key}.base_layer.weight"] = _whole(w.base, name)
+    tensors |= _whole_modules(params, modules_to_save)
     if jax.process_index() > 0:
         return
     settings = _settings(adapted, ranks, alphas)
+    is_shared = "lm_head" not in params and is_saved(EMBED, {"modules_to_save": modules_to_save})
+    settings |= {"lora_bias": has_bias, "ensure_weight_tying": is_shared}
     settings |= {"modules_to_save": list(dict.fromkeys(modules_to_save)) or None, "use_rslora": rslora}
     settings |= {"base_model_name_or_path": base_model}
     if pieces:
@@ -283,6 +293,33 @@ def save_adapter(
         write_safetensors(file, {key: from_array(contiguous(x), key) for key, x in tensors.items()}, lambda count: None)
         if tokenizer is not None:
             tokenizer.save(folder)
+
+
+def _whole_modules(params: Params, modules: Sequence[str]) -> dict[str, np.ndarray]:
+    """The weights of the modules whose names end so, under peft's names."""
+    leaves = {name: (leaf, ()) for name, leaf in params.items() if name != "layers"}
+    for key, leaf in params["layers"].items():
+        leaves |= {f"layers.{i}.{key}": (leaf, i) for i in range(leaf.shape[0])}
+    if "lm_head" not in params and is_saved(EMBED, {"modules_to_save": modules}):
+        leaves["lm_head"] = (params["embed"].T, ())
+        modules = [*modules, HEAD]
+    found: dict[str, np.ndarray] = {}
+    for module in modules:
+        names = [name for name in leaves if is_saved(module_name(name), {"modules_to_save": [module]})]
+        if not names:
+            raise PunaError(f"modules_to_save {module!r}: these parameters have no module whose name ends so")
+        for name in names:
+            leaf, select = leaves[name]
+            found[_PREFIX + hf_name(name)] = _whole(leaf, name, select)
+    return found
+
+
+def _whole(leaf: Any, name: str, select: Any = ()) -> np.ndarray:
+    """One weight, as peft has it."""
+    if not isinstance(leaf, jax.Array):
+        raise PunaError(f"{name} is a {type(leaf).__name__}, and only a plain array is written whole")
+    array = gathered(leaf[select])
+    return array.T if name.split(".")[-1] in (*LINEARS, "lm_head") else array
 
 
 def _alpha(scale: np.float32, divisor: float) -> float:
@@ -299,7 +336,9 @@ def _settings(
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 8.0
     whole = all(all(w.ranks) for w in adapted.values())
-    names = [MODULES[name].split(".")[1] for name in adapted] if whole else list(ranks)
+    names = [
+        module_name(name if name in SAVED_MODULES.values() else f"layers.0.{name}").split(".")[-1] for name in adapted
+    ]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -308,7 +347,7 @@ def _settings(
         "lora_dropout": max((w.dropout for w in adapted.values()), default=0.0),
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
-        "target_modules": names,
+        "target_modules": names if whole else list(ranks),
         "use_dora": any(w.magnitude is not None for w in adapted.values()),
         "bias": "none",
         "fan_in_fan_out": False,

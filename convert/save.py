@@ -18,7 +18,7 @@ from convert.lazy import Index, LazyTensor, all_finite
 from convert.names import parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.params import Params
+from model.params import Params, param_specs
 from model.quantize import QuantizedArray, dequantize
 from model.tokenizer import TOKENIZER_FILES
 
@@ -52,6 +52,12 @@ def save_model(
     row, options = format_named(format), WriteOptions(shards=shards, tokenizer=tokenizer)
     check_options(format, options)
     tensors = {param.name: _leaf(params, param.name, param.shape) for param in parameters(config)}
+    layer = params["layers"][0] if isinstance(params["layers"], tuple) else params["layers"]
+    if unsaid := layer.keys() - param_specs(config)["layers"].keys():
+        raise PunaError(
+            f"the parameters hold {', '.join(sorted(unsaid))}, and the config says none: merged biases need "
+            "attention_bias or mlp_bias"
+        )
     quantized = {name: weight for name in tensors if (weight := _quantized_leaf(params, name)) is not None}
     if quantized and not row.keeps_quantized:
         able = " or ".join(name for name, other in FORMATS.items() if other.keeps_quantized)

@@ -138,8 +138,8 @@ class Engine:
             PunaError: the request can never be met: no prompt, no room for it, too many stop tokens.
             Full: the queue is.
         """
-        check_room("the prompt", request.prompt, request.max_new_tokens, self.config)
-        if len(request.prompt) + request.max_new_tokens > self.length:
+        check_room("the prompt", request.prompt, request.max_new_tokens, self.config, request.score_prompt)
+        if len(request.prompt) + request.max_new_tokens > self.length + (request.max_new_tokens == 0):
             raise PunaError(
                 f"the prompt has {len(request.prompt)} tokens and max_new_tokens is {request.max_new_tokens}, together "
                 f"more than the {self.length} that the engine has room for"
@@ -187,7 +187,7 @@ class Engine:
                 continue
             try:
                 self.step()
-            except Exception as error:  # whatever a device or a compiler may raise
+            except BaseException as error:  # whatever a device or a compiler may raise; a panic in Rust is no Exception
                 traceback.print_exc()
                 self.failing = True
                 self._recover(error, stopping)
@@ -199,7 +199,7 @@ class Engine:
                 self.reset(error)
                 self.failing = False
                 return
-            except Exception:  # as above
+            except BaseException:  # as above
                 traceback.print_exc()
                 stopping.wait(1.0)
 
@@ -329,7 +329,11 @@ class Engine:
                 row.progress.embedding = jax.device_get(state)
                 self._end(row, "stop")
                 return
-        if len(row.cached) >= end:
+        if len(row.cached) < end:
+            return
+        if request.max_new_tokens == 0:
+            self._end(row, "length")
+        else:
             self._admit(row, request)
 
     def _extend(

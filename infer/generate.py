@@ -175,7 +175,9 @@ def generate(
         state = state._replace(done=_placed(done, mesh))
 
 
-def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: LlamaConfig) -> None:
+def check_room(
+    name: str, prompt: Sequence[int], max_new_tokens: int, config: LlamaConfig, scored: bool = False
+) -> None:
     """Checks that a prompt's tokens are the model's, and that they and `max_new_tokens` more fit in its context.
 
     Args:
@@ -183,12 +185,14 @@ def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: Ll
         prompt: token ids.
         max_new_tokens: tokens to make.
         config: the shape of the model.
+        scored: the prompt's tokens are scored, so `max_new_tokens` may be 0. The prompt's last token is not read then,
+            and needs no room.
 
     Raises:
-        PunaError: they are not, or do not fit; or the prompt is empty, or `max_new_tokens` below 1.
+        PunaError: they are not, or do not fit; or the prompt is empty, or `max_new_tokens` too small.
     """
     context = config.max_position_embeddings
-    if max_new_tokens < 1:
+    if max_new_tokens < (0 if scored else 1):
         raise PunaError(f"max_new_tokens is {max_new_tokens}: give a number above 0")
     if not prompt:
         raise PunaError(f"{name} is empty and the tokenizer has no beginning-of-text token: give some text")
@@ -197,7 +201,7 @@ def check_room(name: str, prompt: Sequence[int], max_new_tokens: int, config: Ll
             f"{name} holds token {max(prompt)} and the model has {config.vocab_size} (vocab_size): the tokenizer is "
             f"another model's: give its own"
         )
-    if len(prompt) + max_new_tokens > context:
+    if len(prompt) + max_new_tokens > context + (max_new_tokens == 0):
         raise PunaError(
             f"{name} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together more than the context "
             f"of {context} (max_position_embeddings): shorten the prompt, or give a smaller max_new_tokens"

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from convert.adapters import adapted_config, apply_adapters
+from convert.adapter_fit import adapted_config
+from convert.adapters import apply_adapters
 from convert.checkpoint import Checkpoint
 from convert.formats import open_model
 from convert.load import Quantize, load_params

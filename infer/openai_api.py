@@ -6,6 +6,7 @@ are vLLM's. A field that would change the answer and is not honoured here is an 
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -16,6 +17,8 @@ Integer = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 T = TypeVar("T", bound="Record")
+
+DEEPEST = 100  # levels of JSON: far from where Python's own recursion ends, in us or in what we call
 
 
 class ApiError(Exception):
@@ -66,12 +69,12 @@ class Sampled(_Ignored):
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: Integer | None = Field(None, ge=-1, lt=2**31)
     min_p: Number | None = Field(None, ge=0, le=1)
-    repetition_penalty: Number | None = Field(None, gt=0, le=100)
+    repetition_penalty: Number | None = Field(None, ge=0.01, le=100)
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, strict=True)]] | None = Field(None, max_length=300)
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None  # OpenAI's 4 are too few for lm-eval's tasks
     n: Integer | None = Field(None, ge=1, le=8)
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
@@ -171,8 +174,8 @@ class ChatMessage(Record):
 def _call(call: ToolCall) -> dict[str, Any]:
     try:
         arguments = parse_json(call.function.arguments)
-    except ApiError:
-        raise ApiError(400, f"the arguments of {call.function.name} are not JSON", "messages") from None
+    except ApiError as error:
+        raise ApiError(400, f"the arguments of {call.function.name}: {error.message}", "messages") from None
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
@@ -281,14 +284,28 @@ def parse_json(data: bytes | str) -> Any:
         value = json.loads(data, parse_constant=_no_number, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise ApiError(400, "the JSON is nested too deeply") from None
+        raise _too_deep() from None
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8") from None
     except UnicodeEncodeError:
         raise ApiError(400, "a text holds a lone surrogate, which is not Unicode text") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
+    level, depth = [value], 0
+    while level := [item for part in level for item in _items(part)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise _too_deep()
     return value
+
+
+def _items(part: Any) -> Iterable[Any]:
+    """What a part of a JSON value holds."""
+    return part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _too_deep() -> ApiError:
+    return ApiError(400, f"the JSON is nested too deeply: {DEEPEST} levels are taken")
 
 
 def _no_number(name: str) -> Any:
@@ -318,9 +335,18 @@ def validate(kind: type[T], value: Any) -> T:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = min(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        # Of a value that may be of several kinds, what is wrong with its own kind goes before that it is no other.
+        first = min(
+            error.errors(include_url=False, include_input=False),
+            key=lambda one: (one["type"].endswith("_type"), len(one["loc"])),
+        )
         field = str(first["loc"][0]) if first["loc"] else None
-        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[")))
+        place = ".".join(str(part) for part in first["loc"] if not _is_kind(part))
         unknown = first["type"] == "extra_forbidden" or first["msg"] == "Input should be None"
         reason = "not supported here" if unknown else first["msg"]
         raise ApiError(400, f"{place}: {reason}", field) from None
+
+
+def _is_kind(part: int | str) -> bool:
+    """Whether a part of an error's place is no field: pydantic's name of one kind of a value that may be of several."""
+    return part == "str" or str(part).startswith(("constrained", "list[", "literal["))

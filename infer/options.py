@@ -20,7 +20,9 @@ QuantizeOption = Annotated[Format | None, typer.Option(help="What to quantize th
 BlockOption = Annotated[int | None, typer.Option(help="int4: 32, 64 (if not given) or 128 weights to a scale.")]
 DoubleQuantOption = Annotated[bool, typer.Option("--double-quant", help="nf4: quantize its scales too.")]
 Int8ActivationsOption = Annotated[bool, typer.Option("--int8-activations", help="int8: round activations too.")]
-AdapterOption = Annotated[list[str] | None, typer.Option(help="PEFT adapter folder; several apply in order.")]
+AdapterOption = Annotated[
+    list[str] | None, typer.Option(help="PEFT adapter, folder or Hub id; several apply in order.")
+]
 MeshOption = Annotated[str | None, typer.Option(help="Devices to split the model over, as tensor=2.")]
 SpeculateOption = Annotated[
     Literal["lookup"] | None,

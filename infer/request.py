@@ -37,12 +37,13 @@ class Request:
 
     Args:
         prompt: token ids, at least one.
-        max_new_tokens: most tokens to make.
+        max_new_tokens: most tokens to make; 0 where the prompt is only scored.
         sampling: how tokens are chosen.
         stop_ids: tokens that end the text; the one that did is its last. At most `STOPS`.
         stop: strings that end the text, which leaves them out.
         logprobs: log-probabilities of this many likeliest tokens beside each token's own; None for none at all.
-        score_prompt: log-probabilities of the prompt's tokens too, from the second on.
+        score_prompt: log-probabilities of the prompt's tokens too, from the second on. With no token to make, the
+            prompt may have one more than there is room for: its last is scored and not read.
         embed: no text is made; the prompt's last hidden state is wanted (max_new_tokens is not used).
         constraint: what the text may be, as a grammar; None for anything.
         adapter: which of the engine's adapters to use; -1 is the model without any.

@@ -16,7 +16,7 @@ from infer.request import Constraint, Request
 from infer.sample import Sampling
 from infer.slots import STOPS
 from infer.tools import Form, find_form
-from model.chat import Template, encode_prompt, stop_ids
+from model.chat import Template, stop_ids
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 
@@ -72,11 +72,11 @@ class Served:
         requests = []
         for prompt in body.prompts:
             ids = self.ids(prompt, "prompt")
-            most = self._room(ids, DEFAULT_TOKENS if body.max_tokens is None else max(body.max_tokens, 1), body)
             if body.max_tokens == 0 and not body.echo:
                 raise ApiError(400, "max_tokens is 0: give 1 or more, or echo=true for the prompt alone", "max_tokens")
+            most = self._room(ids, DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens, body)
             request = self._request(body, ids, most, self.eos_ids, body.stops)
-            scored = bool(body.echo) and body.logprobs is not None
+            scored = bool(body.echo) and (body.logprobs is not None or most == 0)
             requests += self._choices(changed(request, logprobs=body.logprobs, score_prompt=scored), body)
         return requests
 
@@ -109,7 +109,8 @@ class Served:
         """
         adapter = self.adapter(body.model)
         rows = [self.ids(given, "input") for given in body.inputs]
-        return [Request(ids, self._room(ids, 1, None), embed=True, adapter=adapter) for ids in rows]
+        deadline = self._deadline()
+        return [Request(ids, self._room(ids, 1, None), embed=True, adapter=adapter, deadline=deadline) for ids in rows]
 
     def ids(self, prompt: str | Sequence[int], param: str) -> list[int]:
         """The token ids of a text, after the beginning-of-text token where there is one; ids stay as they are.
@@ -118,6 +119,7 @@ class Served:
             ApiError: no tokens, or one that the model lacks.
         """
         if isinstance(prompt, str):
+            self._check_size([prompt], param)
             ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.bos_id is not None)
         else:
             ids = list(prompt)
@@ -145,11 +147,25 @@ class Served:
             if tools and template.with_tools:
                 template = template.with_tools(tools)
             turns = [message.message() for message in messages]
-            if add_generation_prompt:
-                return encode_prompt(turns, template, self.tokenizer)
-            return template.encode(template.render(turns, False), self.tokenizer)[0]
+            pieces = template.render(turns, add_generation_prompt)
+            texts = [piece.text for piece in pieces if not piece.special]
+            self._check_size(texts, "messages", len(pieces) - len(texts))
+            return template.encode(pieces, self.tokenizer)[0]
         except (PunaError, KeyError, TypeError) as error:
             raise ApiError(400, str(error), "messages") from None
+
+    def _check_size(self, texts: Sequence[str], param: str, specials: int = 0) -> None:
+        """Refuses what can not fit before it is encoded, which takes seconds for megabytes."""
+        size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+        least = specials + -(-size // self.tokenizer.longest)
+        if least > self.context:
+            raise ApiError(
+                400,
+                f"{param}: {size} bytes of text make at least {least} tokens; this model's context is {self.context} "
+                "tokens: shorten it",
+                param,
+                "context_length_exceeded",
+            )
 
     def adapter(self, model: str | None) -> int:
         """The engine's index for the model that a request names: -1 for the base.
@@ -175,8 +191,11 @@ class Served:
             stop_ids=() if body.ignore_eos else ends[:STOPS],
             stop=stop,
             adapter=self.adapter(body.model),
-            deadline=None if self.timeout is None else time.monotonic() + self.timeout,
+            deadline=self._deadline(),
         )
+
+    def _deadline(self) -> float | None:
+        return None if self.timeout is None else time.monotonic() + self.timeout
 
     def _sampling(self, body: Sampled) -> Sampling:
         bias = []
@@ -213,16 +232,17 @@ class Served:
     def _room(self, ids: list[int], wanted: int | None, body: Sampled | None) -> int:
         """How many tokens may follow the prompt: as many as are `wanted`, or as there is room for."""
         room = self.context - len(ids)
+        given = "input" if body is None else "messages" if isinstance(body, ChatRequest) else "prompt"
         explicit = (
             body is None or body.max_tokens is not None or getattr(body, "max_completion_tokens", None) is not None
         )
         most = room if wanted is None else wanted if explicit else min(wanted, max(room, 1))
-        if room < most or room < 1:
+        if room < most or (room < 1 and wanted != 0):
             raise ApiError(
                 400,
                 f"the prompt has {len(ids)} tokens and {max(most, 1)} are to follow; this model's context is "
                 f"{self.context} tokens: shorten the prompt or ask for fewer",
-                "max_tokens" if room >= 1 else "messages" if isinstance(body, ChatRequest) else "prompt",
+                "max_tokens" if room >= 1 else given,
                 "context_length_exceeded",
             )
         return most

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from infer.answers import ChatChoice, CompletionChoice, Tokens, check_ended_well, embedding, usage
+from infer.body import bounded_body
 from infer.host import Reply, Unavailable
 from infer.metrics import Metrics
 from infer.openai_api import (
@@ -42,7 +43,11 @@ from infer.served import Served
 from infer.tools import Form
 from model.errors import PunaError
 
-BODY_LIMIT = 16 * 2**20  # bytes
+HEADERS = {  # of answers by status
+    413: {"Connection": "close"},  # the body may not be read to its end: the connection is of no more use
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "2"},
+}
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -86,20 +91,19 @@ async def _answered(handler: Handler, request: Request) -> Response:
     try:
         return await handler(request)
     except ApiError as error:
-        # A body that is too large is not read to its end: the connection is of no more use.
-        return _error(error, {"Connection": "close"} if error.status == 413 else None)
+        return _error(error)
     except PunaError as error:
         return _error(ApiError(400, str(error)))
     except Full as error:
-        return _error(ApiError(429, str(error), code="queue_full"), {"Retry-After": "1"})
+        return _error(ApiError(429, str(error), code="queue_full"))
     except Unavailable as error:
-        return _error(ApiError(503, str(error), code="unavailable"), {"Retry-After": "2"})
+        return _error(ApiError(503, str(error), code="unavailable"))
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it
 
 
 def _error(error: ApiError, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(error.body(), error.status, headers)
+    return JSONResponse(error.body(), error.status, headers or HEADERS.get(error.status))
 
 
 async def _http_error(_: Request, error: HTTPException) -> Response:
@@ -112,8 +116,6 @@ async def _own_fault(_: Request, error: Exception) -> Response:
 
 class _Locked:
     """The application behind API keys, told from all others in a time that does not depend on them."""
-
-    OPEN = ("/health", "/", "/page/")
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         self._app, self._keys = app, [key.encode() for key in keys]
@@ -146,7 +148,7 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body = parse(CompletionRequest, await _body(request))
+        body = parse(CompletionRequest, await bounded_body(request))
         asked = await asyncio.to_thread(self.served.completions, body)
         replies = self._submit(asked)
         n = body.n or 1
@@ -161,18 +163,12 @@ class Api:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return self._stream(about, replies, choices, [], include_usage)
         await self._all(request, replies)
-        progress = [reply.progress for reply in replies]
-        if body.max_tokens == 0:  # the engine makes one token at least; only the prompt was asked for
-            for one in progress:
-                one.text, one.finish = "", "length"
-                one.tokens.clear()
-                one.logprobs.clear()
         whole = [choice.delta(last=True) for choice in choices]
-        return JSONResponse(about | {"choices": whole, "usage": usage(progress)})
+        return JSONResponse(about | {"choices": whole, "usage": usage([reply.progress for reply in replies])})
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = parse(ChatRequest, await _body(request))
+        body = parse(ChatRequest, await bounded_body(request))
         asked = await asyncio.to_thread(self.served.chat, body)
         replies = self._submit(asked)
         about = self._about("chatcmpl", "chat.completion", body.model)
@@ -192,7 +188,7 @@ class Api:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: the last token's state after the final norm, at length 1."""
-        body = parse(EmbeddingRequest, await _body(request))
+        body = parse(EmbeddingRequest, await bounded_body(request))
         replies = self._submit(await asyncio.to_thread(self.served.embeddings, body))
         await self._all(request, replies)
         data = []
@@ -224,6 +220,9 @@ class Api:
 
     def _submit(self, requests: Sequence[EngineRequest]) -> list[Reply]:
         """All of them, or none."""
+        most = self.served.host.engine.queue
+        if len(requests) > most:  # which 429 would have the client try again for ever
+            raise ApiError(400, f"{len(requests)} texts are asked for at once; at most {most} are taken: ask for fewer")
         replies: list[Reply] = []
         try:
             for request in requests:
@@ -312,7 +311,7 @@ class Api:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize. A text that is one special token's name gives that token, as evaluation tools expect."""
-        body = parse(TokenizeRequest, await _body(request))
+        body = parse(TokenizeRequest, await bounded_body(request))
         self.served.adapter(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give prompt or messages, one of them", "prompt")
@@ -330,7 +329,7 @@ class Api:
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: the text of token ids, special ones by name."""
-        body = parse(DetokenizeRequest, await _body(request))
+        body = parse(DetokenizeRequest, await bounded_body(request))
         self.served.adapter(body.model)
         return JSONResponse({"prompt": self.served.tokenizer.decode(body.tokens, skip_special=False)})
 
@@ -355,21 +354,6 @@ class Api:
     async def openapi(self, _: Request) -> Response:
         """GET /openapi.json."""
         return JSONResponse(document())
-
-
-async def _body(request: Request) -> bytes:
-    """The body, up to BODY_LIMIT; more is refused before it is read."""
-    too_large = ApiError(413, f"the body is larger than {BODY_LIMIT} bytes", code="body_too_large")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > BODY_LIMIT:
-        raise too_large
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY_LIMIT:
-            raise too_large
-        parts.append(part)
-    return b"".join(parts)
 
 
 async def _gone(request: Request) -> None:

@@ -1,4 +1,5 @@
-"""The one linear map. What a weight *is* (plain, transposed, quantized, adapted) is a type of leaf told apart here."""
+"""The one linear map, and the one look-up of rows. What a weight *is* (plain, transposed, quantized, adapted) is a type
+of leaf told apart here."""
 
 from functools import partial
 
@@ -11,7 +12,8 @@ from model.layout import Weight
 from model.lora import LoraArray
 from model.quantize import QuantizedArray
 from model.quantized_matmul import quantized_matmul
-from model.selected import SelectedLora, selected
+from model.selected import SelectedLora, selected, selected_bias, selected_rows
+from model.sharding import constrain
 from model.transposed import TransposedArray
 
 
@@ -30,9 +32,37 @@ def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | N
         [..., out].
     """
     y = product(x.reshape(-1, x.shape[-1]), w, out_dtype)
-    if b is not None:
-        y = y + b.astype(y.dtype)
+    for bias in (b, _added_bias(w, len(y))):
+        if bias is not None:
+            y = y + bias.astype(y.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _added_bias(w: Weight, count: int) -> Array | None:
+    """What a weight's adapters add to its output: [out], or [count, out] for that many rows; None for nothing."""
+    return selected_bias(w, count) if isinstance(w, SelectedLora) else lora.added_bias(w)
+
+
+def look_up(w: Array | LoraArray | SelectedLora, tokens: Array) -> Array:
+    """Rows of an embedding: what the product of one-hot vectors and the weight would give.
+
+    The table is gathered over fsdp as any weight is; else the compiler moves activations from D to B as it can. A token
+    beyond the table gives NaN.
+
+    Args:
+        w: [V, D], plain or adapted.
+        tokens: int32 [B, T].
+
+    Returns:
+        [B, T, D], in the table's dtype.
+    """
+    match w:
+        case LoraArray():
+            return lora.adapted_rows(tokens, w, lambda tokens: look_up(w.base, tokens), lambda x: product(x, w.base))
+        case SelectedLora():
+            return selected_rows(tokens, w, lambda tokens: look_up(w.base, tokens))
+        case _:
+            return jnp.take(constrain(w, ("vocab", None)), tokens, axis=0)
 
 
 def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:

@@ -18,7 +18,7 @@ from model.attention import Mask, attend
 from model.cache import KVCache, LayerCache
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.linear import linear
+from model.linear import linear, look_up
 from model.params import Params
 from model.pieces import load_function
 from model.rope import rotate, tables
@@ -253,9 +253,8 @@ def hidden(
         return block(x, layer, config, context, cache)
 
     step = REMAT[remat](layer_step)
-    # The table is gathered over fsdp as any weight is; else the compiler moves activations from D to B as it can.
     with jax.named_scope("embed"):
-        x = jnp.take(constrain(params["embed"], ("vocab", None)), tokens, axis=0)
+        x = look_up(params["embed"], tokens)
         x = constrain(x if dtype is None else x.astype(dtype), REPLICATED_SEQUENCE)
     if isinstance(params["layers"], tuple):
         x, cache = _loop(step, x, params["layers"], cache, slots, window)

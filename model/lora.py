@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import LINEARS, Params, ParamSpec, param_specs
-from model.quantize import QuantizedArray, dequantize, quantize
+from model.quantize import QuantizedArray, dequantize
 from model.sharding import named_sharding, ways
 from model.transposed import TransposedArray
 
@@ -42,6 +42,8 @@ SAVED_MODULES = {"embed_tokens": "embed", "lm_head": "lm_head"}
 class LoraArray:
     """The weight base + scale * a @ b; with a `magnitude` (DoRA, arXiv:2402.09353), its columns rescaled to that.
 
+    Over the embedding, whose rows are looked up, `in` is the vocabulary.
+
     Attributes:
         base: [..., in, out], an array, a QuantizedArray or another LoraArray.
         a: [..., in, r].
@@ -49,6 +51,7 @@ class LoraArray:
         scale: float32 [...], one per layer.
         magnitude: [..., out], DoRA's norms of the columns; None for plain LoRA.
         base_square: float32 [..., out], the squared norms of the base's columns, for DoRA.
+        bias: [..., out], which times `scale` is added to the output (peft's lora_bias); None for plain LoRA.
         key: [...], JAX keys of this step, which drop inputs of `a`; None for no dropout.
         ranks: the layers' own; lower ones than r are padded with zeros, and 0 is a layer without adapter.
         dropout: the rate.
@@ -60,6 +63,7 @@ class LoraArray:
     scale: Array
     magnitude: Array | None = None
     base_square: Array | None = None
+    bias: Array | None = None
     key: Array | None = None
     ranks: tuple[int, ...] = struct.field(pytree_node=False, default=())
     dropout: float = struct.field(pytree_node=False, default=0.0)
@@ -68,6 +72,11 @@ class LoraArray:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight: [..., in, out]."""
         return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight under the adapters."""
+        return self.base.dtype
 
 
 def adapted(x: Array, w: LoraArray, base: Callable[[Array], Array]) -> Array:
@@ -92,6 +101,39 @@ def adapted(x: Array, w: LoraArray, base: Callable[[Array], Array]) -> Array:
         return y + update
     gain = (w.magnitude / lax.stop_gradient(column_norm(w, base))).astype(y.dtype)
     return y + (gain - 1) * (y if w.key is None else base(dropped)) + gain * update
+
+
+def adapted_rows(
+    tokens: Array, w: LoraArray, rows: Callable[[Array], Array], product: Callable[[Array], Array]
+) -> Array:
+    """Rows of one adapted embedding: those of the base plus scale * a[tokens] b, and DoRA's rescaling of them.
+
+    Args:
+        tokens: int32 [...].
+        w: the embedding [V, D].
+        rows: looks tokens up in `w.base`.
+        product: multiplies [r, V] by `w.base`; DoRA's norms need it.
+
+    Returns:
+        [..., D], in the base's dtype.
+    """
+    y = rows(tokens)
+    a, b = jnp.take(w.a, tokens, axis=0).astype(jnp.float32), w.b.astype(jnp.float32)
+    wide = y.astype(jnp.float32) + w.scale * (a @ b)
+    if w.magnitude is not None:
+        wide = wide * (w.magnitude / lax.stop_gradient(column_norm(w, product)))
+    return wide.astype(y.dtype)
+
+
+def added_bias(w: Any) -> Array | None:
+    """What the adapters over a weight add to its output for any input: float32 [..., out], or None for nothing."""
+    if not isinstance(w, LoraArray):
+        return None
+    below = added_bias(w.base)
+    if w.bias is None:
+        return below
+    own = w.scale[..., None] * w.bias.astype(jnp.float32)
+    return own if below is None else below + own
 
 
 def column_norm(w: LoraArray, base: Callable[[Array], Array]) -> Array:
@@ -284,10 +326,10 @@ def split(params: Params, modules_to_save: Sequence[str] = ()) -> tuple[Params, 
 
     def frozen(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, LoraArray):
-            return replace(leaf, a=None, b=None, magnitude=None)
+            return replace(leaf, a=None, b=None, magnitude=None, bias=None)
         return None if path[0].key in saved else leaf
 
-    each = partial(jax.tree_util.tree_map_with_path, is_leaf=_is_node)
+    each = partial(jax.tree_util.tree_map_with_path, is_leaf=is_weight)
     return each(trained, params), each(frozen, params)
 
 
@@ -296,7 +338,7 @@ def join(trained: Params, frozen: Params) -> Params:
 
     def both(new: Any, old: Any) -> Any:
         if isinstance(new, LoraArray):
-            return replace(old, a=new.a, b=new.b, magnitude=new.magnitude)
+            return replace(old, a=new.a, b=new.b, magnitude=new.magnitude, bias=new.bias)
         return old if new is None else new
 
     return jax.tree.map(both, trained, frozen, is_leaf=lambda node: node is None or isinstance(node, LoraArray))
@@ -311,14 +353,12 @@ def with_dropout(params: Params, key: Array) -> Params:
         own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
         return replace(leaf, key=own if leaf.a.ndim == 2 else jax.random.split(own, len(leaf.a)))
 
-    return jax.tree_util.tree_map_with_path(give, params, is_leaf=_is_node)
+    return jax.tree_util.tree_map_with_path(give, params, is_leaf=is_weight)
 
 
-def _is_node(node: Any) -> bool:
+def is_weight(node: Any) -> bool:
+    """Whether a node of a tree of parameters is one weight, of a kind that has several arrays."""
     return isinstance(node, (LoraArray, QuantizedArray))
-
-
-# --------------------------------------------------------------------------------------------------------------- merge
 
 
 def dense(w: Any) -> Array:
@@ -336,44 +376,6 @@ def dense(w: Any) -> Array:
             return full * (w.magnitude / jnp.linalg.norm(full, axis=-2))[..., None, :]
         case _:
             return w.astype(jnp.float32)
-
-
-def merge(params: Params) -> tuple[Params, dict[str, float]]:
-    """Parameters without adapters: the update in float32, the result in the base's dtype and format.
-
-    A quantized base is dequantized, added to and quantized again, which loses something.
-
-    Returns:
-        The parameters, and what was lost: the largest relative error (Frobenius norm) over the layers, by weight. It is
-        empty for float bases.
-    """
-    errors: dict[str, float] = {}
-
-    def one(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, LoraArray):
-            return leaf
-        merged, error = _merge(leaf)
-        if isinstance(merged, QuantizedArray):
-            errors["/".join(str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path)] = float(error)
-        return merged
-
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_node), errors
-
-
-@jax.jit
-def _merge(w: LoraArray) -> tuple[Any, Array]:
-    if w.a.ndim > 2:
-        merged, errors = lax.map(_merge, w)
-        return merged, errors.max()
-    base = w.base
-    while isinstance(base, LoraArray):
-        base = base.base
-    full = dense(w)
-    if not isinstance(base, QuantizedArray):
-        return full.astype(base.dtype), jnp.zeros(())
-    rounded = quantize(full.astype(base.dtype), base.format, base.block, base.nested_absmax is not None)
-    error = jnp.linalg.norm(dense(rounded) - full) / jnp.linalg.norm(full)
-    return replace(rounded, activations=base.activations), error
 
 
 # ------------------------------------------------------------------------------------------------------------ sharding
@@ -398,5 +400,6 @@ def lora_shardings(w: LoraArray, axes: Sequence[str | None], mesh: Mesh, name: s
         scale=place(w.scale),
         magnitude=place(w.magnitude, out_axis),
         base_square=place(w.base_square, out_axis),
+        bias=place(w.bias, out_axis),
         key=place(w.key),
     )

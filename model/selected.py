@@ -14,8 +14,13 @@ from flax import struct
 from jax import Array
 
 from model.errors import PunaError
-from model.lora import LoraArray, column_norm
+from model.lora import LoraArray, added_bias, column_norm
 from model.params import Params
+
+_WHOLE = (
+    "an adapter brings whole weights (modules_to_save, trainable tokens, biases), and adapters side by side share one "
+    "base: merge it into a model of its own"
+)
 
 
 @struct.dataclass
@@ -27,6 +32,7 @@ class SelectedLora:
         a: [in, n * r].
         b: [n * r, out], with the adapters' scales in it.
         gain: [n, out], DoRA's factors on the columns, ones for plain LoRA; None where no adapter is DoRA.
+        bias: [n, out], with the adapters' scales in it; None where no adapter has one.
         index: int32 [B], which adapter each row of the batch uses, -1 none.
         rank: r.
     """
@@ -35,6 +41,7 @@ class SelectedLora:
     a: Array
     b: Array
     gain: Array | None
+    bias: Array | None
     index: Array
     rank: int = struct.field(pytree_node=False, default=0)
 
@@ -63,6 +70,38 @@ def selected(x: Array, w: SelectedLora, base: Callable[[Array], Array]) -> Array
     return jnp.where(index < 0, y, y * w.gain[index[:, 0]].astype(y.dtype))
 
 
+def selected_rows(tokens: Array, w: SelectedLora, rows: Callable[[Array], Array]) -> Array:
+    """Rows of an embedding under each row's adapter.
+
+    Args:
+        tokens: int32 [B, T].
+        w: the embedding [V, D].
+        rows: looks tokens up in `w.base`.
+
+    Returns:
+        [B, T, D], in the base's dtype.
+    """
+    y, index = rows(tokens), w.index[:, None, None]
+    own = jnp.arange(w.a.shape[1]) // w.rank == index
+    a = jnp.where(own, jnp.take(w.a, tokens, axis=0).astype(jnp.float32), 0)
+    wide = y.astype(jnp.float32) + a @ w.b.astype(jnp.float32)
+    if w.gain is not None:
+        wide = jnp.where(index < 0, wide, wide * w.gain[w.index][:, None])
+    return wide.astype(y.dtype)
+
+
+def selected_bias(w: SelectedLora, count: int) -> Array | None:
+    """What each row's adapter adds to the output, [count, out]; None where none adds anything.
+
+    Args:
+        count: the rows of x: B rows of count / B tokens.
+    """
+    if w.bias is None:
+        return None
+    index = jnp.repeat(w.index, count // len(w.index), total_repeat_length=count)
+    return jnp.where(index[:, None] < 0, 0, w.bias[index])
+
+
 def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]) -> Params:
     """Per-layer parameters of one base under different adapters, as one tree in which no row uses any (see `select`).
 
@@ -83,12 +122,18 @@ def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]
         found = [leaf for leaf in leaves if isinstance(leaf, LoraArray)]
         if not found:
             if not all(leaf is leaves[0] or _equal(leaf, leaves[0]) for leaf in leaves):
-                raise PunaError("an adapter brings whole weights (modules_to_save): merge it into a model of its own")
+                raise PunaError(_WHOLE)
             return leaves[0]
         if any(isinstance(leaf.base, LoraArray) for leaf in found):
             raise PunaError("adapters beside each other are single ones: merge those that lie over one another first")
         base, rank = found[0].base, max(leaf.a.shape[-1] for leaf in found)
+        under = [leaf.base if isinstance(leaf, LoraArray) else leaf for leaf in leaves]
+        if not all(leaf is base or _equal(leaf, base) for leaf in under):
+            raise PunaError(_WHOLE)
         n_in, n_out = found[0].shape
+        biases = [added_bias(leaf) for leaf in leaves]
+        has_bias = any(bias is not None for bias in biases)
+        bias = jnp.stack([jnp.zeros(n_out) if bias is None else bias for bias in biases]) if has_bias else None
         a, b, gain = [], [], []
         for leaf in leaves:
             if not isinstance(leaf, LoraArray):
@@ -105,7 +150,7 @@ def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]
         has_gain = any(leaf.magnitude is not None for leaf in found)
         return SelectedLora(
             base, jnp.concatenate(a, axis=1), jnp.concatenate(b, axis=0), jnp.stack(gain) if has_gain else None,
-            jnp.full(1, -1, jnp.int32), rank,
+            bias, jnp.full(1, -1, jnp.int32), rank,
         )  # fmt: skip
 
     return jax.tree.map(one, *trees, is_leaf=lambda node: not isinstance(node, (dict, tuple)))
@@ -114,7 +159,11 @@ def side_by_side(trees: Sequence[Params], product: Callable[[Array, Any], Array]
 def _equal(a: Any, b: Any) -> bool:
     """Whether two leaves of any kind hold the same numbers."""
     one, other = jax.tree.leaves(a), jax.tree.leaves(b)
-    return type(a) is type(b) and all(bool(jnp.array_equal(x, y)) for x, y in zip(one, other, strict=True))
+    return (
+        type(a) is type(b)
+        and len(one) == len(other)
+        and all(bool(jnp.array_equal(x, y)) for x, y in zip(one, other, strict=True))
+    )
 
 
 def select(params: Params, index: Array) -> Params:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ class Tokenizer:
         if not 0 <= id < self.vocab_size:
             raise PunaError(f"token id {id} is outside the tokenizer's vocab_size of {self.vocab_size}")
         return self._pieces[id]
+
+    @cached_property
+    def longest(self) -> int:
+        """The most bytes that one token spells: a text of n bytes has at least n / longest tokens."""
+        return max(map(len, self._pieces), default=0) or 1
 
     def save(self, folder: str | Path) -> None:
         """Copy the files this tokenizer was read from to `folder`, under the names they have in checkpoints."""

@@ -72,12 +72,16 @@ class Server:
     """`infer serve` on a free port; `with` waits until it is ready, and in the end that it has drained.
 
     It compiles as tests do, without LLVM's optimizations.
+
+    Args:
+        entry: what Python runs.
+        environment: variables beside those of this process.
     """
 
-    def __init__(self, *arguments):
-        command = [sys.executable, "-m", "infer", "serve", *map(str, arguments), "--port", "0"]
-        env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        self.process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    def __init__(self, *arguments, entry=("-m", "infer"), environment=None):
+        command = [sys.executable, *map(str, entry), "serve", *map(str, arguments), "--port", "0"]
+        variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | (environment or {})
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
         self.log, self.url = [], ""
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)

@@ -137,6 +137,25 @@ def test_scores_are_the_models_own(params, engine):
         np.testing.assert_allclose([value for _, value in score.top], np.sort(exact[i])[::-1][:4], atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 2, 17, 40, CONFIG.max_position_embeddings + 1])
+def test_a_prompt_that_is_only_scored(params, engine, count):
+    """As long as the context, and one more that is never read; with texts being made beside it."""
+    prompt = (OPENINGS[0] * 4)[:count]
+    asked = [Request(prompt, 0, logprobs=1, score_prompt=True), Request(OPENINGS[1], 5), Request(OPENINGS[2], 9)]
+    scored, *others = list(run_all(engine, asked * 3))[-1][:3]
+    exact = np.asarray(jax.nn.log_softmax(forward(params, jnp.array([prompt[:-1] or [0]]), CONFIG)[0][0]))
+    assert scored.finish == "length" and scored.tokens == [] and scored.text == ""
+    assert [score.token for score in scored.prompt_logprobs] == prompt[1:]
+    for row, score in zip(exact, scored.prompt_logprobs, strict=False):
+        assert abs(score.logprob - row[score.token]) < 1e-4 and score.top[0][0] == row.argmax()
+    for progress in others:
+        assert progress.tokens == recomputed(params, progress.request, progress.tokens)
+    with pytest.raises(PunaError, match="max_new_tokens is 0"):
+        engine.submit(Request(prompt, 0))
+    with pytest.raises(PunaError, match="together more than"):
+        engine.submit(Request((OPENINGS[0] * 4)[:130], 0, score_prompt=True))
+
+
 class Only:
     """A constraint: the text is one of the tokens `first`, then `then` for ever."""
 

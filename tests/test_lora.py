@@ -14,7 +14,8 @@ from model import LlamaConfig, forward, init_params, make_mesh, stack, unstack
 from model.errors import PunaError
 from model.layout import place
 from model.linear import linear
-from model.lora import LoraArray, add, join, merge, split, with_dropout
+from model.lora import LoraArray, add, join, split, with_dropout
+from model.merge import merge
 from model.params import LINEARS
 from model.quantize import dequantize, quantize
 

@@ -179,6 +179,17 @@ def test_scores_are_the_models(client, offline):
     )
 
 
+def test_a_prompt_alone_is_scored_and_nothing_is_made(client):
+    for logprobs in (None, 1):
+        asked = {"model": "model", "prompt": TEXTS[1], "echo": True, "logprobs": logprobs, "max_tokens": 0}
+        reply = client.completions.create(**asked)
+        (choice,) = reply.choices
+        assert (choice.text, choice.finish_reason, reply.usage.completion_tokens) == (TEXTS[1], "length", 0)
+        (piece,) = client.completions.create(**asked, stream=True)
+        assert piece.choices[0].model_dump() == choice.model_dump()
+        assert logprobs is None or len(choice.logprobs.token_logprobs) == reply.usage.prompt_tokens
+
+
 def test_embeddings_are_the_last_states_at_length_one(client, offline):
     reply = client.embeddings.create(model="model", input=list(TEXTS))
     for text, found in zip(TEXTS, reply.data, strict=True):
@@ -251,7 +262,7 @@ def test_what_a_user_writes_is_never_a_turn(http, offline):
         ({"top_p": 0}, 400, "top_p"),
         ({"n": 9}, 400, "n:"),
         ({"stop": ""}, 400, "stop"),
-        ({"stop": ["a"] * 5}, 400, "stop"),
+        ({"stop": ["a"] * 17}, 400, "stop: List should have at most 16"),
         ({"logit_bias": {"hat": 1}}, 400, "logit_bias"),
         ({"logit_bias": {"9" * 400: 1}}, 400, "logit_bias"),
         ({"best_of": 2}, 400, "best_of"),
@@ -302,8 +313,13 @@ def test_hostile_but_lawful_values_are_met(http, offline):
             assert reply.json()["choices"][0]["text"] == offline.completion("Hello", 6, Sampling())
 
 
-def test_a_body_too_large_is_refused_before_it_is_read(http, server):
-    assert http.post("/v1/completions", content=b" " * (17 * 2**20)).status_code == 413
+def test_a_body_too_large_is_refused_and_not_kept(http, server):
+    def pieces(count):
+        yield from (b" " * 2**20 for _ in range(count))
+
+    for body in (b" " * (17 * 2**20), pieces(40)):  # whether its length is said or not
+        reply = http.post("/v1/completions", content=body)
+        assert reply.status_code == 413 and reply.json()["error"]["code"] == "body_too_large"
 
     def endless():
         while True:

@@ -30,7 +30,7 @@ def serve(
         str | None, typer.Option(help="What requests call the model; its folder's name if not given.")
     ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="NAME=PATH of a PEFT adapter, for requests by NAME.")
+        list[str] | None, typer.Option(help="NAME=PLACE of a PEFT adapter, a folder or a Hub id.")
     ] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(envvar="PUNA_API_KEY", help="Keys of which requests must bring one.")
