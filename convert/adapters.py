@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from convert.adapter_fit import adapted_config, new_tables, say_left_out
-from convert.lazy import LazyTensor
+from convert.lazy import LazyTensor, narrowed
 from convert.peft import Adapter, Factors, load_finite, read_adapter
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -134,10 +134,10 @@ def _with_tables(params: Params, before: LlamaConfig, adapter: Adapter, mesh: Me
     for name in changed:
         table = _table(params[name], name, dtype)
         if name in whole:
-            table = jnp.asarray(load_finite(whole[name], name)).astype(dtype)
+            table = jnp.asarray(_in(dtype, whole[name], name))
         if name in rows:
-            new = jnp.asarray(load_finite(rows[name].tensor, f"the token rows of {name}"))
-            table = table.at[jnp.asarray(rows[name].indices)].set(new.astype(dtype))
+            new = jnp.asarray(_in(dtype, rows[name].tensor, f"the token rows of {name}"))
+            table = table.at[jnp.asarray(rows[name].indices)].set(new)
         params[name] = table if name == "embed" else TransposedArray(table) if is_per_layer else table.T
         if mesh is not None:
             axes = ("vocab", "embed") if name == "embed" else ("embed", "vocab")
@@ -145,6 +145,11 @@ def _with_tables(params: Params, before: LlamaConfig, adapter: Adapter, mesh: Me
     if is_tied and is_per_layer and changed:
         params["lm_head"] = TransposedArray(params["embed"])
     return params
+
+
+def _in(dtype: Any, tensor: LazyTensor, name: str) -> np.ndarray:
+    """The tensor's numbers in `dtype`. Raises PunaError where it holds NaN, infinities or numbers beyond `dtype`."""
+    return narrowed(load_finite(tensor, name), np.dtype(dtype), name, tensor.where)
 
 
 def _table(leaf: Any, name: str, dtype: Any) -> Array:
@@ -160,16 +165,18 @@ def _with_saved(params: Params, adapter: Adapter, mesh: Mesh | None, config: Lla
     found: dict[str, dict[int, np.ndarray]] = {}
     for name, tensor in adapter.saved.items():
         if name == "final_norm":
-            params = params | {name: jnp.asarray(load_finite(tensor, name)).astype(params[name].dtype)}
+            params = params | {name: jnp.asarray(_in(params[name].dtype, tensor, name))}
         elif name.startswith("layers."):
             _, number, key = name.split(".")
-            found.setdefault(key, {})[int(number)] = load_finite(tensor, name)
+            layer = params["layers"]
+            leaf = layer[int(number)][key] if isinstance(layer, tuple) else layer[key]
+            found.setdefault(key, {})[int(number)] = _in(_dtype(leaf), tensor, name)
     specs, layers = param_specs(config)["layers"], params["layers"]
     if isinstance(layers, tuple):
         for number, key in ((number, key) for key, arrays in found.items() for number in arrays):
             layer = layers[number]
             _refuse_under_adapter(adapter, layer, key)
-            array = jnp.asarray(found[key][number]).astype(_dtype(layer[key]))
+            array = jnp.asarray(found[key][number])
             new = TransposedArray(array) if key in LINEARS else array
             layers = (*layers[:number], layer | {key: _on(mesh, new, specs[key].axes[1:], key)}, *layers[number + 1 :])
         return params | {"layers": layers}
@@ -178,9 +185,9 @@ def _with_saved(params: Params, adapter: Adapter, mesh: Mesh | None, config: Lla
         leaf, numbers = layers[key], sorted(arrays)
         new = np.stack([arrays[i].T if key in LINEARS else arrays[i] for i in numbers])
         if len(numbers) == config.num_hidden_layers:
-            leaf = jnp.asarray(new).astype(_dtype(leaf))
+            leaf = jnp.asarray(new)
         elif isinstance(leaf, Array):
-            leaf = leaf.at[jnp.asarray(numbers)].set(jnp.asarray(new).astype(leaf.dtype))
+            leaf = leaf.at[jnp.asarray(numbers)].set(jnp.asarray(new))
         else:
             raise PunaError(
                 f"{adapter.folder} replaces {key} in layers {numbers} of a quantized base, whose layers lie in one "

@@ -18,7 +18,7 @@ from convert.adapter_fit import Rows, adapted_config, new_tables, say_left_out
 from convert.bnb import quantize_rows
 from convert.checkpoint import Checkpoint, LazyQuantized, WriteOptions
 from convert.formats import check_options, format_named, open_model
-from convert.lazy import Index, LazyTensor, from_array
+from convert.lazy import Index, LazyTensor, from_array, narrowed
 from convert.names import parameters
 from convert.peft import Adapter, Factors, load_finite, read_adapter
 from convert.save import write_model
@@ -66,13 +66,16 @@ def merge_adapters(
     if dtype is not None or not row.keeps_quantized:
         checkpoint = checkpoint.as_floats()
     if dtype is not None:
-        tensors = {name: t.cast(np.dtype(jnp.promote_types(t.dtype, dtype))) for name, t in checkpoint.tensors.items()}
+        tensors = {
+            name: tensor.cast(np.dtype(jnp.promote_types(tensor.dtype, dtype)), name)
+            for name, tensor in checkpoint.tensors.items()
+        }
         checkpoint = replace(checkpoint, tensors=tensors)
     tokens, seen = checkpoint.folder, []
     touched: set[str] = set()
     for folder in adapters:
         adapter, rows = read_adapter(folder), checkpoint.config.vocab_size
-        checkpoint = with_adapter(checkpoint, adapter)
+        checkpoint = with_adapter(checkpoint, adapter, options.allow_overflow)
         touched |= adapter.factors.keys() | adapter.saved.keys()
         seen.append(adapter.folder)
         before, tokens = tokens, tokenizer_folder(checkpoint.folder, seen)
@@ -103,10 +106,10 @@ class _Files:
         copy_files(TOKENIZER_FILES, self.folder, folder)
 
 
-def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+def with_adapter(checkpoint: Checkpoint, adapter: Adapter, allow_overflow: bool = False) -> Checkpoint:
     """The checkpoint whose `tensors` are merged with one adapter's when read; `quantized` stays as it is.
 
-    Raises PunaError where the adapter does not fit.
+    Raises PunaError where the adapter does not fit; reading raises it where sums overflow, unless that is allowed.
     """
     before, config = checkpoint.config, adapted_config(adapter, checkpoint.config)
     say_left_out(adapter, before)
@@ -120,15 +123,16 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     if before.tie_word_embeddings and not tables.is_tied:
         tensors["lm_head"] = tensors["embed"].transposed()
     for name, table in tables.whole.items():
-        tensors[name] = _laid(name, table).cast(tensors["embed"].dtype)
+        tensors[name] = _laid(name, table).cast(tensors["embed"].dtype, name, allow_overflow)
     for name, rows in tables.rows.items():
-        tensors[name] = _laid(name, _with_rows(_laid(name, tensors[name]), rows))
+        tensors[name] = _laid(name, _with_rows(name, _laid(name, tensors[name]), rows, allow_overflow))
     for param in parameters(before):
         if param.name in adapter.saved and param.name not in ("embed", "lm_head"):
-            tensors[param.name] = param.swap_layout(adapter.saved[param.name]).cast(tensors[param.name].dtype)
+            new = param.swap_layout(adapter.saved[param.name])
+            tensors[param.name] = new.cast(tensors[param.name].dtype, param.name, allow_overflow)
     for name, factors in adapter.factors.items():
-        tensors[name] = _merged(tensors[name], factors)
-    return _with_biases(replace(checkpoint, config=config, tensors=tensors), adapter)
+        tensors[name] = _merged(name, tensors[name], factors, allow_overflow)
+    return _with_biases(replace(checkpoint, config=config, tensors=tensors), adapter, allow_overflow)
 
 
 def _laid(name: str, table: LazyTensor) -> LazyTensor:
@@ -136,9 +140,10 @@ def _laid(name: str, table: LazyTensor) -> LazyTensor:
     return table if name == "embed" else table.transposed()
 
 
-def _with_rows(table: LazyTensor, rows: Rows) -> LazyTensor:
+def _with_rows(name: str, table: LazyTensor, rows: Rows, allow_overflow: bool) -> LazyTensor:
     """The table [V, D] with some rows replaced."""
-    new = load_finite(rows.tensor, "token rows").astype(table.dtype)
+    new = load_finite(rows.tensor, f"the token rows of {name}")
+    new = narrowed(new, table.dtype, name, rows.tensor.where, allow_overflow)
 
     def read(index: Index) -> np.ndarray:
         whole = np.array(table.load())
@@ -148,7 +153,7 @@ def _with_rows(table: LazyTensor, rows: Rows) -> LazyTensor:
     return replace(table, read=read)
 
 
-def _with_biases(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+def _with_biases(checkpoint: Checkpoint, adapter: Adapter, allow_overflow: bool) -> Checkpoint:
     """The checkpoint with the biases that the adapter adds, and zeros where a LLaMA with those has others too."""
     added = {name: factors for name, factors in adapter.factors.items() if factors.bias is not None}
     if "lm_head" in added:
@@ -164,23 +169,25 @@ def _with_biases(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     for name, factors in added.items():
         _, number, key = name.split(".")
         bias = f"layers.{number}.{BIASES[key]}"
-        tensors[bias] = _plus(tensors[bias], factors)
+        tensors[bias] = _plus(bias, tensors[bias], factors, allow_overflow)
     return replace(checkpoint, config=config, tensors=tensors)
 
 
-def _plus(tensor: LazyTensor, factors: Factors) -> LazyTensor:
+def _plus(name: str, tensor: LazyTensor, factors: Factors, allow_overflow: bool) -> LazyTensor:
     """A bias [out] plus what the adapter adds to it."""
     assert factors.bias is not None
     own = factors.scale * factors.bias.load().astype(np.float32)
-    return from_array((tensor.load().astype(np.float32) + own).astype(tensor.dtype), tensor.where)
+    total = tensor.load().astype(np.float32) + own
+    return from_array(narrowed(total, tensor.dtype, name, tensor.where, allow_overflow), tensor.where)
 
 
-def _merged(tensor: LazyTensor, factors: Factors) -> LazyTensor:
+def _merged(name: str, tensor: LazyTensor, factors: Factors, allow_overflow: bool) -> LazyTensor:
     """The weight [in, out] plus its update, computed whole for every part that is read: once for each of Meta's
     shards, and nothing is kept."""
 
     def read(index: Index) -> np.ndarray:
-        return np.asarray(_add(tensor.transposed().load(), *_arrays(factors))).T[index]
+        total = np.asarray(_add(tensor.transposed().load(), *_arrays(factors)))
+        return narrowed(total, tensor.dtype, name, tensor.where, allow_overflow).T[index]
 
     return replace(tensor, read=read)
 
@@ -204,9 +211,9 @@ def _arrays(factors: Factors) -> tuple[np.ndarray, np.ndarray, np.ndarray | None
 
 @jax.jit
 def _add(rows: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array | None, scale: jax.Array) -> jax.Array:
-    """rows [out, in] plus scale * b @ a, rescaled for DoRA, in their dtype."""
+    """rows [out, in] plus scale * b @ a, rescaled for DoRA, in float32."""
     w = LoraArray(rows.T, a.T, b.T, jnp.asarray(scale), magnitude)
-    return dense(w).T.astype(rows.dtype)
+    return dense(w).T
 
 
 @jax.jit

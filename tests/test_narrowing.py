@@ -1,9 +1,13 @@
 """A number that is finite before a conversion is finite after it, or the conversion says which one it lost."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from converting import command, save_hf, tensors_of  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +17,8 @@ from small_tokenizer import small_tokenizer
 
 from convert import load_model
 from convert.lazy import all_finite, narrowed
+from convert.peft import save_adapter
+from model import lora
 from model.errors import PunaError
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -69,6 +75,23 @@ def test_loading_in_a_narrower_dtype_is_refused_too(spoiled):
     for layout in ("stacked", "per_layer"):
         with pytest.raises(PunaError, match=r"layers.1.w_down holds 1 numbers beyond float16.* the largest is 100000"):
             load_model(source, dtype="float16", layout=layout)
+
+
+def test_a_sum_that_overflows_is_refused_too(spoiled, command, tmp_path):  # noqa: F811
+    base, adapter, out = spoiled(dtype=torch.float16), tmp_path / "adapter", tmp_path / "merged"
+    config, params = load_model(base)
+    _, adapted = lora.add(params, config, jax.random.key(0), rank=2, alpha=2, targets=["down_proj"])
+    layer = adapted["layers"]["w_down"]
+    a, b = jnp.zeros_like(layer.a).at[1, 0, 0].set(300.0), jnp.zeros_like(layer.b).at[1, 0, 0].set(300.0)
+    save_adapter(adapter, adapted | {"layers": adapted["layers"] | {"w_down": layer.replace(a=a, b=b)}})
+    code, _, (*_, line) = command("merge", base, adapter, out)
+    assert code == 2 and "layers.1.w_down holds 1 numbers beyond float16" in line and not out.exists()
+    assert command("merge", base, adapter, out, "--allow-overflow")[0] == 0
+    theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(base), adapter)
+    theirs = theirs.merge_and_unload().state_dict()[DOWN].numpy()
+    ours = load_file(out / "model.safetensors")[DOWN].numpy()
+    np.testing.assert_array_equal(ours, theirs)
+    assert np.isinf(ours).sum() == 1
 
 
 SIXTEEN = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

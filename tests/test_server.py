@@ -36,9 +36,14 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(model):
-    adapter = f"poet={model.parent / 'poet'}"
-    with Server(model, "--rows", 4, "--queue", 64, "--adapter", adapter, "--api-key", KEY) as server:
+def started(model):
+    """What every server here is started with: one finds what another compiled."""
+    return model, "--rows", 4, "--adapter", f"poet={model.parent / 'poet'}"
+
+
+@pytest.fixture(scope="module")
+def server(started):
+    with Server(*started, "--queue", 64, "--api-key", KEY) as server:
         yield server
 
 
@@ -105,7 +110,7 @@ def test_completions_are_those_of_generate(client, offline):
             assert sampled.choices[0].text == "".join(piece.choices[0].text for piece in again)
 
 
-def test_a_seeded_text_is_the_same_alone_in_company_streamed_and_after_a_restart(client, offline, model):
+def test_a_seeded_text_is_the_same_alone_in_company_streamed_and_after_a_restart(client, offline, started):
     expected = {seed: offline.chat(CHAT, 24, Sampling(temperature=1.0, seed=seed)) for seed in range(6)}
 
     def ask(client, seed, stream=False):
@@ -121,7 +126,7 @@ def test_a_seeded_text_is_the_same_alone_in_company_streamed_and_after_a_restart
             dict(zip(expected, pool.map(lambda seed: ask(client, seed, seed % 2 == 0), expected), strict=True))
             == expected
         )
-    with Server(model, "--rows", 2) as other:
+    with Server(*started) as other:
         with openai.OpenAI(base_url=f"{other.url}/v1", api_key="none", timeout=120) as client:
             assert {seed: ask(client, seed) for seed in expected} == expected
 
@@ -420,8 +425,8 @@ def test_a_reader_that_is_slow_holds_nobody_up(server, http):
             received += slow.recv(65536)
 
 
-def test_a_server_that_is_told_to_stop_answers_what_it_took(model):
-    with Server(model, "--rows", 2) as server:
+def test_a_server_that_is_told_to_stop_answers_what_it_took(started):
+    with Server(*started) as server:
         with httpx.Client(base_url=server.url, timeout=120) as http, ThreadPoolExecutor(8) as pool:
             asked = {"prompt": "Hello", "max_tokens": 300, "ignore_eos": True}
             answers = [pool.submit(http.post, "/v1/completions", json=asked | {"seed": seed}) for seed in range(8)]

@@ -33,7 +33,6 @@ pytestmark = pytest.mark.slow
 KEY, ANOTHER = "correct horse", "kéy of the puna"
 CONTEXT = 128
 CHAT = [{"role": "user", "content": "Hi there"}]
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # of compiling
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def faults(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model, faults):
     settings = ("--rows", 2, "--queue", 8, "--timeout", 60, "--api-key", KEY, "--api-key", ANOTHER)
-    with Server(model, *settings, entry=("-m", "tests.faulty_server", faults), environment=QUICK) as server:
+    with Server(model, *settings, entry=("-m", "tests.faulty_server", faults)) as server:
         yield server
 
 

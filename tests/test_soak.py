@@ -23,7 +23,6 @@ pytestmark = pytest.mark.soak
 MINUTES = float(os.environ.get("PUNA_SOAK_MINUTES", "20"))
 ROWS, QUEUE, CLIENTS = 4, 16, 24  # more clients than there is room for
 SEEDS = 6
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # of compiling, on both sides
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model):
     settings = ("--rows", ROWS, "--queue", QUEUE, "--adapter", f"poet={model.parent / 'poet'}")
-    with Server(model, *settings, environment=QUICK) as server:
+    with Server(model, *settings) as server:
         yield server
 
 

@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     source = open_model(root / "hf")
     for format in ("meta", "orbax"):
         write_model(root / format, replace(source, format=format), WriteOptions(shards=2 if format == "meta" else 1))
-    half = {name: tensor.cast(np.dtype(ml_dtypes.bfloat16)) for name, tensor in source.tensors.items()}
+    half = {name: tensor.cast(np.dtype(ml_dtypes.bfloat16), name) for name, tensor in source.tensors.items()}
     write_model(root / "half", replace(source, tensors=half))
     return root
 
