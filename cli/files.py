@@ -18,6 +18,18 @@ from model.errors import JobFailed, PunaError
 _LOG = logging.getLogger(__name__)
 
 
+def at_home(path: str | Path) -> Path:
+    """`path`, with `~` or `~user` at its start as that home folder.
+
+    Raises:
+        PunaError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise PunaError(f"{path}: no user of that name; write ./{path} for a folder that is named so") from None
+
+
 @contextmanager
 def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `destination` to write (a file or a folder); rename it when the block completes.

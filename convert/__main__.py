@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from cli.command import main
+from cli.files import at_home
 from cli.progress import progress
 from convert import delta, manifest, merge, vocab
 from convert.checkpoint import WriteOptions
@@ -33,7 +34,7 @@ app.add_typer(vocabularies, name="vocab")
 @app.command()
 def model(
     source: str = typer.Argument(metavar="SRC", help="A model of any format, or a Hub id org/name[@revision]."),
-    destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
+    destination: Path = typer.Argument(parser=at_home, metavar="DST", help="The folder to write."),
     format: str = typer.Option(..., "--to", help=formats_help()),
     dtype: str | None = typer.Option(None, help=_DTYPE + "as stored."),
     quantize: str | None = typer.Option(None, help=quantize_help()),
@@ -82,7 +83,7 @@ def merge_command(
     if len(paths) < 3:
         raise PunaError(f"merge needs BASE, at least one ADAPTER and DST; {len(paths)} given")
     base, *adapters, last = paths
-    destination = Path(last)
+    destination = at_home(last)
     options = WriteOptions(
         dtype=dtype,
         allow_overflow=allow_overflow,
@@ -105,7 +106,7 @@ def inspect(
     With --verify, check the checkpoints of a training run; exit 1 where one is damaged.
     """
     if verify:
-        _verify_run(path)
+        _verify_run(str(at_home(path)))
         return
     for key, value in describe(open_model(path)):
         print(f"{key:<23} {value}")
@@ -139,7 +140,7 @@ def verify(
 def make_delta(
     base: str = typer.Argument(metavar="BASE", help="The base model: a folder of any format, or a Hub id."),
     target: str = typer.Argument(metavar="TARGET", help="The fine-tuned model."),
-    destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
+    destination: Path = typer.Argument(parser=at_home, metavar="DST", help="The folder to write."),
     dtype: str | None = typer.Option(None, help="TARGET's by default. Vicuna's are float16, Alpaca's float32."),
     init: str | None = typer.Option(None, help="Rows of new tokens: zero (float16's default) or mean (float32's)."),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
@@ -153,10 +154,12 @@ def make_delta(
 def apply_delta(
     base: str = typer.Argument(metavar="BASE", help="The base model: a folder of any format, or a Hub id."),
     difference: str = typer.Argument(metavar="DELTA", help="A delta made here, or one published for Vicuna, Alpaca..."),
-    destination: Path = typer.Argument(metavar="DST", help="The folder to write."),
+    destination: Path = typer.Argument(parser=at_home, metavar="DST", help="The folder to write."),
     init: str | None = typer.Option(None, help="Rows of new tokens, where DELTA does not say: zero or mean."),
     total: float | None = typer.Option(None, "--sum", help="What all numbers add up to, as Alpaca's 50637.1836."),
-    sums: Path | None = typer.Option(None, "--sha256", help="A list as sha256sum writes it, for the files written."),
+    sums: Path | None = typer.Option(
+        None, "--sha256", parser=at_home, metavar="FILE", help="A list as sha256sum writes it, for the files written."
+    ),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
 ) -> None:
     """Write BASE + DELTA with DELTA's tokenizer and the SHA-256 of every file."""
@@ -166,9 +169,9 @@ def apply_delta(
 
 @vocabularies.command("merge")
 def merge_vocabularies(
-    base: Path = typer.Argument(metavar="BASE.model", help="The SentencePiece model whose ids stay."),
-    extra: Path = typer.Argument(metavar="EXTRA.model", help="The one whose new pieces are appended."),
-    destination: Path = typer.Argument(metavar="DST.model", help="The file to write."),
+    base: Path = typer.Argument(parser=at_home, metavar="BASE.model", help="The SentencePiece model whose ids stay."),
+    extra: Path = typer.Argument(parser=at_home, metavar="EXTRA.model", help="The one whose new pieces are appended."),
+    destination: Path = typer.Argument(parser=at_home, metavar="DST.model", help="The file to write."),
     special: list[str] = typer.Option([], help="A piece to append at the end, as [PAD]; may be repeated."),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
 ) -> None:
@@ -181,8 +184,10 @@ def merge_vocabularies(
 @vocabularies.command("resize")
 def resize_vocabulary(
     source: str = typer.Argument(metavar="MODEL", help="A model of any format, or a Hub id."),
-    destination: Path = typer.Argument(metavar="DST", help="The folder to write, in MODEL's format."),
-    tokenizer: Path = typer.Option(..., help="The tokenizer (file or folder) that the embeddings are to hold."),
+    destination: Path = typer.Argument(parser=at_home, metavar="DST", help="The folder to write, in MODEL's format."),
+    tokenizer: Path = typer.Option(
+        ..., parser=at_home, metavar="PATH", help="The tokenizer (file or folder) that the embeddings are to hold."
+    ),
     init: str = typer.Option("mean", help="New rows: mean (of the old ones) or zero."),
     multiple: int = typer.Option(1, help="Pad the number of rows to a multiple of this."),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from cli.files import at_home
 from convert import gguf, hf, meta, orbax
 from convert.checkpoint import Checkpoint, WriteOptions
 from convert.hub import download, is_hub_id
@@ -118,7 +119,7 @@ def open_model(path: str | Path) -> Checkpoint:
 
 def locate(path: str | Path) -> Path:
     """The local folder or file that `path` names, downloaded where it is a Hub id. Raises PunaError."""
-    local = Path(path)
+    local = at_home(path)
     if local.is_dir() or is_model_file(local):
         return local
     if local.exists():

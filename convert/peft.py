@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cli.files import atomic_path, write_json
+from cli.files import at_home, atomic_path, write_json
 from convert.checkpoint import SavesItself
 from convert.damage import malformed
 from convert.hub import download, is_hub_id
@@ -94,7 +94,7 @@ def read_adapter(place: str | Path) -> Adapter:
         PunaError: a setting is active and not supported, or tensors are unknown, empty, left without their other half,
             of rank 0 or of another rank than the settings say.
     """
-    folder = Path(place)
+    folder = at_home(place)
     if not folder.exists() and is_hub_id(str(place)):
         folder = download(str(place), ADAPTER_FILES)
     if not (folder / "adapter_config.json").is_file():

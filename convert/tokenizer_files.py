@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from cli.files import at_home
 from convert.formats import is_model_file
 from convert.hub import download, is_hub_id
 from model.tokenizer import Tokenizer, load_tokenizer
@@ -16,7 +17,7 @@ def has_tokenizer(folder: Path) -> bool:
 def find_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a file, a local folder, or a Hub id, of which only the small files are downloaded; that of a
     model in one file lies beside it. Raises PunaError where there is none."""
-    local = Path(path)
+    local = at_home(path)
     if not local.exists() and is_hub_id(str(path)):
         local = download(str(path))
     return load_tokenizer(local.parent if is_model_file(local) else local)

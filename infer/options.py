@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cli.files import at_home
 from convert.load import Quantize
 from model.errors import PunaError
 from model.quantize import Format, quantizer
@@ -14,7 +15,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 # --- which model, and how its weights lie
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id (org/name[@revision]) or folder, of any format we read.")]
-TokenizerOption = Annotated[Path | None, typer.Option(help="Where the model's folder has no tokenizer.")]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(parser=at_home, metavar="PATH", help="Where the model's folder has no tokenizer.")
+]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="What to compute in; as stored when not given.")]
 QuantizeOption = Annotated[Format | None, typer.Option(help="What to quantize the linear weights to.")]
 BlockOption = Annotated[int | None, typer.Option(help="int4: 32, 64 (if not given) or 128 weights to a scale.")]

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from cli.command import main
+from cli.files import at_home
 from train.config import load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 
-ConfigFile = Annotated[Path, typer.Argument(help="The TOML file of the experiment.")]
+ConfigFile = Annotated[Path, typer.Argument(parser=at_home, metavar="CONFIG", help="The TOML file of the experiment.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, in place of what the file says.")]
 
 
@@ -65,8 +66,10 @@ def preview(
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The picture to write.")] = Path("training_loss.png"),
+    runs: Annotated[list[Path], typer.Argument(parser=at_home, metavar="RUN...", help="Folders of runs.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", parser=at_home, metavar="FILE", help="The picture to write.")
+    ] = Path("training_loss.png"),
 ) -> None:
     """Draw the training loss of runs."""
     from train.metrics import plot as draw
@@ -78,16 +81,24 @@ def plot(
 @app.command()
 def prepare(
     sources: Annotated[list[str], typer.Argument(help="Files, folders or Hub data sets, to be merged.")],
-    destination: Annotated[Path, typer.Argument(help="A .json or .jsonl file to write.")],
+    destination: Annotated[
+        Path, typer.Argument(parser=at_home, metavar="DESTINATION", help="A .json or .jsonl file to write.")
+    ],
     clean: Annotated[bool, typer.Option("--clean", help="ShareGPT HTML to Markdown, whole exchanges only.")] = False,
     dedupe: Annotated[bool, typer.Option("--dedupe", help="Drop equal ids and equal first exchanges.")] = False,
     refusals: Annotated[bool, typer.Option("--without-refusals", help="Drop answers that refuse.")] = False,
-    phrases: Annotated[Path | None, typer.Option(help="Drop answers with one of this file's lines.")] = None,
+    phrases: Annotated[
+        Path | None, typer.Option(parser=at_home, metavar="FILE", help="Drop answers with one of this file's lines.")
+    ] = None,
     script: Annotated[str | None, typer.Option(help="Keep what is mostly in it: latin, cjk, cyrillic, ...")] = None,
     max_length: Annotated[int | None, typer.Option(help="Split conversations to this many tokens.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Whose tokens --max-length counts.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(parser=at_home, metavar="FILE", help="Whose tokens --max-length counts.")
+    ] = None,
     identity: Annotated[tuple[str, str] | None, typer.Option(help="NAME MAKER: add who the assistant is.")] = None,
-    test: Annotated[Path | None, typer.Option(help="A file for the held-out part.")] = None,
+    test: Annotated[
+        Path | None, typer.Option(parser=at_home, metavar="FILE", help="A file for the held-out part.")
+    ] = None,
     test_fraction: Annotated[float, typer.Option(help="How much is held out.")] = 0.05,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:

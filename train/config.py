@@ -16,7 +16,7 @@ from model.lora import check_saved_modules, target_weights
 from model.quantize import quantizer
 from train.data.config import DataConfig
 from train.data.config import check as check_data
-from train.schema import flat, read
+from train.schema import PathText, flat, read
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class ModelConfig:
         attention: "xla", "cudnn" or "module:function".
     """
 
-    path: str | None = None
+    path: PathText | None = None
     preset: str | None = None
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     vocab_size: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -165,7 +165,7 @@ class RunConfig:
         prepare: a "module:function" that gets the Config before the data is read, to make or fetch it.
     """
 
-    output_dir: str = "runs/default"
+    output_dir: PathText = "runs/default"
     batch_size: int = 8
     gradient_accumulation_steps: int = 1
     max_steps: int = 0

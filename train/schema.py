@@ -6,9 +6,12 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from cli.files import at_home
 from model.errors import PunaError
+
+PathText = Annotated[str, "a path, or something that may be one"]  # `~` at its start is the home folder
 
 
 def read(cls: Any, table: dict[str, Any]) -> Any:
@@ -36,7 +39,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def table(self, cls: Any, table: dict[str, Any], where: str) -> Any:
-        hints = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
         unknown = [key for key in table if key not in hints]
         self.problems += [
             f"{where}{key} is not a setting; did you mean {self.nearest(key, where, hints)}?" for key in unknown
@@ -64,6 +67,12 @@ class _Reader:
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if hint is Any:
             return value
+        if origin is Annotated:
+            return (
+                str(at_home(value))
+                if type(value) is str and value.startswith("~")
+                else self.convert(args[0], value, where)
+            )
         if is_dataclass(hint) and isinstance(value, dict):
             return self.table(hint, value, f"{where}.")
         if origin is tuple and isinstance(value, list):
@@ -96,6 +105,8 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 def _said(hint: Any) -> str:
     """A type in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _said(args[0])
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(arg) for arg in args)
     if origin is tuple:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cli.files import at_home
 from infer.batch import Files, fingerprint, parse_shard, run_job, survey
 from infer.batch_kinds import Settings, check_settings, choose_template
 from infer.engine import Engine
@@ -34,8 +35,10 @@ KindName = Literal["auto", "openai", "wizardlm", "mt_bench", "vicuna", "prompt"]
 
 def batch(
     model: ModelArgument,
-    lines: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One request a line.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line, in the order of the input.")],
+    lines: Annotated[Path, typer.Argument(parser=at_home, metavar="IN.jsonl", help="One request a line.")],
+    out: Annotated[
+        Path, typer.Argument(parser=at_home, metavar="OUT.jsonl", help="One answer a line, in the order of the input.")
+    ],
     kind: Annotated[KindName, typer.Option(help="What lines are; auto: as the first good line's keys say.")] = "auto",
     template: Annotated[str | None, typer.Option(help="How messages are written; the kind's own.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; the kind's own.")] = None,
@@ -51,7 +54,10 @@ def batch(
         int | None, typer.Option(min=2, help="Most tokens of prompt and answer; the model's, 4096 at most.")
     ] = None,
     shard: Annotated[str, typer.Option(metavar="I/N", help="Answer every N-th line alone, from I + 1 on.")] = "0/1",
-    rejects: Annotated[Path | None, typer.Option(help="Where bad lines go; OUT.rejects.jsonl if not given.")] = None,
+    rejects: Annotated[
+        Path | None,
+        typer.Option(parser=at_home, metavar="FILE", help="Where bad lines go; OUT.rejects.jsonl if not given."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or begin a changed job anew.")] = False,
     tokenizer: TokenizerOption = None,
     dtype: DtypeOption = None,

@@ -8,6 +8,7 @@ from typing import Annotated, cast
 
 import typer
 
+from cli.files import at_home
 from infer.conversation import Conversation, load_conversation
 from infer.load import find_model, load_engine, sampling, speculation, start_mesh
 from infer.options import (
@@ -45,7 +46,8 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     load_from: Annotated[
-        Path | None, typer.Option("--load", metavar="FILE", help="Go on with a conversation that !!save wrote.")
+        Path | None,
+        typer.Option("--load", parser=at_home, metavar="FILE", help="Go on with a conversation that !!save wrote."),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of a reply; 512, or half the context, when not given.")

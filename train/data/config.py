@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model.errors import PunaError
+from train.schema import PathText
 
 Format = Literal["auto", "text", "instruction", "conversations", "messages", "prompt_completion"]
 
@@ -18,10 +19,10 @@ class DataSource:
             data set, each row of which is seen once an epoch.
     """
 
-    path: str
+    path: PathText
     weight: float | None = None
     format: Format | None = None
-    template: str | None = None
+    template: PathText | None = None
     response_template: str | None = None
     columns: dict[str, str] | None = None
 
@@ -50,18 +51,18 @@ class DataConfig:
         cache_dir: where tokenized rows are kept; $XDG_CACHE_HOME/puna by default.
     """
 
-    path: str | tuple[str | DataSource, ...] = ""
+    path: PathText | tuple[PathText | DataSource, ...] = ""
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)
-    template: str = "auto"
+    template: PathText = "auto"
     response_template: str = ""
     max_length: int = 1024
     packing: bool = False
     packing_strategy: Literal["bfd", "wrapped"] = "bfd"
-    eval_path: str | None = None
+    eval_path: PathText | None = None
     validation_split: float = 0.0
     seed: int = 0
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
 
 
 def check(config: DataConfig) -> None:

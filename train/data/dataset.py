@@ -182,7 +182,7 @@ def hold_out(dataset: PackedDataset, fraction: float, seed: int) -> tuple[Packed
 def cache_folder(config: DataConfig) -> Path:
     """Where tokenized data sets are kept: data.cache_dir, or the user's cache."""
     if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
+        return Path(config.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "puna"
 
 

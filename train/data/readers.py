@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cli.files import at_home
 from convert.hub import HUB_ID
 from model.errors import PunaError
 
@@ -88,7 +89,7 @@ def source_files(path: str) -> list[Path]:
     Raises:
         PunaError: there is nothing of that name, or nothing in it that we read.
     """
-    place = Path(path)
+    place = at_home(path)
     if place.is_dir():
         found = sorted(file for file in place.rglob("*") if file.suffix.lower() in READERS and file.is_file())
         if any(file.name == "dataset_info.json" for file in found):  # a folder that datasets' save_to_disk wrote
