@@ -16,7 +16,10 @@ from model.chat_jinja import jinja_render, referenced_names
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 
-Message = Mapping[str, str]  # role and content; a user message may carry an `input` beside its content
+# Role and content; a user message may carry an `input` beside its content. A checkpoint's own template may read more.
+Message = Mapping[str, Any]
+
+MESSAGE_KEYS = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking")
 
 BOS, EOS = "bos_token", "eos_token"  # special pieces that stand for the tokenizer's own
 
@@ -120,6 +123,7 @@ class Template:
         render: gives the pieces of (messages, add_generation_prompt).
         encode: gives the token ids of pieces and which are trained, as `encode_counted`.
         stop, stop_tokens: texts and special tokens that end a reply; the tokens are named as in `Piece`.
+        reads: keys of a message, beyond these, that it writes: of MESSAGE_KEYS.
         with_tools: the same template beside functions that the model may call (JSON schemas, as OpenAI's `tools`); None
             where it has no place for them.
     """
@@ -129,6 +133,7 @@ class Template:
     encode: Callable[[Sequence[Piece], Tokenizer], tuple[list[int], list[bool]]]
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[str, ...] = (EOS,)
+    reads: frozenset[str] = frozenset()
     with_tools: "Callable[[Sequence[Mapping[str, Any]]], Template] | None" = None
 
 
@@ -381,15 +386,20 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
         PunaError: the template does not compile, or refuses one exchange of user and assistant.
     """
     render = jinja_render(source, tokenizer)
+    reads = frozenset(key for key in MESSAGE_KEYS if key in source)
 
     def template(
         stop_tokens: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None, with_tools: Callable | None
     ) -> Template:
         def pieces(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
-            asked = [{**message, "content": _asked(message)} for message in messages]
+            asked = [
+                {**message, "content": _asked(message)} if message.get("content") else message for message in messages
+            ]
             return [Piece(*piece) for piece in render(asked, add_generation_prompt, not add_generation_prompt, tools)]
 
-        return Template("chat_template", pieces, encode_aligned, stop_tokens=stop_tokens, with_tools=with_tools)
+        return Template(
+            "chat_template", pieces, encode_aligned, stop_tokens=stop_tokens, reads=reads, with_tools=with_tools
+        )
 
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     written = [text for text, _, special in render(conversation, False, False) if special]

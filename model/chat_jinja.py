@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -125,11 +126,12 @@ def jinja_render(source: str, tokenizer: Tokenizer) -> Callable[..., list[tuple[
     ) -> list[tuple[str, bool, bool]]:
         mark = _unused_mark([*messages, *(tools or [])])
         protected = [specials.protect(message, mark) for message in messages]
-        text = text_of(protected, add_generation_prompt, None if tools is None else specials.protect(tools, mark))
+        written = partial(text_of, tools=None if tools is None else specials.protect(tools, mark))
+        text = written(protected, add_generation_prompt)
         if _OPEN in text:
             text, spans = _tagged_spans(text)
         else:
-            spans = _assistant_spans(protected, text, text_of, specials) if masked else []
+            spans = _assistant_spans(protected, text, written, specials) if masked else []
         return _split(text, spans, specials, mark)
 
     return render

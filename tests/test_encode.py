@@ -272,7 +272,8 @@ def test_bos_is_written_once(small):
     [
         ({"text": None}, "key 'text': expected text, got null"),
         ({"text": 3}, "key 'text': expected text, got the number 3"),
-        ({"instruction": "x", "input": None, "output": "y"}, "key 'input': expected text, got null"),
+        ({"instruction": "x", "input": 3, "output": "y"}, "key 'input': expected text, got the number 3"),
+        ({"instruction": "x", "output": None}, "key 'output': expected text, got null"),
         ({"words": "x"}, "keys 'words' are those of no format"),
         ({"messages": []}, "key 'messages': the list is empty"),
         ({"messages": "x"}, "key 'messages': expected a list with messages, got text"),

@@ -35,7 +35,7 @@ POLL_SECONDS = 0.2
 # The code that makes tokens and rows of records: what another version of it wrote is not taken for this one's.
 CODE = (
     *("model.chat", "model.chat_jinja", "model.json_file", "model.tokenizer", "model.vocabulary"),
-    *("train.data.cache", "train.data.encode", "train.data.formats", "train.data.packing"),
+    *("train.data.cache", "train.data.encode", "train.data.formats", "train.data.messages", "train.data.packing"),
     *("train.data.readers", "train.data.tokenize"),
 )
 

@@ -34,7 +34,9 @@ class DataConfig:
     Attributes:
         path: a json, jsonl, csv, parquet, arrow or txt file (each line of a txt file is a document), a folder of these,
             a Hub data set "org/name[@revision][:split]", or a list of such paths or of tables (see DataSource).
-        format: what a record is; "auto" tells it from the first record's keys.
+        format: what a record is; "auto" tells it from the first record's keys. `system`, `history`, `tools`, and in
+            messages `tool_calls`, `weight` and content in parts, mean what they mean elsewhere (train.data.messages),
+            or are refused.
         columns: our key -> the record's, as in {text = "article"}.
         template: a conversation template's name, "chat_template" for the checkpoint's own, a .jinja file, or a text
             with {column} placeholders. "auto" takes alpaca for instruction records, vicuna_v1.1 for conversations, the

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from model.chat import BOS, EOS, Piece, Template, encode_counted, get_template
+from model.chat import BOS, EOS, MESSAGE_KEYS, Piece, Template, encode_counted, get_template
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
-from train.data.formats import KEYS, detect_format, messages_of, rename, text_at
+from train.data.formats import KEYS, detect_format, rename, text_at
+from train.data.messages import Conversation, conversation_of
 
 IGNORE_INDEX = -100  # the label of a token on which no loss is taken, as in transformers
 
@@ -116,7 +118,8 @@ def encoder(
             return _text_pieces(text_at(record, "text"), bos_trained)
 
         return Encoder(form, columns, text_pieces, encode_counted, tokenizer)
-    chosen = get_template(AUTO_TEMPLATE[form] if template == "auto" else template, tokenizer)
+    auto = "chat_template" if isinstance(first.get("prompt"), list) else AUTO_TEMPLATE[form]
+    chosen = get_template(auto if template == "auto" else template, tokenizer)
     return Encoder(form, columns, lambda record: _chat_pieces(record, form, chosen), chosen.encode, tokenizer)
 
 
@@ -126,10 +129,60 @@ def _text_pieces(text: str, bos_trained: bool) -> list[Piece]:
 
 
 def _chat_pieces(record: Mapping[str, Any], form: str, template: Template) -> list[Piece]:
-    messages = messages_of(record, form)
-    if form == "conversations" and messages[0]["role"] == "assistant":
-        messages = messages[1:]  # FastChat's rule: ShareGPT conversations may begin with a stray answer
-    return template.render(messages, False)
+    conversation = conversation_of(record, form)
+    if form == "conversations" and conversation.messages[0]["role"] == "assistant":
+        # FastChat's rule: ShareGPT conversations may begin with a stray answer
+        conversation = conversation._replace(messages=conversation.messages[1:], trained=conversation.trained[1:])
+    for key in MESSAGE_KEYS:
+        if any(key in message for message in conversation.messages) and key not in template.reads:
+            raise PunaError(
+                f"a message has {key!r}, which template {template.name!r} does not write: use a template that does, "
+                "or take it out of the data"
+            )
+    if conversation.tools is not None:
+        if template.with_tools is None:
+            raise PunaError(
+                f"key 'tools': template {template.name!r} has no place for tools: use a template that has, or take "
+                "them out of the data"
+            )
+        template = template.with_tools(conversation.tools)
+    pieces = _weighed(template.render(conversation.messages, False), conversation, template)
+    if template.name == "chat_template":
+        _check_whole(pieces, conversation)
+    return pieces
+
+
+def _weighed(pieces: list[Piece], conversation: Conversation, template: Template) -> list[Piece]:
+    """The pieces, those of answers that are not to be trained on masked."""
+    is_answer = [message["role"] == "assistant" for message in conversation.messages]
+    answers = [trained for trained, answer in zip(conversation.trained, is_answer, strict=True) if answer]
+    if all(answers):
+        return pieces
+    runs = [(trained, list(run)) for trained, run in groupby(pieces, key=lambda piece: piece.trained)]
+    if sum(trained for trained, _ in runs) != len(answers):
+        raise PunaError(
+            f"some answers are not to be trained on (key 'weight', or those in a prompt), and template "
+            f"{template.name!r} does not keep its answers apart: use another template"
+        )
+    left = iter(answers)
+    return [
+        piece._replace(trained=piece.trained and keep)
+        for trained, run in runs
+        for keep in [next(left) if trained else False]
+        for piece in run
+    ]
+
+
+def _check_whole(pieces: Sequence[Piece], conversation: Conversation) -> None:
+    """Refuses a conversation of whose trained answers the template leaves out a part."""
+    written = "".join(piece.text for piece in pieces if piece.trained)
+    for message, trained in zip(conversation.messages, conversation.trained, strict=True):
+        text = (message.get("content") or "").strip()
+        if message["role"] == "assistant" and trained and text not in written:
+            raise PunaError(
+                f"the chat template leaves out a part of the answer that begins {text[:40]!r}: use a template that "
+                "writes all of it, or take that part out of the data"
+            )
 
 
 def _column_pieces(template: str, response_template: str) -> Callable[[Mapping[str, Any]], list[Piece]]:

@@ -17,8 +17,9 @@ from cli.files import atomic_path
 from convert.tokenizer_files import find_tokenizer
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
-from train.data.formats import detect_format, messages_of, text_at
+from train.data.formats import detect_format, text_at
 from train.data.markdown import html_to_markdown
+from train.data.messages import conversation_of
 from train.data.permute import mix_key, permute
 from train.data.readers import Faults, SourceRecord, read_rows
 
@@ -91,7 +92,8 @@ def _texts(record: Record) -> list[tuple[str, str]]:
     form = detect_format(record)
     if form == "text":
         return [("text", text_at(record, "text"))]
-    return [(turn["role"], turn["content"] + turn.get("input", "")) for turn in messages_of(record, form)]
+    turns = conversation_of(record, form).messages
+    return [(turn["role"], (turn.get("content") or "") + turn.get("input", "")) for turn in turns]
 
 
 def without_phrases(phrases: Sequence[str] = REFUSALS) -> Step:

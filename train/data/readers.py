@@ -300,9 +300,16 @@ def _read_batches(file: Path, faults: Faults, batches: Callable[[], Iterator[Any
                 return
             for record in batch.to_pylist():
                 line += 1
-                yield SourceRecord(str(file), line, record)
+                yield SourceRecord(str(file), line, {key: _without_nulls(value) for key, value in record.items()})
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         faults.add(str(file), line, f"cannot be read: {error}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys that tables fill with null because other rows have them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def is_hub_id(path: str) -> bool:

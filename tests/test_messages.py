@@ -1,0 +1,148 @@
+"""Conversations in the forms that data sets have them: what changes text or mask is honoured as their systems do it."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import transformers
+from serving import TOOLS, WEATHER
+from small_tokenizer import CHATML, THINKING, small_tokenizer
+
+from model.errors import PunaError
+from model.tokenizer import load_tokenizer
+from train.data.encode import IGNORE_INDEX, encode
+from train.data.readers import Faults, read_parquet
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "puna"}}}
+ASKED = [
+    {"role": "user", "content": "Is it cold?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "yes"},
+    {"role": "assistant", "content": "It is a cold one."},
+]
+
+
+def folder(tmp_path_factory, template):
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"), template)
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    return folder(tmp_path_factory, TOOLS)
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    return load_tokenizer(folder(tmp_path_factory, CHATML))
+
+
+def trained(tokenizer, record, **settings):
+    """What is trained of a record, as text with special tokens."""
+    ids, labels = encode(record, tokenizer, template=settings.pop("template", "chat_template"), **settings)
+    runs, before = [], IGNORE_INDEX
+    for id, label in zip(ids, labels, strict=True):
+        if label != IGNORE_INDEX:
+            runs = [*runs, []] if before == IGNORE_INDEX else runs
+            runs[-1].append(tokenizer.token_bytes(id).decode() or f"<{id}>")
+        before = label
+    return ["".join(run) for run in runs]
+
+
+def plain(tokenizer, messages):
+    return encode({"messages": messages}, tokenizer, template="chat_template")
+
+
+def test_tools_and_calls_are_written_as_transformers_writes_them(tools):
+    ours, theirs = load_tokenizer(tools), transformers.AutoTokenizer.from_pretrained(tools)
+    expected = theirs.apply_chat_template(ASKED, tools=[WEATHER], return_dict=False)
+    for given in ([WEATHER], json.dumps([WEATHER])):
+        ids, labels = encode({"messages": ASKED, "tools": given}, ours, template="chat_template")
+        assert ids == expected
+    answers = trained(ours, {"messages": ASKED, "tools": [WEATHER]})
+    assert len(answers) == 2 and "weather" in answers[0] and answers[1].startswith("It is a cold one.")
+    unknown = [{**ASKED[0], "name": "Ana", "id": 3}, *ASKED[1:]]
+    assert encode({"messages": unknown, "tools": [WEATHER]}, ours, template="chat_template") == (ids, labels)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call", "reasoning_content", "thinking", "tool_call_id"])
+@pytest.mark.parametrize("template", ["chat_template", "chatml", "llama3"])
+def test_what_a_template_does_not_write_is_refused_by_name(chatml, key, template):
+    messages = [ASKED[0], {"role": "assistant", "content": "It is.", key: [CALL]}]
+    with pytest.raises(PunaError, match=f"a message has '{key}', which template '{template}' does not write"):
+        encode({"messages": messages}, chatml, template=template)
+    with pytest.raises(PunaError, match=f"key 'tools': template '{template}' has no place for tools"):
+        encode({"messages": ASKED[:1], "tools": [WEATHER]}, chatml, template=template)
+
+
+def test_an_answer_of_weight_zero_is_read_and_not_trained(chatml):
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, "abcdef", strict=True)]
+    ids, labels = plain(chatml, turns)
+    turns[3] = {**turns[3], "weight": 0}
+    turns[5] = {**turns[5], "weight": 1}
+    got, masked = plain(chatml, turns)
+    assert got == ids and [run[0] for run in trained(chatml, {"messages": turns})] == ["b", "f"]
+    assert all(new in (old, IGNORE_INDEX) for new, old in zip(masked, labels, strict=True)) and masked != labels
+    for template in ("vicuna_v1.1", "llama2", "llama3", "chatml", "alpaca"):
+        assert [run.strip()[0] for run in trained(chatml, {"messages": turns}, template=template)] == ["b", "f"]
+    with pytest.raises(PunaError, match=r"messages\[1\]: key 'weight' is 0.5: only 0 .* and 1 are known"):
+        plain(chatml, [turns[0], {**turns[1], "weight": 0.5}])
+    with pytest.raises(PunaError, match="'vicuna_v0' does not keep its answers apart"):
+        encode({"messages": turns}, chatml, template="vicuna_v0")
+
+
+def test_parts_of_text_are_joined_and_others_refused(chatml):
+    parts = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "cold?"}]
+    answer = {"role": "assistant", "content": "Yes."}
+    assert plain(chatml, [{"role": "user", "content": parts}, answer]) == plain(chatml, [ASKED[0], answer])
+    with pytest.raises(PunaError, match=r"messages\[0\]: content\[1\]: is 'image_url'; only parts of type 'text'"):
+        plain(chatml, [{"role": "user", "content": [parts[0], {"type": "image_url"}]}, answer])
+
+
+def test_a_prompt_and_completion_of_messages_train_the_completion(chatml):
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    record = {"prompt": turns[:3], "completion": turns[3:]}
+    ids, _ = encode(record, chatml, template="auto")
+    assert ids == plain(chatml, turns)[0]
+    assert [run[0] for run in trained(chatml, record)] == ["d"]
+
+
+def test_system_and_history_of_a_record_come_first(chatml):
+    record = {"instruction": "c", "input": "", "output": "d", "system": "Be brief.", "history": [["a", "b"]]}
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    expected = plain(chatml, [{"role": "system", "content": "Be brief."}, *turns])
+    assert encode(record, chatml, template="chat_template") == expected
+    turns_of = [{"from": "human" if turn["role"] == "user" else "gpt", "value": turn["content"]} for turn in turns]
+    assert encode({"conversations": turns_of, "system": "Be brief."}, chatml, template="chat_template") == expected
+    with pytest.raises(PunaError, match="key 'system': key 'messages' begins with a system message too"):
+        encode({"messages": [{"role": "system", "content": "x"}, *turns], "system": "y"}, chatml, template="chatml")
+    with pytest.raises(PunaError, match=r"history\[0\]: expected a question and an answer, both text"):
+        encode({**record, "history": [["a"]]}, chatml)
+
+
+def test_null_in_an_optional_key_is_as_good_as_none(chatml, tmp_path):
+    bare = {"instruction": "a", "output": "b"}
+    nulls = dict.fromkeys(("input", "system", "history", "tools", "messages", "text"))
+    assert encode({**nulls, **bare}, chatml, template="auto") == encode(bare, chatml, template="auto")
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]},
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}],
+            "tools": [WEATHER],
+        },
+    ]
+    table = pyarrow.Table.from_pylist([{"tools": None, **row} for row in rows])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    faults = Faults()
+    first, second = (row.record for row in read_parquet(tmp_path / "rows.parquet", faults))
+    assert first == {**rows[0], "tools": None} and second == rows[1] and not faults.count
+    assert encode(first, chatml, template="auto") == encode(rows[0], chatml, template="auto")
+
+
+def test_thoughts_that_a_template_leaves_out_are_not_lost_in_silence(tmp_path_factory):
+    template = THINKING.replace("m['content'] if loop.last else ", "")
+    tokenizer = load_tokenizer(folder(tmp_path_factory, template))
+    answer = {"role": "assistant", "content": "<think>cold</think>Yes."}
+    with pytest.raises(PunaError, match="leaves out a part of the answer that begins '<think>cold</think>Yes.'"):
+        plain(tokenizer, [ASKED[0], answer])
+    assert plain(tokenizer, [ASKED[0], {**answer, "content": "Yes."}])
