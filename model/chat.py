@@ -6,6 +6,7 @@ serves training (the mask) and inference (the generation prompt and what stops a
 """
 
 import bisect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -386,14 +387,15 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
         PunaError: the template does not compile, or refuses one exchange of user and assistant.
     """
     render = jinja_render(source, tokenizer)
-    reads = frozenset(key for key in MESSAGE_KEYS if key in source)
+    reads = frozenset(key for key in MESSAGE_KEYS if re.search(rf"\b{key}\b", source))
 
     def template(
         stop_tokens: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None, with_tools: Callable | None
     ) -> Template:
         def pieces(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
             asked = [
-                {**message, "content": _asked(message)} if message.get("content") else message for message in messages
+                {**message, "content": _asked(message)} if isinstance(message.get("content"), str) else message
+                for message in messages
             ]
             return [Piece(*piece) for piece in render(asked, add_generation_prompt, not add_generation_prompt, tools)]
 

@@ -75,6 +75,18 @@ def test_what_a_template_does_not_write_is_refused_by_name(chatml, key, template
         encode({"messages": ASKED[:1], "tools": [WEATHER]}, chatml, template=template)
 
 
+def test_a_name_within_another_is_not_read(tmp_path_factory):
+    tokenizer = load_tokenizer(folder(tmp_path_factory, "{% if enable_thinking %}x{% endif %}" + CHATML))
+    with pytest.raises(PunaError, match="a message has 'thinking', which template 'chat_template' does not write"):
+        plain(tokenizer, [ASKED[0], {"role": "assistant", "content": "It is.", "thinking": "cold"}])
+
+
+def test_an_input_without_an_instruction_is_written(chatml):
+    record = {"instruction": "", "input": "llamas", "output": "b"}
+    messages = [{"role": "user", "content": "\nllamas"}, {"role": "assistant", "content": "b"}]
+    assert encode(record, chatml, template="chat_template") == plain(chatml, messages)
+
+
 def test_an_answer_of_weight_zero_is_read_and_not_trained(chatml):
     turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, "abcdef", strict=True)]
     ids, labels = plain(chatml, turns)
