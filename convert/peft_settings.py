@@ -85,7 +85,7 @@ def is_saved(module: str, settings: Mapping[str, Any], is_tied: bool = False) ->
     """Whether modules_to_save names the module, or one that holds it: by the end of its name, of whatever length."""
     parts = module.split(".")
     names = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    if is_tied and settings.get("ensure_weight_tying") and _ties_saved(settings) and module in (EMBED, HEAD):
+    if ties_saved(settings, is_tied) and module in (EMBED, HEAD):
         return True
     return any(name.endswith(end) for name in names for end in settings.get("modules_to_save") or ())
 
