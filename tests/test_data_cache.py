@@ -223,14 +223,9 @@ def test_faults_of_reading_and_of_records_come_together(tokenizer, config, tmp_p
 
 
 def test_examples_without_a_trained_token_are_named(tokenizer, config, tmp_path):
-    """A prompt that fills max_length leaves nothing to learn from (unsloth#1290)."""
-    records = [RECORDS[0], {"instruction": "llama " * 500, "output": "x"}, RECORDS[1]]
-    assert fault(config(records), tokenizer) == (
-        f"{tmp_path}/a.jsonl:2: has no trained token within max_length 256: "
-        "raise data.max_length, or leave the record out"
-    )
     asked = [{"role": "user", "content": "Hi"}]
     said = fault(config([{"messages": asked}] * 30, template="chatml"), tokenizer)
+    assert said.startswith(f"{tmp_path}/a.jsonl:1: has no trained token: leave the record out\n")
     assert said.count("has no trained token") == 20 and said.endswith("and 10 more")
 
 

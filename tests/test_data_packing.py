@@ -11,7 +11,6 @@ from small_tokenizer import small_tokenizer
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
 from train.data import IGNORE_INDEX, DataConfig, Datasets, DataSource, Sampler, encode, in_order, load_dataset
-from train.data.dataset import hold_out
 from train.data.packing import best_fit_decreasing, select, split_spans, wrapped
 from train.data.permute import mix_key, permute
 from train.data.sampler import PERIOD
@@ -28,7 +27,7 @@ def offsets_of(sizes):
 
 @given(lengths, st.integers(2, 20))
 def test_splitting_makes_every_token_but_the_first_a_target_once(sizes, max_length):
-    start, length = split_spans(offsets_of(sizes), max_length)
+    start, length = split_spans(offsets_of(sizes)[:-1], np.array(sizes), max_length)
     assert length.max() <= max_length and length.min() >= 2
     targets = np.concatenate([np.arange(s + 1, s + n) for s, n in zip(start, length, strict=True)])
     first = set(offsets_of(sizes)[:-1].tolist())
@@ -37,7 +36,7 @@ def test_splitting_makes_every_token_but_the_first_a_target_once(sizes, max_leng
 
 @given(lengths, st.integers(2, 70))
 def test_best_fit_places_every_span_once_and_overfills_nothing(sizes, max_length):
-    start, length = split_spans(offsets_of(sizes), max_length)
+    start, length = split_spans(offsets_of(sizes)[:-1], np.array(sizes), max_length)
     rows = best_fit_decreasing(start, length, max_length)
     assert sorted(zip(rows.start, rows.length, strict=True)) == sorted(zip(start, length, strict=True))
     filled = np.add.reduceat(rows.length, rows.offsets[:-1])
@@ -61,8 +60,20 @@ def test_best_fit_equals_its_definition(sizes, max_length):
 
 
 def test_wrapping_cuts_the_stream_and_leaves_out_the_rest():
-    rows = wrapped(23, 5)
-    assert rows.start.tolist() == [0, 5, 10, 15] and set(rows.length.tolist()) == {5}
+    rows = wrapped(np.array([0, 9]), np.array([9, 14]), 5)
+    assert rows.start.tolist() == [0, 5, 10, 15] and set(rows.length.tolist()) == {5} and rows.joined
+
+
+@given(lengths, st.integers(2, 70), st.data())
+def test_wrapping_some_examples_is_wrapping_a_stream_of_them_alone(sizes, max_length, data):
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1))))
+    offsets = offsets_of(sizes)
+    rows = wrapped(offsets[chosen].astype(np.int64), np.diff(offsets)[chosen], max_length)
+    stream = [token for example in chosen for token in range(offsets[example], offsets[example + 1])]
+    found = [t for s, n in zip(rows.start, rows.length, strict=True) for t in range(s, s + n)]
+    assert found == stream[: len(stream) // max_length * max_length]
+    assert len(rows) == len(stream) // max_length
+    assert all(rows.length[rows.offsets[r] : rows.offsets[r + 1]].sum() == max_length for r in range(len(rows)))
 
 
 @given(lengths, st.data())
@@ -163,12 +174,47 @@ def test_long_texts_are_split_and_all_of_them_trained_on(tokenizer, config):
     assert dataset.counts.cut == 0
 
 
-def test_conversations_are_cut_and_counted(tokenizer, config):
-    dataset = load_dataset(config(max_length=60), tokenizer)
-    counts = dataset.train[0].counts
-    lengths = np.array([len(encode(record, tokenizer, max_length=None)[0]) for record in RECORDS])
-    assert counts.cut == np.sum(lengths > 60) > 0 and counts.cut_tokens == np.sum((lengths - 60)[lengths > 60])
+@pytest.mark.parametrize("on_overlong", ["truncate", "drop"])
+def test_conversations_longer_than_a_row_are_cut_or_dropped_and_counted(tokenizer, config, tmp_path, on_overlong):
+    dataset = load_dataset(config(max_length=45, on_overlong=on_overlong), tokenizer).train[0]
+    counts, whole = dataset.counts, [encode(record, tokenizer, max_length=None) for record in RECORDS]
+    longer = [number for number, (ids, _) in enumerate(whole) if len(ids) > 45]
+    is_cut = {
+        number for number in longer if on_overlong == "truncate" and set(whole[number][1][1:45]) != {IGNORE_INDEX}
+    }
+    dropped = [f"{tmp_path}/a.jsonl:{number + 1}" for number in longer if number not in is_cut]
+    assert 5 < len(dropped) < len(RECORDS) and (counts.overlong, counts.overlong_at) == (len(dropped), (*dropped[:5],))
+    assert (counts.cut, counts.cut_tokens) == (len(is_cut), sum(len(whole[number][0]) - 45 for number in is_cut))
+    assert f"{len(dropped)} longer than max_length dropped ({', '.join(dropped[:5])}, ...)" in str(counts)
     assert f"{counts.cut} cut ({counts.cut_tokens} tokens lost)" in str(counts)
+    kept = [ids[:45] for number, (ids, _) in enumerate(whole) if number not in longer or number in is_cut]
+    assert [dataset.example(number)[0].tolist() for number in range(len(dataset))] == kept
+
+
+@pytest.mark.parametrize("on_overlong", ["truncate", "drop"])
+def test_one_prompt_that_fills_a_row_costs_that_record_only(tokenizer, config, tmp_path, on_overlong):
+    records = [RECORDS[0], {"instruction": "llama " * 500, "output": "x"}, RECORDS[1]]
+    dataset = load_dataset(config(records, on_overlong=on_overlong), tokenizer).train[0]
+    assert len(dataset) == 2 and dataset.counts.overlong_at == (f"{tmp_path}/a.jsonl:2",)
+    with pytest.raises(PunaError, match=r"gives no row: 0 tokens for data.max_length 128, and 1 records are longer"):
+        load_dataset(config(records[1:2], on_overlong=on_overlong), tokenizer)
+
+
+def test_longer_records_are_refused_by_line_where_that_is_asked(tokenizer, config, tmp_path):
+    lengths = [len(encode(record, tokenizer, max_length=None)[0]) for record in RECORDS]
+    with pytest.raises(PunaError) as raised:
+        load_dataset(config(max_length=60, on_overlong="error"), tokenizer)
+    first = next(number for number, length in enumerate(lengths) if length > 60)
+    assert str(raised.value).startswith(
+        f"{tmp_path}/a.jsonl:{first + 1}: has {lengths[first]} tokens, above data.max_length 60: raise that, or set "
+        'data.on_overlong = "drop" or "truncate"\n'
+    )
+    assert load_dataset(config(on_overlong="error"), tokenizer).train[0].counts.records == len(RECORDS)
+    assert load_dataset(config(TEXTS, max_length=32, on_overlong="error"), tokenizer).train[0].counts.split
+    wrapped_rows = {"packing": True, "packing_strategy": "wrapped"}
+    assert (
+        not load_dataset(config(max_length=32, on_overlong="error", **wrapped_rows), tokenizer).train[0].counts.overlong
+    )
 
 
 def test_wrapped_rows_are_concatenate_and_chunk(tokenizer, config):
@@ -192,13 +238,41 @@ def test_rows_name_the_lines_they_came_from(tokenizer, config, tmp_path):
         assert sorted(tokens) == sorted(encode(RECORDS[line - 1], tokenizer, max_length=128)[0] for line in lines)
 
 
-def test_a_validation_split_is_disjoint_and_rounded_up(tokenizer, config):
-    found = load_dataset(config(validation_split=0.05), tokenizer)
-    assert found.evaluation is not None and len(found.evaluation) == 3 and len(found.train[0]) == 47
-    places = [dataset.where(row) for dataset in (found.train[0], found.evaluation) for row in range(len(dataset))]
-    assert len({place for row in places for place in row}) == 50
-    with pytest.raises(PunaError, match="leaves none of the 3 rows"):
-        hold_out(found.evaluation, 0.9, 0)
+PACKINGS = [{}, {"packing": True}, {"packing": True, "packing_strategy": "wrapped"}]
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=["padded", "bfd", "wrapped"])
+@pytest.mark.parametrize("records", [RECORDS, TEXTS], ids=["records", "texts"])
+def test_a_validation_split_is_of_whole_documents_each_part_packed_by_itself(tokenizer, config, packing, records):
+    """Each part is, row by row, what a file of its documents alone would give."""
+    settings = {"max_length": 32 if records is TEXTS else 128, **packing}
+    found = load_dataset(config(records, validation_split=0.12, **settings), tokenizer)
+    unpacked = load_dataset(config(records, validation_split=0.12), tokenizer)  # of which no document is left over
+    lines = []
+    for dataset, every in zip(
+        (found.train[0], found.evaluation), (unpacked.train[0], unpacked.evaluation), strict=True
+    ):
+        assert dataset is not None and every is not None
+        places = {place for row in range(len(every)) for place in every.where(row)}
+        assert {place for row in range(len(dataset)) for place in dataset.where(row)} <= places
+        lines.append(sorted(int(place.rpartition(":")[2]) for place in places))
+        own = [records[line - 1] for line in lines[-1]]
+        alone = load_dataset(config(own, "b.jsonl", **settings), tokenizer).train[0]
+        for name, values in alone.batch(range(len(alone))).items():
+            assert np.array_equal(dataset.batch(range(len(dataset)))[name], values), name
+        for name in ("tokens", "trained_tokens", "left_over_tokens", "split", "rows", "max_length"):
+            assert getattr(dataset.counts, name) == getattr(alone.counts, name), name
+    assert not set(lines[0]) & set(lines[1]) and len(lines[1]) == found.train[0].counts.held_out
+    assert found.train[0].counts.held_out == -(-len(records) * 12 // 100)
+    assert f"{found.train[0].counts.held_out} held out" in str(found.train[0].counts)
+
+
+def test_a_validation_split_that_leaves_a_part_without_rows_is_refused(tokenizer, config):
+    with pytest.raises(PunaError, match="split 0.99 leaves 0 of 50 documents to train on, which make no row"):
+        load_dataset(config(validation_split=0.99), tokenizer)
+    one = {"packing": True, "packing_strategy": "wrapped", "max_length": 512}
+    with pytest.raises(PunaError, match="split 0.01 leaves 1 of 20 documents to evaluate, which make no row"):
+        load_dataset(config(TEXTS, validation_split=0.01, **one), tokenizer)
 
 
 def test_an_eval_path_is_read_with_the_same_settings(tokenizer, config, tmp_path):
@@ -217,7 +291,7 @@ def datasets(tokenizer, config):
 
 def test_the_global_batch_is_the_same_however_it_is_divided(datasets):
     whole = Sampler(datasets, 8, seed=3)
-    for step in (0, 1, 17, 10**6):
+    for step in (0, 1, 17, 10**6, whole.steps(1) - 1):
         batch = whole.batch(step)
         for processes in (1, 2, 4, 8):
             share = 8 // processes
@@ -226,16 +300,30 @@ def test_the_global_batch_is_the_same_however_it_is_divided(datasets):
                 assert np.array_equal(np.concatenate([part[name] for part in parts]), values)
 
 
-def test_each_epoch_holds_every_row_once_in_its_own_order(datasets):
-    sampler = Sampler(datasets, 5)
-    size = sampler.num_rows
-    drawn = np.concatenate([sampler.rows(step) for step in range(size)])  # five epochs
-    epochs = drawn.reshape(5, size)
-    assert all(sorted(epoch) == list(range(size)) for epoch in epochs.tolist())
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 5
-    assert sampler.epoch(size) == 5.0
-    other = np.concatenate([Sampler(datasets, 5, seed=1).rows(step) for step in range(size)])
-    assert not np.array_equal(drawn, other)
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 7, 8, 1000])
+def test_each_epoch_holds_every_row_once_in_its_own_order(datasets, batch_size):
+    sampler = Sampler(datasets, batch_size)
+    size, steps = sampler.num_rows, sampler.steps(1)
+    assert steps == -(-size // batch_size) and sampler.steps(0.5) == -(-steps // 2) and sampler.steps(3) == 3 * steps
+    epochs = [np.concatenate([sampler.rows(epoch * steps + step) for step in range(steps)]) for epoch in range(5)]
+    assert all(sorted(epoch.tolist()) == list(range(size)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 5
+    assert [sampler.epoch(number) for number in (0, steps, 5 * steps)] == [0.0, 1.0, 5.0]
+    assert steps == 1 or sampler.epoch(steps + 1) == 1 + batch_size / size
+    other = np.concatenate([Sampler(datasets, batch_size, seed=1).rows(step) for step in range(steps)])
+    assert not np.array_equal(epochs[0], other)
+    rows = np.concatenate([sampler.batch(step)["rows"] for step in range(steps)])
+    assert np.array_equal(rows[:size], epochs[0]) and (rows[size:] == -1).all() and len(rows) == steps * batch_size
+
+
+def test_the_last_batch_of_an_epoch_is_filled_up_with_rows_that_do_not_count(datasets):
+    sampler = Sampler(datasets, 7)
+    assert 0 < (left := sampler.num_rows % 7) < 7
+    batch, rows = sampler.batch(sampler.steps(1) - 1), sampler.rows(sampler.steps(1) - 1)
+    assert len(rows) == left and set(batch["rows"][left:].tolist()) == {-1}
+    assert set(batch["labels"][left:].flat) == {IGNORE_INDEX} and set(batch["segments"][left:].flat) == {0}
+    for name, values in datasets.train[0].batch(rows).items():
+        assert np.array_equal(batch[name][:left], values)
 
 
 @pytest.fixture

@@ -158,3 +158,36 @@ def test_thoughts_that_a_template_leaves_out_are_not_lost_in_silence(tmp_path_fa
     with pytest.raises(PunaError, match="leaves out a part of the answer that begins '<think>cold</think>Yes.'"):
         plain(tokenizer, [ASKED[0], answer])
     assert plain(tokenizer, [ASKED[0], {**answer, "content": "Yes."}])
+
+
+MARKED = (  # WRITTEN stands for what an answer is written as, beside its content
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    "{% generation %}{{ WRITTEN }}{% endgeneration %}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+)
+
+
+def test_what_a_later_answer_repeats_was_still_left_out_of_the_first(tmp_path_factory):
+    tokenizer = load_tokenizer(folder(tmp_path_factory, MARKED.replace("WRITTEN", "m.content if loop.last else 'no'")))
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "aYbY", strict=True)]
+    with pytest.raises(PunaError, match="leaves out a part of the answer that begins 'Y'"):
+        plain(tokenizer, turns)
+    masked = [turns[0], {**turns[1], "weight": 0}, *turns[2:]]
+    assert trained(tokenizer, {"messages": masked}) == ["Y"]
+
+
+@pytest.mark.parametrize(
+    "written, missing",
+    [
+        ("(m.reasoning_content if loop.last else '')", "first"),
+        ("(m.thinking or '')[:3]", "it is"),
+        ("m.tool_calls|length", "weather"),
+    ],
+)
+def test_thoughts_and_calls_are_written_whole_or_refused(tmp_path_factory, written, missing):
+    """As of models whose template writes thoughts of the last turn alone."""
+    extra = {"reasoning_content": "first", "thinking": "it is cold", "tool_calls": [CALL]}
+    key = next(key for key in extra if key in written)
+    tokenizer = load_tokenizer(folder(tmp_path_factory, MARKED.replace("WRITTEN", f"{written} ~ m.content")))
+    answers = [{"role": "assistant", "content": "Yes.", key: extra[key]}, {"role": "assistant", "content": "No."}]
+    with pytest.raises(PunaError, match=f"leaves out a part of the answer that begins '{missing}"):
+        plain(tokenizer, [ASKED[0], answers[0], ASKED[0], answers[1]])

@@ -93,6 +93,7 @@ DATA = {
     "template": ("{prompt}: {completion}", {}),
     "response_template": ("=", {"data": {"template": "{prompt} = {completion}"}}),
     "max_length": (32, {}),
+    "on_overlong": ("truncate", {"data": {"max_length": 18}}),
     "packing": (True, {}),
     "packing_strategy": ("wrapped", {"data": {"packing": True}}),
     "eval_path": ("other.jsonl", {}),
@@ -111,6 +112,7 @@ UNREAD = [  # the value, what makes that nothing reads it, and the remedy
     ("run.eval_steps", 5, {}),
     ("run.keep_every", 5, {"run": {"save_steps": 0}}),
     ("data.seed", 5, {}),
+    ("data.on_overlong", "error", {"data": {"packing": True, "packing_strategy": "wrapped"}}),
     ("mesh.sequence_parallel", True, {}),
 ]
 

@@ -353,6 +353,7 @@ def _refuse_unread(config: Config) -> None:
         ("optim.min_lr_ratio", "optim.lr_scheduler_type", optim.lr_scheduler_type == "constant"),
         ("run.eval_steps", "data.eval_path", data.eval_path is None and not data.validation_split),
         ("data.seed", "data.validation_split", not data.validation_split),
+        ("data.on_overlong", "data.packing_strategy", data.packing_strategy == "wrapped"),
         ("mesh.sequence_parallel", "mesh.tensor", config.mesh.tensor == 1),
         ("run.keep_every", "run.save_steps", not run.save_steps and not run.save_minutes),
     )

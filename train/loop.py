@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import subprocess
 import tomllib
@@ -112,8 +111,7 @@ def train(config: Config) -> None:
         for dataset in datasets.train:
             display.say(f"data: {dataset.counts}")
         if (held_out := datasets.evaluation) is not None:
-            is_part = config.data.eval_path is None  # of the training data, whose counts it shares
-            display.say(f"held out: {f'{len(held_out):,} of these rows' if is_part else held_out.counts}")
+            display.say(f"held out: {held_out.counts}")
         display.say(
             f"{devices}; mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}"
         )
@@ -163,7 +161,7 @@ def train(config: Config) -> None:
 
 def total_steps(config: Config, sampler: Sampler) -> int:
     """run.max_steps, or as many as run.num_train_epochs take."""
-    return config.run.max_steps or math.ceil(config.run.num_train_epochs * sampler.num_rows / config.run.batch_size)
+    return config.run.max_steps or sampler.steps(config.run.num_train_epochs)
 
 
 def evaluation_loss(

@@ -29,14 +29,15 @@ from train.data.config import DataConfig, DataSource
 from train.data.encode import Encoder, encoder
 from train.data.packing import PackedRows, best_fit_decreasing, padded, split_spans, wrapped
 from train.data.readers import Faults, SourceRecord, load_hub, read_rows, source_files
-from train.data.tokenize import Chunk, tokenize
+from train.data.tokenize import Chunk, Limit, tokenize
 
 POLL_SECONDS = 0.2
+NAMED_OVERLONG = 5
 # The code that makes tokens and rows of records: what another version of it wrote is not taken for this one's.
 CODE = (
     *("model.chat", "model.chat_jinja", "model.json_file", "model.tokenizer", "model.vocabulary"),
     *("train.data.cache", "train.data.encode", "train.data.formats", "train.data.messages", "train.data.packing"),
-    *("train.data.readers", "train.data.tokenize"),
+    *("train.data.readers", "train.data.splits", "train.data.tokenize"),
 )
 
 
@@ -47,8 +48,11 @@ class Counts:
     Attributes:
         records: how many were read.
         empty: blank texts, left out.
+        overlong: examples left out because they do not fit a row.
+        overlong_at: `path:line` of the first ones.
         cut: examples that were longer than a row and lost their end.
         cut_tokens: tokens lost by it.
+        held_out: documents set apart for evaluation.
         split: examples that are longer than a row and were not cut.
         tokens: kept, in rows or not.
         trained_tokens: those of them on which loss is taken.
@@ -59,8 +63,11 @@ class Counts:
 
     records: int = 0
     empty: int = 0
+    overlong: int = 0
+    overlong_at: tuple[str, ...] = ()
     cut: int = 0
     cut_tokens: int = 0
+    held_out: int = 0
     split: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -75,9 +82,13 @@ class Counts:
 
     def __str__(self) -> str:
         fill = self.tokens / (self.rows * self.max_length) if self.rows else 0.0
+        more = ", ..." if self.overlong > len(self.overlong_at) else ""
+        places = f" ({', '.join(self.overlong_at)}{more})" if self.overlong else ""
         said = [
             f"{self.records:,} records read",
             f"{self.empty:,} empty ones dropped",
+            f"{self.overlong:,} longer than max_length dropped{places}",
+            *([f"{self.held_out:,} held out"] if self.held_out else []),
             f"{self.cut:,} cut ({self.cut_tokens:,} tokens lost)",
             f"{self.split:,} split",
             f"{self.tokens:,} tokens, {self.trained_tokens:,} trained and {self.masked_tokens:,} masked",
@@ -107,7 +118,7 @@ def cache_name(config: DataConfig, source: DataSource, tokenizer: Tokenizer) -> 
     files = source_files(source.path)
     content = [(str(file), sha256_of(file)) for file in files] or [(source.path, load_hub(source.path)._fingerprint)]
     settings = [source.format, source.template, source.response_template, sorted((source.columns or {}).items())]
-    rows = [config.max_length, config.packing, config.packing_strategy]
+    rows = [config.max_length, config.on_overlong, config.packing, config.packing_strategy]
     jinja = tokenizer.chat_template if source.template in ("auto", "chat_template") else None
     if source.template and source.template.endswith(".jinja"):
         jinja = Path(source.template).read_text(encoding="utf-8")
@@ -195,22 +206,20 @@ def tokenize_into(
     """
     faults = Faults()
     encode, rows = _first_read(source, tokenizer, faults)
-    wrap = config.packing and config.packing_strategy == "wrapped"
-    chunks = tokenize(rows, encode, None if wrap or encode.splits else config.max_length, faults)
+    fits_any = encode.splits or (config.packing and config.packing_strategy == "wrapped")
+    limit = None if fits_any else Limit(config.max_length, config.on_overlong)
+    chunks = tokenize(rows, encode, limit, faults)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     with _progress(source.path, alive) as advance:
         paths, origins, offsets, counts = _write_examples(folder, chunks, dtype, advance)
     faults.check()
-    packed = pack(offsets, config)
+    packed = pack(offsets[:-1], np.diff(offsets), config)
     if not len(packed):
-        raise PunaError(f"{source.path} gives no row: {counts.tokens:,} tokens for data.max_length {config.max_length}")
-    counts = replace(
-        counts,
-        split=int(np.sum(np.diff(offsets) > config.max_length)),
-        left_over_tokens=int(offsets[-1] - packed.length.sum()) if wrap else 0,
-        rows=len(packed),
-        max_length=config.max_length,
-    )
+        left_out = f", and {counts.overlong:,} records are longer: raise it" if counts.overlong else ""
+        raise PunaError(
+            f"{source.path} gives no row: {counts.tokens:,} tokens for data.max_length {config.max_length}{left_out}"
+        )
+    counts = packed_counts(counts, np.diff(offsets), counts.trained_tokens, packed, config)
     np.savez(
         folder / "index.npz",
         offsets=offsets,
@@ -218,6 +227,7 @@ def tokenize_into(
         row_offsets=packed.offsets,
         start=packed.start,
         length=packed.length,
+        joined=packed.joined,
     )
     meta = {"dtype": dtype.name, "paths": paths, "counts": asdict(counts)}
     written = (folder / "tokens.bin", folder / "trained.bin", folder / "index.npz")
@@ -257,6 +267,8 @@ def _write_examples(
                 counts,
                 records=counts.records + chunk.records,
                 empty=counts.empty + chunk.empty,
+                overlong=counts.overlong + len(chunk.overlong),
+                overlong_at=(*counts.overlong_at, *chunk.overlong)[:NAMED_OVERLONG],
                 cut=counts.cut + chunk.cut,
                 cut_tokens=counts.cut_tokens + chunk.cut_tokens,
                 tokens=counts.tokens + len(chunk.tokens),
@@ -266,17 +278,42 @@ def _write_examples(
     return list(paths), np.concatenate(origins), np.cumsum(np.concatenate(lengths)), counts
 
 
-def pack(offsets: NDArray[np.int64], config: DataConfig) -> PackedRows:
+def pack(start: NDArray[np.int64], length: NDArray[np.int64], config: DataConfig) -> PackedRows:
     """The rows that examples make.
 
     Args:
-        offsets: [E + 1], where each example begins, and the end of the last.
+        start: [E], where each example begins.
+        length: [E], its tokens.
         config: max_length, packing and packing_strategy.
     """
     if config.packing and config.packing_strategy == "wrapped":
-        return wrapped(int(offsets[-1]), config.max_length)
-    spans = split_spans(offsets, config.max_length)
+        return wrapped(start, length, config.max_length)
+    spans = split_spans(start, length, config.max_length)
     return best_fit_decreasing(*spans, config.max_length) if config.packing else padded(*spans)
+
+
+def packed_counts(
+    counts: Counts, length: NDArray[np.int64], trained: int, rows: PackedRows, config: DataConfig
+) -> Counts:
+    """`counts` with those of some packed examples.
+
+    Args:
+        counts: what became of the records before.
+        length: [E], the tokens of each example.
+        trained: how many of all these tokens are trained on.
+        rows: what `pack` made of them.
+        config: as of `pack`.
+    """
+    tokens = int(length.sum())
+    return replace(
+        counts,
+        split=int(np.sum(length > config.max_length)),
+        tokens=tokens,
+        trained_tokens=trained,
+        left_over_tokens=tokens - int(rows.length.sum()) if rows.joined else 0,
+        rows=len(rows),
+        max_length=config.max_length,
+    )
 
 
 @contextmanager

@@ -33,7 +33,8 @@ class DataConfig:
 
     Attributes:
         path: a json, jsonl, csv, parquet, arrow or txt file (each line of a txt file is a document), a folder of these,
-            a Hub data set "org/name[@revision][:split]", or a list of such paths or of tables (see DataSource).
+            a Hub data set "org/name[@revision]", or a list of such paths or of tables (see DataSource). Of a folder or
+            data set one split is read, train, or the one behind a colon: "folder:test".
         format: what a record is; "auto" tells it from the first record's keys. `system`, `history`, `tools`, and in
             messages `tool_calls`, `weight` and content in parts, mean what they mean elsewhere (train.data.messages),
             or are refused.
@@ -43,13 +44,15 @@ class DataConfig:
             checkpoint's own for messages and plain for prompt_completion.
         response_template: the last part of a template with placeholders that is not trained on (DialogSum:
             "### Output:\\n").
-        max_length: tokens in a row. Longer answers and conversations are cut (and counted), longer texts are split.
+        max_length: tokens in a row. Longer texts are split over several; for longer conversations see on_overlong.
+        on_overlong: what becomes of a conversation longer than max_length: it is left out ("drop", counted), loses its
+            end ("truncate", counted; left out where nothing trained would stay), or is refused by its line ("error").
         packing: several examples a row, apart from each other.
         packing_strategy: TRL's names: "bfd" is best-fit decreasing; "wrapped" joins everything and cuts it every
             max_length tokens, attending across documents, and leaves out the last incomplete row.
         eval_path: held-out examples.
-        validation_split: the fraction of rows held out instead.
-        seed: chooses the rows of validation_split.
+        validation_split: the fraction of documents (records) held out instead; they are chosen before rows are packed.
+        seed: chooses the documents of validation_split.
         cache_dir: where tokenized rows are kept; $XDG_CACHE_HOME/puna by default.
     """
 
@@ -59,6 +62,7 @@ class DataConfig:
     template: PathText = "auto"
     response_template: str = ""
     max_length: int = 1024
+    on_overlong: Literal["drop", "truncate", "error"] = "drop"
     packing: bool = False
     packing_strategy: Literal["bfd", "wrapped"] = "bfd"
     eval_path: PathText | None = None

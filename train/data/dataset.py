@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
-from train.data.cache import Counts, cache_name, tokenize_into, write_once
+from train.data.cache import Counts, cache_name, pack, packed_counts, tokenize_into, write_once
 from train.data.config import DataConfig, DataSource, check, complete, sources
 from train.data.encode import IGNORE_INDEX
 from train.data.packing import PackedRows, select
@@ -70,6 +70,7 @@ class PackedDataset:
             return batch
         counts = np.diff(part.offsets)
         before = np.cumsum(part.length) - part.length  # tokens of the batch before each span
+        begins = before[part.offsets[:-1]] if part.joined else before  # where each segment does
         row_begins = np.repeat(before[part.offsets[:-1]], counts)
         place = np.repeat(np.repeat(kept * self.max_length, counts) + before - row_begins, part.length)
         positions = np.arange(part.length.sum()) - np.repeat(before, part.length)
@@ -77,9 +78,11 @@ class PackedDataset:
         stored = np.repeat(part.start, part.length) + positions
         tokens, trained = self.tokens[stored].astype(np.int32), self.trained[stored]
         targets = np.where(np.append(trained[1:], False), np.append(tokens[1:], 0), IGNORE_INDEX)
-        targets[before[1:] - 1] = IGNORE_INDEX  # the last token of a span has no target
+        targets[begins[1:] - 1] = IGNORE_INDEX  # the last token of a segment has no target
         targets[-1] = IGNORE_INDEX
-        numbers = np.arange(len(part.length)) - np.repeat(part.offsets[:-1], counts)
+        numbers = (
+            np.zeros_like(before) if part.joined else np.arange(len(before)) - np.repeat(part.offsets[:-1], counts)
+        )
         segments = np.repeat(numbers + 1, part.length)
         for name, values in zip(names, (tokens, targets, segments), strict=True):
             batch[name].reshape(-1)[place] = values
@@ -151,32 +154,39 @@ def load_dataset(
     if config.validation_split:
         if len(listed) > 1:
             raise PunaError("data.validation_split splits one source: give data.eval_path with several")
-        kept, held_out = hold_out(train[0], config.validation_split, config.seed)
+        kept, held_out = hold_out(train[0], config)
         return Datasets((kept,), weights, held_out)
     return Datasets(train, weights)
 
 
-def hold_out(dataset: PackedDataset, fraction: float, seed: int) -> tuple[PackedDataset, PackedDataset]:
-    """Two disjoint parts of a data set: what stays, and what is held out.
+def hold_out(dataset: PackedDataset, config: DataConfig) -> tuple[PackedDataset, PackedDataset]:
+    """Two disjoint parts of a data set: what stays, and what is held out, each packed by itself.
 
     Args:
         dataset: what to divide.
-        fraction: of its rows, rounded up, is held out.
-        seed: chooses them.
+        config: its settings. validation_split of its documents, rounded up, are held out; seed chooses them.
 
     Raises:
-        PunaError: nothing would be left to train on.
+        PunaError: one of the parts has no row.
     """
-    size = len(dataset)
-    held = -int(-size * fraction // 1)
-    if held >= size:
-        raise PunaError(f"data.validation_split {fraction} leaves none of the {size} rows to train on: lower it")
-    order = permute(np.arange(size), size, mix_key(seed, 1))
+    size = len(dataset.offsets) - 1
+    held = -int(-size * config.validation_split // 1)
+    order = permute(np.arange(size), size, mix_key(config.seed, 1))
 
-    def part(chosen: NDArray[np.int64]) -> PackedDataset:
-        return replace(dataset, rows=select(dataset.rows, np.sort(chosen)))
+    def part(chosen: NDArray[np.int64], where: str, counts: Counts) -> PackedDataset:
+        chosen = np.sort(chosen)
+        start, length = dataset.offsets[chosen], np.diff(dataset.offsets)[chosen]
+        rows = pack(start, length, config)
+        if not len(rows):
+            raise PunaError(
+                f"data.validation_split {config.validation_split} leaves {len(chosen):,} of {size:,} documents to "
+                f"{where}, which make no row: change it"
+            )
+        each = np.add.reduceat(dataset.trained, dataset.offsets[:-1], dtype=np.int64)[chosen]
+        return replace(dataset, rows=rows, counts=packed_counts(counts, length, int(each.sum()), rows, config))
 
-    return part(order[held:]), part(order[:held])
+    stays = replace(dataset.counts, held_out=held)
+    return part(order[held:], "train on", stays), part(order[:held], "evaluate", Counts(records=held))
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -202,8 +212,9 @@ def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
         offsets = index["offsets"]
         tokens = np.asarray(np.memmap(folder / "tokens.bin", meta["dtype"], "r", shape=(int(offsets[-1]),)))
         trained = np.asarray(np.memmap(folder / "trained.bin", bool, "r", shape=(int(offsets[-1]),)))
-        rows = PackedRows(index["row_offsets"], index["start"], index["length"])
+        rows = PackedRows(index["row_offsets"], index["start"], index["length"], bool(index["joined"]))
         counts, paths = Counts(**meta["counts"]), tuple(meta["paths"])
+        counts = replace(counts, overlong_at=tuple(counts.overlong_at))
         return PackedDataset(
             tokens,
             trained,

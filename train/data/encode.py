@@ -10,7 +10,7 @@ from model.chat import BOS, EOS, MESSAGE_KEYS, Piece, Template, encode_counted, 
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import KEYS, detect_format, rename, text_at
-from train.data.messages import Conversation, conversation_of
+from train.data.messages import Conversation, answered, conversation_of
 
 IGNORE_INDEX = -100  # the label of a token on which no loss is taken, as in transformers
 
@@ -174,15 +174,20 @@ def _weighed(pieces: list[Piece], conversation: Conversation, template: Template
 
 
 def _check_whole(pieces: Sequence[Piece], conversation: Conversation) -> None:
-    """Refuses a conversation of whose trained answers the template leaves out a part."""
-    written = "".join(piece.text for piece in pieces if piece.trained)
+    """Refuses a conversation of whose trained answers the template leaves out a part. They are written in order."""
+    written, place = "".join(piece.text for piece in pieces if piece.trained), 0
     for message, trained in zip(conversation.messages, conversation.trained, strict=True):
-        text = (message.get("content") or "").strip()
-        if message["role"] == "assistant" and trained and text not in written:
-            raise PunaError(
-                f"the chat template leaves out a part of the answer that begins {text[:40]!r}: use a template that "
-                "writes all of it, or take that part out of the data"
-            )
+        if message["role"] != "assistant" or not trained:
+            continue
+        end = place
+        for text in answered(message):
+            if (found := written.find(text, place)) < 0:
+                raise PunaError(
+                    f"the chat template leaves out a part of the answer that begins {text[:40]!r}: use a template that "
+                    "writes all of it, or take that part out of the data"
+                )
+            end = max(end, found + len(text))
+        place = end
 
 
 def _column_pieces(template: str, response_template: str) -> Callable[[Mapping[str, Any]], list[Piece]]:

@@ -137,6 +137,15 @@ def _is_trained(turn: Mapping[str, Any]) -> bool:
     return weight != 0
 
 
+def answered(message: Message) -> list[str]:
+    """What a template must write of an assistant's message: its texts, and the names of the functions that it calls."""
+    called = [*(message.get("tool_calls") or []), message.get("function_call")]
+    functions = [call.get("function", call) for call in called if isinstance(call, dict)]
+    texts = [message.get(key) for key in ("reasoning_content", "thinking", "content")]
+    texts += [function.get("name") for function in functions if isinstance(function, dict)]
+    return [text.strip() for text in texts if isinstance(text, str)]
+
+
 def _tools(record: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     """The functions under "tools", which some data sets hold as JSON text."""
     tools = record.get("tools")

@@ -18,35 +18,39 @@ class PackedRows:
         offsets: [R + 1]; row r holds spans `offsets[r]` to `offsets[r + 1]`.
         start: [S].
         length: [S].
+        joined: whether the spans of a row are one segment: each goes on from the one before.
     """
 
     offsets: NDArray[np.int64]
     start: NDArray[np.int64]
     length: NDArray[np.int64]
+    joined: bool = False
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
-def split_spans(offsets: NDArray[np.int64], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_spans(
+    start: NDArray[np.int64], lengths: NDArray[np.int64], max_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The spans that cover examples, none longer than a row.
 
     A longer example becomes several spans, each starting with the last token of the one before: that token is context
     there and target here, so every token but an example's first is a target exactly once.
 
     Args:
-        offsets: [E + 1], where each example begins, and the end of the last.
+        start: [E], where each example begins.
+        lengths: [E], its tokens.
         max_length: tokens in a row.
 
     Returns:
         Start and length of each span, [S] each.
     """
-    lengths = np.diff(offsets)
     parts = np.maximum(1, -(-(lengths - 1) // (max_length - 1)))
     example = np.repeat(np.arange(len(lengths)), parts)
     part = np.arange(len(example)) - np.repeat(np.cumsum(parts) - parts, parts)
     inside = part * (max_length - 1)
-    return offsets[:-1][example] + inside, np.minimum(max_length, lengths[example] - inside)
+    return start[example] + inside, np.minimum(max_length, lengths[example] - inside)
 
 
 def padded(start: NDArray[np.int64], length: NDArray[np.int64]) -> PackedRows:
@@ -59,17 +63,26 @@ def padded(start: NDArray[np.int64], length: NDArray[np.int64]) -> PackedRows:
     return PackedRows(np.arange(len(start) + 1), start, length)
 
 
-def wrapped(total: int, max_length: int) -> PackedRows:
-    """The token stream cut every `max_length` tokens, whatever it holds; the last incomplete row is left out.
+def wrapped(start: NDArray[np.int64], length: NDArray[np.int64], max_length: int) -> PackedRows:
+    """Examples joined and cut every `max_length` tokens, whatever they hold; the last incomplete row is left out.
 
     This is transformers' run_clm grouping (and Chinese-LLaMA's pre-training): a row attends across its documents.
 
     Args:
-        total: tokens in the stream.
+        start: [E], the first token of each example.
+        length: [E], its tokens.
         max_length: tokens in a row.
     """
-    rows = total // max_length
-    return PackedRows(np.arange(rows + 1), np.arange(rows) * max_length, np.full(rows, max_length))
+    begins = np.cumsum(length) - length  # of each example in what they make joined
+    goes_on = np.zeros(len(start), bool)  # whether it lies behind the one before already
+    goes_on[1:] = start[1:] == start[:-1] + length[:-1]
+    start, begins = start[~goes_on], begins[~goes_on]
+    rows = int(length.sum()) // max_length
+    cuts = np.union1d(begins, np.arange(rows) * max_length)
+    cuts = cuts[cuts < rows * max_length]
+    run = np.searchsorted(begins, cuts, side="right") - 1
+    offsets = np.searchsorted(cuts, np.arange(rows + 1) * max_length)
+    return PackedRows(offsets, start[run] + cuts - begins[run], np.diff(cuts, append=rows * max_length), joined=True)
 
 
 def best_fit_decreasing(start: NDArray[np.int64], length: NDArray[np.int64], max_length: int) -> PackedRows:
@@ -118,4 +131,4 @@ def select(rows: PackedRows, chosen: NDArray[np.int64]) -> PackedRows:
     counts = np.diff(rows.offsets)[chosen]
     offsets = np.concatenate([[0], np.cumsum(counts)])
     spans = np.repeat(rows.offsets[:-1][chosen] - offsets[:-1], counts) + np.arange(offsets[-1])
-    return PackedRows(offsets, rows.start[spans], rows.length[spans])
+    return PackedRows(offsets, rows.start[spans], rows.length[spans], rows.joined)

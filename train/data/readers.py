@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from cli.files import at_home
 from convert.hub import HUB_ID
 from model.errors import PunaError
+from train.data.splits import Split, files_of_split
 
 NAMED_FAULTS = 20
 
@@ -65,13 +66,17 @@ def read_rows(path: str, faults: Faults) -> Iterator[SourceRecord]:
     """The records of a source, in order.
 
     Args:
-        path: a file, a folder, or a Hub data set "org/name[@revision][:split]".
+        path: a file, a folder with the split behind a colon (train unless given), or a Hub data set
+            "org/name[@revision][:split]".
         faults: gets what is wrong with a record or a file.
 
     Raises:
         PunaError: there is nothing of that name, or nothing in it that we read.
     """
-    files = source_files(path)
+    files, of_none = _found(path)
+    if of_none:
+        names = ", ".join(map(str, of_none[:NAMED_FAULTS]))
+        print(f"{path}: not read, since their names are of no split: {names}", file=sys.stderr)
     for file in files:
         empty, before = True, faults.count
         for row in READERS[file.suffix.lower()](file, faults):
@@ -89,20 +94,25 @@ def source_files(path: str) -> list[Path]:
     Raises:
         PunaError: there is nothing of that name, or nothing in it that we read.
     """
-    place = at_home(path)
+    return _found(path).files
+
+
+def _found(path: str) -> Split:
+    place, split = at_home(path), None
+    if not place.exists():
+        for colon in re.finditer(":", path):
+            if at_home(path[: colon.start()]).exists():
+                place, split = at_home(path[: colon.start()]), path[colon.end() :]
     if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.suffix.lower() in READERS and file.is_file())
-        if any(file.name == "dataset_info.json" for file in found):  # a folder that datasets' save_to_disk wrote
-            found = [file for file in found if file.suffix == ".arrow"]
-        if not found:
-            raise PunaError(f"{path} holds no data files: looked for {', '.join(READERS)}")
-        return found
+        return files_of_split(place, split, READERS)
     if place.is_file():
+        if split is not None:
+            raise PunaError(f"data.path {path!r}: one file has no splits; leave out ':{split}'")
         if place.suffix.lower() not in READERS:
             raise PunaError(f"{path} is of no kind that can be read: use one of {', '.join(READERS)}")
-        return [place]
+        return Split([place], [])
     if is_hub_id(path):
-        return []
+        return Split([], [])
     raise PunaError(f"data.path {path!r} does not exist, and is no Hub data set (org/name[@revision][:split])")
 
 

@@ -1,5 +1,6 @@
 """Which rows a step sees, as a pure function of seed and step: nothing to save, nothing to replay on resuming."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,11 +14,12 @@ PERIOD = 1024  # rows in which a mixture has each source exactly at its share
 
 
 class Sampler:
-    """Global batches, each a function of its step. Step s takes samples s * batch_size and on of one endless sequence.
+    """Global batches, each a function of its step.
 
-    Without weights the sequence is the rows of all data sets in a new random order each epoch (a batch may hold the
-    end of one epoch and the start of the next). With weights each run of PERIOD samples has every data set at its
-    share, in random order, and each data set is gone through in its own epochs.
+    Without weights an epoch is every row of all data sets once, in a random order of its own, cut into batches. Its
+    last batch is filled up with empty rows, which hold no token and no target: it has the shape of the others, and
+    loss and metrics are those of its rows. With weights the rows are one endless sequence: each run of PERIOD of them
+    has every data set at its share, in random order, and each data set is gone through in epochs of its own.
 
     Args:
         datasets: what to draw from; the held-out rows are not.
@@ -39,9 +41,22 @@ class Sampler:
         """Rows in an epoch."""
         return int(self.begins[-1])
 
+    @property
+    def steps_in_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.num_rows // self.batch_size)
+
+    def steps(self, epochs: float) -> int:
+        """How many steps so many epochs take; a part of an epoch is rounded up to whole batches."""
+        one = self.steps_in_epoch if self.shares is None else self.num_rows / self.batch_size
+        return math.ceil(epochs * one)
+
     def epoch(self, step: int) -> float:
         """Epochs gone through before `step`; in a mixture, as if all rows were drawn alike."""
-        return step * self.batch_size / self.num_rows
+        if self.shares is not None:
+            return step * self.batch_size / self.num_rows
+        epoch, steps = divmod(step, self.steps_in_epoch)
+        return epoch + steps * self.batch_size / self.num_rows
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """The numbers, over all data sets, of rows of a global batch.
@@ -52,12 +67,14 @@ class Sampler:
             stop: the row after the last; None for the end.
 
         Returns:
-            int64 [stop - start].
+            int64 [stop - start], or fewer in the last batch of an epoch.
         """
-        stop = self.batch_size if stop is None else stop
-        samples = step * self.batch_size + np.arange(start, stop)
+        places = np.arange(start, self.batch_size if stop is None else stop)
         if self.shares is None:
-            return self._shuffle(samples, 0, self.num_rows)
+            epoch, number = divmod(step, self.steps_in_epoch)
+            index = number * self.batch_size + places
+            return self._shuffle(index[index < self.num_rows] + epoch * self.num_rows, 0, self.num_rows)
+        samples = step * self.batch_size + places
         blocks, slots = np.divmod(samples, PERIOD)
         source, drawn = np.empty((2, len(samples)), np.int64)
         for block in np.unique(blocks):
@@ -77,12 +94,15 @@ class Sampler:
         What a row holds does not depend on how the batch is divided among processes.
 
         Returns:
-            What `PackedDataset.batch` documents, and "rows", int32 [stop - start], the numbers that `where` takes.
+            What `PackedDataset.batch` documents, and "rows", int32 [stop - start], the numbers that `where` takes, -1
+            for an empty row.
         """
-        rows = self.rows(step, start, stop)
-        source = self._source(rows)
+        rows = np.full((self.batch_size if stop is None else stop) - start, -1)
+        found = self.rows(step, start, stop)
+        rows[: len(found)] = found
+        source = np.where(rows < 0, -1, self._source(rows))
         batch = self.datasets[0].batch(np.full(len(rows), -1))
-        for number in np.unique(source):
+        for number in np.unique(source[rows >= 0]):
             mine = source == number
             for name, values in self.datasets[number].batch(rows[mine] - self.begins[number]).items():
                 batch[name][mine] = values

@@ -17,6 +17,14 @@ from train.data.readers import Faults, SourceRecord
 CHUNK = 64  # records a thread takes at once
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The most tokens of an example, and what becomes of longer ones: data.max_length and data.on_overlong."""
+
+    max_length: int
+    on_overlong: str
+
+
 @dataclass
 class Chunk:
     """Some records as one run of N tokens. A list has an entry for each example, in order.
@@ -29,6 +37,7 @@ class Chunk:
         lines: its line there.
         records: how many were read, those left out too.
         empty: texts left out because they are blank.
+        overlong: `path:line` of examples left out because they are too long.
         cut: examples cut to the most tokens allowed.
         cut_tokens: tokens lost by it.
         faults: path, line and reason of each record that could not be used.
@@ -41,18 +50,19 @@ class Chunk:
     lines: list[int]
     records: int
     empty: int = 0
+    overlong: list[str] = field(default_factory=list)
     cut: int = 0
     cut_tokens: int = 0
     faults: list[tuple[str, int, str]] = field(default_factory=list)
 
 
-def tokenize(rows: Iterable[SourceRecord], encoder: Encoder, cut_at: int | None, faults: Faults) -> Iterator[Chunk]:
+def tokenize(rows: Iterable[SourceRecord], encoder: Encoder, limit: Limit | None, faults: Faults) -> Iterator[Chunk]:
     """Encode records in chunks, which come in the order of the records.
 
     Args:
         rows: the records.
         encoder: makes tokens of one.
-        cut_at: the most tokens of an example; None cuts none.
+        limit: of an example; None where any fits.
         faults: gets what is wrong with a record.
     """
     remaining = iter(rows)
@@ -61,7 +71,7 @@ def tokenize(rows: Iterable[SourceRecord], encoder: Encoder, cut_at: int | None,
     with ThreadPoolExecutor(workers) as pool:
         while True:
             while len(pending) < 2 * workers and (batch := list(islice(remaining, CHUNK))):
-                pending.append(pool.submit(_encode_chunk, batch, encoder, cut_at))
+                pending.append(pool.submit(_encode_chunk, batch, encoder, limit))
             if not pending:
                 return
             chunk = pending.popleft().result()
@@ -70,7 +80,7 @@ def tokenize(rows: Iterable[SourceRecord], encoder: Encoder, cut_at: int | None,
             yield chunk
 
 
-def _encode_chunk(rows: list[SourceRecord], encoder: Encoder, cut_at: int | None) -> Chunk:
+def _encode_chunk(rows: list[SourceRecord], encoder: Encoder, limit: Limit | None) -> Chunk:
     ids: list[int] = []
     trained: list[bool] = []
     chunk = Chunk(np.empty(0, np.uint32), np.empty(0, bool), [], [], [], len(rows))
@@ -83,14 +93,24 @@ def _encode_chunk(rows: list[SourceRecord], encoder: Encoder, cut_at: int | None
         if encoder.splits and not record[encoder.columns.get("text", "text")].strip():
             chunk.empty += 1
             continue
-        if cut_at is not None and len(new_ids) > cut_at:
-            chunk.cut += 1
-            chunk.cut_tokens += len(new_ids) - cut_at
-            new_ids, new_trained = new_ids[:cut_at], new_trained[:cut_at]
         if not any(new_trained[1:]):  # the first token has nothing before it to be predicted from
-            where = "has no trained token" if cut_at is None else f"has no trained token within max_length {cut_at}"
-            chunk.faults.append((path, line, f"{where}: raise data.max_length, or leave the record out"))
+            chunk.faults.append((path, line, "has no trained token: leave the record out"))
             continue
+        if limit is not None and len(new_ids) > limit.max_length:
+            if limit.on_overlong == "error":
+                reason = (
+                    f"has {len(new_ids):,} tokens, above data.max_length {limit.max_length}: raise that, or set "
+                    'data.on_overlong = "drop" or "truncate"'
+                )
+                chunk.faults.append((path, line, reason))
+                continue
+            kept = slice(limit.max_length)
+            if limit.on_overlong == "drop" or not any(new_trained[kept][1:]):
+                chunk.overlong.append(f"{path}:{line}")
+                continue
+            chunk.cut += 1
+            chunk.cut_tokens += len(new_ids) - limit.max_length
+            new_ids, new_trained = new_ids[kept], new_trained[kept]
         ids += new_ids
         trained += new_trained
         chunk.lengths.append(len(new_ids))
