@@ -151,6 +151,17 @@ def test_null_in_an_optional_key_is_as_good_as_none(chatml, tmp_path):
     assert encode(first, chatml, template="auto") == encode(rows[0], chatml, template="auto")
 
 
+def test_a_system_message_of_null_is_as_good_as_none(chatml):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert plain(chatml, [{"role": "system", "content": None}, *turns]) == plain(chatml, turns)
+    shared = [{"from": "system", "value": None}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert encode({"conversations": shared}, chatml, template="chat_template") == plain(chatml, turns)
+    with pytest.raises(PunaError, match="key 'messages': there is no message but a system's of null"):
+        plain(chatml, [{"role": "system", "content": None}])
+    with pytest.raises(PunaError, match=r"messages\[1\]: key 'content': expected text, got null"):
+        plain(chatml, [turns[0], {"role": "assistant", "content": None}])
+
+
 def test_thoughts_that_a_template_leaves_out_are_not_lost_in_silence(tmp_path_factory):
     template = THINKING.replace("m['content'] if loop.last else ", "")
     tokenizer = load_tokenizer(folder(tmp_path_factory, template))

@@ -119,6 +119,26 @@ def test_accumulation_is_the_big_batch(alone, count, sizes):
     np.testing.assert_allclose(split, alone[:3], rtol=1e-6)
 
 
+def test_a_batch_filled_up_with_empty_rows_is_the_smaller_batch():
+    """As at the end of an epoch: of four microbatches one has no row at all."""
+    config, smaller = config_of(run={"gradient_accumulation_steps": 4}), config_of(run={"batch_size": 3})
+    rows = make_rows(0)
+    padded = {name: values.copy() for name, values in rows.items()}
+    padded["tokens"][3:], padded["labels"][3:], padded["segments"][3:] = 0, IGNORE_INDEX, 0
+    seen = []
+    for each, batch in ((config, padded), (smaller, {name: values[:3] for name, values in rows.items()})):
+        mesh = mesh_of(1, 1, 1)
+        state, step = start(each, SMALL, mesh)
+        state, metrics = step(state, jax.device_put(batch))
+        seen.append((metrics, state.opt_state))
+    (metrics, moments), (expected, expected_moments) = jax.device_get(seen)
+    for name in ("num_tokens", "trained_tokens", "skipped", "learning_rate"):
+        assert metrics[name] == expected[name]
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), moments, expected_moments)
+
+
 def test_packed_is_unpacked():
     objective = jax.jit(make_objective(config_of(), SMALL, mesh_of(1, 1, 1)))
     params = init_params(SMALL, jax.random.key(0))

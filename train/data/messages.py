@@ -96,12 +96,22 @@ def _turns(record: Mapping[str, Any], key: str) -> tuple[list[Message], list[boo
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise PunaError(f"{key}[{number}]: expected an object, got {kind(turn)}")
+        if _is_absent(turn):
+            continue
         try:
             messages.append(_shared_gpt(turn) if key == "conversations" else _message(turn))
             trained.append(_is_trained(turn))
         except PunaError as error:
             raise PunaError(f"{key}[{number}]: {error}") from None
+    if not messages:
+        raise PunaError(f"key {key!r}: there is no message but a system's of null")
     return messages, trained
+
+
+def _is_absent(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is the system message that a conversation does not have, as some data sets write it."""
+    own = [("role", "content"), ("from", "value")]
+    return any(turn.get(role) == "system" and turn.get(text, "") is None for role, text in own)
 
 
 def _shared_gpt(turn: Mapping[str, Any]) -> Message:
