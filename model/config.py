@@ -297,11 +297,13 @@ class LlamaConfig:
             ("mlp_bias", self.mlp_bias),
             ("head_dim", self.head_dim * self.num_attention_heads != self.hidden_size),
             ("rope_scaling", scaling != meta_scaling),
-            ("pieces", bool(self.pieces)),
         ):
             if cannot:
                 said = f"{name} = {getattr(self, name)}"
                 raise PunaError(f"{said} cannot be written as Meta's params.json; use format='hf'")
+        if self.pieces:
+            replaced = ", ".join(f"{part} = {name!r}" for part, name in self.pieces.names().items())
+            raise PunaError(f"Meta's params.json cannot say what replaces a part ({replaced}); use format='hf'")
         params = {
             "dim": self.hidden_size,
             "n_layers": self.num_hidden_layers,
