@@ -5,7 +5,6 @@ import platform
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -58,23 +57,36 @@ def talk():
     for line in range(100_000):
         print("line", line)
 
-main(app)
 """
+
+# One command a line, each in a fork of a process that has imported everything once.
+FORKED = """
+for line in sys.stdin:
+    work, *arguments = line.rstrip("\\n").split("\\t")
+    if (child := os.fork()) == 0:
+        os.chdir(work)
+        sys.argv[1:] = arguments
+        for number in (1, 2):
+            os.dup2(os.open(f"{work}.{number}", os.O_CREAT | os.O_WRONLY), number)
+        main(app)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
 @pytest.fixture
 def start(tmp_path):
     """Start the program above in an empty folder, with the given arguments."""
-    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    (tmp_path / "program.py").write_text(PROGRAM + "main(app)\n")
     work = tmp_path / "work"
     work.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
     def start(*arguments):
         return subprocess.Popen(
             [sys.executable, str(tmp_path / "program.py"), *arguments],
             cwd=work,
-            env=environment,
+            env=ENVIRONMENT,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -84,9 +96,27 @@ def start(tmp_path):
     return start
 
 
-def run(process):
-    output, errors = process.communicate()
-    return process.returncode, output, errors
+@pytest.fixture(scope="module")
+def forking():
+    """The process of FORKED."""
+    command = [sys.executable, "-c", PROGRAM + FORKED]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes) as process:
+        yield process
+
+
+@pytest.fixture
+def run(forking, tmp_path):
+    """Run the program above in an empty folder: its exit code, stdout and stderr."""
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(*arguments):
+        print(work, *arguments, sep="\t", file=forking.stdin, flush=True)
+        code = int(forking.stdout.readline())
+        return code, Path(f"{work}.1").read_text(), Path(f"{work}.2").read_text()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -103,14 +133,14 @@ def run(process):
         ("exists", 2, "error: {work} exists: give another destination, or --overwrite to replace it"),
     ],
 )
-def test_an_error_is_one_line_and_its_exit_code(start, tmp_path, kind, code, line):
-    assert run(start("fail", kind)) == (code, "", line.format(work=tmp_path / "work") + "\n")
+def test_an_error_is_one_line_and_its_exit_code(run, tmp_path, kind, code, line):
+    assert run("fail", kind) == (code, "", line.format(work=tmp_path / "work") + "\n")
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_a_fault_of_our_own_keeps_its_traceback(start):
-    code, output, errors = run(start("fail", "ours"))
-    assert (code, output) == (1, "") and "Traceback" in errors and "None.nothing" in errors
+def test_a_fault_of_our_own_keeps_its_traceback(run):
+    code, output, errors = run("fail", "ours")
+    assert (code, output) == (1, "") and "Traceback" in errors and "no attribute 'nothing'" in errors
 
 
 def test_arguments_are_said_as_the_flags_of_the_command():
@@ -120,17 +150,17 @@ def test_arguments_are_said_as_the_flags_of_the_command():
     assert as_flags(said, flags) == expected
 
 
-def test_debug_shows_the_traceback(start):
-    code, _, errors = run(start("fail", "--debug", "puna"))
+def test_debug_shows_the_traceback(run):
+    code, _, errors = run("fail", "--debug", "puna")
     assert code == 1 and "Traceback" in errors
 
 
-def test_a_failed_check_exits_1_and_says_nothing_more(start):
-    assert run(start("fail", "check")) == (1, "", "")
+def test_a_failed_check_exits_1_and_says_nothing_more(run):
+    assert run("fail", "check") == (1, "", "")
 
 
-def test_a_wrong_option_exits_2_without_a_traceback(start):
-    code, output, errors = run(start("fail", "--no-such-option"))
+def test_a_wrong_option_exits_2_without_a_traceback(run):
+    code, output, errors = run("fail", "--no-such-option")
     assert code == 2 and output == "" and "--no-such-option" in errors and "Traceback" not in errors
 
 
@@ -140,8 +170,8 @@ def test_an_interrupted_command_removes_its_output(start, tmp_path, number):
     assert process.stdout.readline() == "ready\n"
     assert len(list((tmp_path / "work").iterdir())) == 1
     process.send_signal(number)
-    code, _, errors = run(process)
-    assert (code, errors) == (2, f"interrupted by {number.name}: unfinished output was removed\n")
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (2, f"interrupted by {number.name}: unfinished output was removed\n")
     assert list((tmp_path / "work").iterdir()) == []
 
 

@@ -55,6 +55,7 @@ def shapeless(optim, schedule):
     return optax.GradientTransformation(lambda params: {"odd": jnp.zeros((7, 5))}, lambda u, state, params: (u, state))
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own_owns_its_learning_rate():
     own = {"optimizer": "test_state:lion", "weight_decay": 0.1, "warmup_steps": 2, "max_grad_norm": 0.0}
     config = config_of(optim=own)
