@@ -16,7 +16,7 @@ IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
 TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
 
-.PHONY: demo test check lint types fast-tests soak bench figures wheel-check interpreter lock clean
+.PHONY: demo test check lint types fast-tests soak bench figures settings wheel-check interpreter lock clean
 
 # A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
 demo: $(VENV)/.core
@@ -58,6 +58,10 @@ bench: $(VENV)/.dev
 # docs/figures.md, from what the benchmarks wrote.
 figures:
 	$(FOUND) benchmarks/figures.py
+
+# docs/settings.md, from the docstrings of the settings.
+settings: $(VENV)/.core
+	$(BIN)/python -m train settings --markdown > docs/settings.md
 
 # The wheel as a stranger has it: built, installed into an empty environment, used from another folder.
 wheel-check:

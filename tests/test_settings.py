@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import pytest
 
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
-from train.config import Config, LoraConfig, QuantizeConfig, read_config
+from train.config import Config, LoraConfig, QuantizeConfig, load_config, read_config
 from train.data import Sampler, load_dataset
-from train.data.config import DataConfig, sources
+from train.data.config import DataConfig, DataSource, sources
 from train.data.dataset import cache_folder
 from train.data.toy import make_examples, write_tokenizer
+from train.hints import ELSEWHERE
 from train.integrity import fingerprints
 from train.optim import make_schedule
+from train.schema import _meanings, flat, not_a_setting, settings
+from train.settings import as_markdown, describe
 from train.start import mesh_of, model_of, tokenizer_of
 from train.state import abstract_batch, abstract_state, base_params, init_state, shardings_of
 from train.step import make_step
@@ -117,6 +121,9 @@ UNREAD = [  # the value, what makes that nothing reads it, and the remedy
 ]
 
 
+PLAIN = read_config({"data": {"path": "x"}})
+
+
 def causal(q, k, v, mask):
     return q
 
@@ -178,6 +185,80 @@ def rows(config) -> list:
 
 def names_of(record) -> set[str]:
     return {field.name for field in fields(record)}
+
+
+EVERY = list(settings(Config))
+
+
+def test_every_setting_has_a_meaning_in_the_docstring_of_its_section():
+    for setting in EVERY:
+        assert setting.meaning.endswith("."), setting.name
+        assert setting.source or "." not in setting.name, setting.name
+    for record in (DataSource, LoraConfig, QuantizeConfig, *(type(section) for section in vars(PLAIN).values())):
+        if is_dataclass(record):
+            assert _meanings(record).keys() == names_of(record), record  # and none of a setting that is no more
+    assert {setting.name for setting in EVERY} >= dict(flat(PLAIN)).keys()
+
+
+def test_docs_settings_is_written_from_them():
+    assert (ROOT / "docs/settings.md").read_text() == as_markdown(), "run `make settings`"
+
+
+def test_settings_are_described_by_name():
+    expected = "lora.alpha: a number; default 16.0\n    the update is scaled by alpha / rank. Source: LoRA,"
+    assert describe("lora.alpha").startswith(expected)
+    assert describe("[mesh]").count("mesh.") == 4 and describe("seed").count("seed:") == 2
+    assert all(f"{setting.name}: " in describe(None) for setting in EVERY if setting.source)
+    assert all(f"data.path[].{name}: " in describe("data.path") for name in names_of(DataSource))
+    with pytest.raises(PunaError, match="alhpa is not a setting; did you mean lora.alpha?"):
+        describe("alhpa")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("optim.lr", "optim.learning_rate"),
+        ("run.lr", "optim.learning_rate"),
+        ("run.lerning_rate", "optim.learning_rate"),
+        ("run.epochs", "run.num_train_epochs"),
+        ("optim.wd", "optim.weight_decay"),
+        ("data.batch", "run.batch_size"),
+        ("data.max_seq_len", "data.max_length"),
+        ("data.max-length", "data.max_length"),
+        ("data.maxlength", "data.max_length"),
+        ("lora.r", "lora.rank"),
+        ("lora.lora_alpha", "lora.alpha"),
+        ("lora.target_modules", "lora.targets"),
+        ("run.per_device_train_batch_size", "run.batch_size"),
+        ("run.grad_accumulation_steps", "run.gradient_accumulation_steps"),
+        ("model.bf16", 'model.dtype = "bfloat16"'),
+        ("model.n_layer", "model.num_hidden_layers"),
+        ("quantize.load_in_4bit", 'quantize.method = "nf4"'),
+        ("run.save_total_limits", "run.keep_last"),
+        ("data.path[1].weights", "data.path[].weight"),
+    ],
+)
+def test_a_name_of_another_tool_and_a_misspelling_hint_at_ours(written, meant):
+    assert not_a_setting(written, [setting.name for setting in EVERY]) == (
+        f"{written} is not a setting; did you mean {meant}?"
+    )
+    if "[" not in written:
+        section, _, key = written.partition(".")
+        needed: dict = {"model": {}, "data": {"path": "x"}}
+        with pytest.raises(PunaError, match=re.escape(f"did you mean {meant}?")):
+            read_config(needed | {section: needed.get(section, {}) | {key: 1}})
+
+
+def test_sections_and_overrides_hint_too():
+    for written, meant in (("peft", "lora"), ("optimizer", "optim"), ("training", "run"), ("quantise", "quantize")):
+        with pytest.raises(PunaError, match=f"{written} is not a setting; did you mean {meant}?"):
+            read_config({"data": {"path": "x"}, written: {}})
+    with pytest.raises(PunaError, match="xyzzy is not a setting; `python -m train settings` lists what there is"):
+        read_config({"data": {"path": "x"}, "xyzzy": {}})
+    with pytest.raises(PunaError, match="'lr=3' is not an override; write .*, as in optim.learning_rate=3"):
+        load_config(ROOT / "configs/tiny.toml", ["lr=3"])
+    known = {setting.name for setting in EVERY}
+    assert all(name.split(" ")[0] in known for name in ELSEWHERE.values())
 
 
 def test_the_tables_name_every_setting():

@@ -1,4 +1,4 @@
-"""python -m train: run, launch, plan, preview, plot, prepare."""
+"""python -m train: run, launch, plan, preview, settings, plot, prepare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,9 @@ from train.config import load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 
-ConfigFile = Annotated[Path, typer.Argument(parser=at_home, metavar="CONFIG", help="The TOML file of the experiment.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(parser=at_home, metavar="CONFIG", help="The TOML file of the experiment; see settings.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, in place of what the file says.")]
 
 
@@ -62,6 +64,19 @@ def preview(
     from train.preview import preview as show
 
     show(load_config(config, overrides or ()), examples)
+
+
+@app.command()
+def settings(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A section or a setting; all by default.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All, as docs/settings.md has them.")] = False,
+) -> None:
+    """Say what a configuration may set: the type, the default, the meaning and the source of every setting."""
+    from train.settings import as_markdown, describe
+
+    print(as_markdown() if markdown else describe(name), end="" if markdown else "\n")
 
 
 @app.command()

@@ -16,7 +16,8 @@ from model.lora import check_saved_modules, target_weights
 from model.quantize import quantizer
 from train.data.config import DataConfig
 from train.data.config import check as check_data
-from train.schema import PathText, flat, read
+from train.hints import meant
+from train.schema import PathText, flat, read, settings
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,29 @@ class ModelConfig:
         path: a checkpoint to continue from; max_position_embeddings and the rope settings may differ.
         preset: a published shape, from scratch; dims that are given too replace its own.
         tokenizer: a file, folder or Hub id; the checkpoint's by default.
+        vocab_size: rows of the embedding; the tokenizer's tokens by default. [transformers]
+        hidden_size: numbers that stand for a token between the layers. [transformers]
+        intermediate_size: width of the MLP. [transformers]
+        num_hidden_layers: how many blocks. [transformers]
+        num_attention_heads: heads of the queries. [transformers]
+        num_key_value_heads: heads of keys and values; as many as of queries by default. [GQA, arXiv:2305.13245]
+        head_dim: width of a head; hidden_size / num_attention_heads by default. [transformers]
+        max_position_embeddings: the longest text that the model is made for, in tokens. [transformers]
+        rms_norm_eps: what RMSNorm adds to the mean square. [RMSNorm, arXiv:1910.07467]
+        rope_theta: the base of the rotary frequencies. [RoPE, arXiv:2104.09864]
+        rope_scaling: how the frequencies are stretched for longer texts: a table as in config.json. [transformers]
+        tie_word_embeddings: the head is the embedding. [transformers]
+        attention_bias: biases in the products of attention. [transformers]
+        mlp_bias: biases in the products of the MLP. [transformers]
+        initializer_range: standard deviation of fresh weights. [transformers]
         dtype: what is computed in.
         param_dtype: how weights are kept (float32 masters by default); gradients and optimizer state follow it.
-        remat: what the backward pass recomputes.
+        remat: what the backward pass recomputes: nothing, all but products, or whole blocks. [arXiv:1604.06174]
         loss_chunk: rows of logits alive at a time.
-        block: a "module:function" in place of LLaMA's, as are `norm` and `loss`.
+        block: a "module:function" in place of LLaMA's block.
         attention: "xla", "cudnn" or "module:function".
+        norm: a "module:function" in place of RMSNorm.
+        loss: a "module:function" in place of the cross-entropy.
     """
 
     path: PathText | None = None
@@ -69,12 +87,20 @@ class OptimConfig:
 
     Attributes:
         optimizer: "adamw", "adafactor", or a "module:function" that makes an optax transformation (train.optim).
-        lr_scheduler_type: wsd holds the rate and decays it over the last `decay_ratio` of the steps.
-        warmup_steps: wins over warmup_ratio where it is not 0, as in transformers.
+        learning_rate: the highest rate of the schedule. [transformers]
+        lr_scheduler_type: how the rate falls after warming up; wsd holds it and decays it over the last decay_ratio of
+            the steps. [transformers; WSD, arXiv:2404.06395]
+        warmup_ratio: the part of all steps in which the rate rises from 0. [transformers]
+        warmup_steps: the steps in which it rises; wins over warmup_ratio where it is not 0. [transformers]
+        decay_ratio: with wsd, the part of all steps at the end in which the rate falls. [arXiv:2404.06395]
         min_lr_ratio: the rate at the end, as a part of learning_rate.
-        max_grad_norm: 0 turns clipping off.
-        z_loss: the weight of log(Z)^2 (PaLM, arXiv:2204.02311; 1e-4 there).
-        offload: keeps the optimizer state in host memory between steps.
+        weight_decay: of the weights, not of norms and biases, decoupled from the gradient. [AdamW, arXiv:1711.05101]
+        adam_beta1: how much of the mean of gradients stays at a step. [Adam, arXiv:1412.6980]
+        adam_beta2: how much of the mean of their squares stays. [Adam, arXiv:1412.6980]
+        adam_epsilon: what is added to the root of that mean. [Adam, arXiv:1412.6980]
+        max_grad_norm: longer gradients are scaled down to it; 0 turns clipping off. [arXiv:1211.5063]
+        z_loss: the weight of log(Z)^2 in the loss; 1e-4 in its paper. [PaLM, arXiv:2204.02311]
+        offload: keeps the optimizer state in host memory between steps. [ZeRO-Offload, arXiv:2101.06840]
     """
 
     optimizer: str = "adamw"
@@ -98,12 +124,15 @@ class LoraConfig:
     """[lora]: adapters; only they train, with the modules in `modules_to_save`.
 
     Attributes:
-        alpha: the update is scaled by alpha / rank; by alpha / sqrt(rank) with `rslora` (arXiv:2312.03732).
-        targets: the names of the weights, as q_proj, or "all-linear".
-        modules_to_save: embed_tokens and lm_head, where they are to train whole.
-        dora: a magnitude for every column of a weight too (arXiv:2402.09353).
-        rank_pattern: other ranks for modules whose name ends in a key, a regular expression, as peft's.
-        alpha_pattern: other alphas, in the same way.
+        rank: of an update, the width between its two matrices; r elsewhere. [LoRA, arXiv:2106.09685]
+        alpha: the update is scaled by alpha / rank. [LoRA, arXiv:2106.09685]
+        dropout: the part of an update's inputs that is zeroed at a step. [peft]
+        targets: the names of the weights that get one, as q_proj, or "all-linear". [peft]
+        modules_to_save: embed_tokens and lm_head, where they are to train whole. [peft]
+        rslora: scales by alpha / sqrt(rank) instead. [rsLoRA, arXiv:2312.03732]
+        dora: a magnitude for every column of a weight too. [DoRA, arXiv:2402.09353]
+        rank_pattern: other ranks for modules whose name ends in a key, a regular expression. [peft]
+        alpha_pattern: other alphas, in the same way. [peft]
     """
 
     rank: int = 8
@@ -122,7 +151,8 @@ class QuantizeConfig:
     """[quantize]: how the frozen base is kept under [lora] (QLoRA, arXiv:2305.14314).
 
     Attributes:
-        double_quant: for nf4, the scales are quantized too.
+        method: int8, int4 (ours) or nf4. [QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339]
+        double_quant: for nf4, the scales are quantized too. [QLoRA, arXiv:2305.14314]
         block: for int4, how many weights share a scale: 32, 64 or 128.
     """
 
@@ -137,9 +167,9 @@ class MeshConfig:
 
     Attributes:
         data: copies of the weights; the batch is split over data and fsdp.
-        fsdp: shards of the weights.
-        tensor: parts of the heads, of the MLP and of the vocabulary.
-        sequence_parallel: splits the activations between blocks over the tensor axis too.
+        fsdp: shards of the weights. [ZeRO, arXiv:1910.02054]
+        tensor: parts of the heads, of the MLP and of the vocabulary. [Megatron-LM, arXiv:1909.08053]
+        sequence_parallel: splits the activations between blocks over the tensor axis too. [arXiv:2205.05198]
     """
 
     data: int = 1
@@ -153,13 +183,21 @@ class RunConfig:
     """[run]: how long, how much at a time, and what is kept.
 
     Attributes:
-        batch_size: sequences of one update, over all devices.
-        gradient_accumulation_steps: microbatches into which a batch is cut.
-        max_steps: 0 means that num_train_epochs decides.
-        save_steps: a save is due at its multiples, and save_minutes after the last one; 0 turns either off.
-        keep_last: how many of the newest checkpoints stay, beside every keep_every-th step's (0: none).
-        eval_steps: steps between two evaluations; 0 evaluates at the end only.
+        output_dir: the folder of the run: settings, metrics, checkpoints and final/. [transformers]
+        batch_size: sequences of one update, over all devices and microbatches.
+        gradient_accumulation_steps: microbatches into which a batch is cut. [transformers]
+        max_steps: how many updates; 0 means that num_train_epochs decides. [transformers]
+        num_train_epochs: how often each row is seen: once an epoch, whose last batch is filled up with rows that do not
+            count. [transformers]
+        seed: of fresh weights, of the order of rows and of dropout. [transformers]
+        logging_steps: steps between two lines of metrics. [transformers]
+        save_steps: a save is due at its multiples; 0 turns it off. [transformers]
+        save_minutes: a save is due so long after the last one; 0 turns it off.
+        keep_last: how many of the newest checkpoints stay.
+        keep_every: beside them the checkpoints of its multiples stay; 0: none.
+        eval_steps: steps between two evaluations; 0 evaluates at the end only. [transformers]
         max_skipped_steps: so many non-finite updates in a row end the run.
+        report_to: where metrics go beside metrics.jsonl. [transformers]
         deterministic: asks the backend for bitwise repeatable kernels.
         profile_steps: the first and the last step of a trace in output_dir/profile, for xprof or Perfetto.
         prepare: a "module:function" that gets the Config before the data is read, to make or fetch it.
@@ -259,7 +297,9 @@ def _override(table: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not sections or not name:
-        raise PunaError(f"{override!r} is not an override; write section.key=value, as in run.max_steps=100")
+        found = meant(name, [setting.name for setting in settings(Config)]) if equals and name else None
+        example = f"{found}={text}" if found and "." in found and " " not in found else "run.max_steps=100"
+        raise PunaError(f"{override!r} is not an override; write section.key=value, as in {example}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,15 +1,21 @@
-"""TOML tables onto nested frozen dataclasses and back: every unknown key and every wrong type is collected by name."""
+"""TOML tables onto nested frozen dataclasses and back: every unknown key and every wrong type is collected by name.
 
-import difflib
+What a setting means is said once, under "Attributes:" in the docstring of its dataclass, with its source in brackets at
+the end where that is not this project; `settings` reads it from there.
+"""
+
+import inspect
 import json
+import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from cli.files import at_home
 from model.errors import PunaError
+from train.hints import meant
 
 PathText = Annotated[str, "a path, or something that may be one"]  # `~` at its start is the home folder
 
@@ -24,7 +30,7 @@ def read(cls: Any, table: dict[str, Any]) -> Any:
     Raises:
         PunaError: naming everything that is wrong with it.
     """
-    reader = _Reader(tuple(_settings(cls)))
+    reader = _Reader([setting.name for setting in settings(cls)])
     record = reader.table(cls, table, "")
     if reader.problems:
         raise PunaError("; ".join(reader.problems))
@@ -34,26 +40,22 @@ def read(cls: Any, table: dict[str, Any]) -> Any:
 class _Reader:
     """Converts values to the types of their fields; `problems` collects what could not be, in words."""
 
-    def __init__(self, known: tuple[str, ...]) -> None:
+    def __init__(self, known: list[str]) -> None:
         self.known = known
         self.problems: list[str] = []
 
     def table(self, cls: Any, table: dict[str, Any], where: str) -> Any:
         hints = typing.get_type_hints(cls, include_extras=True)
         unknown = [key for key in table if key not in hints]
-        self.problems += [
-            f"{where}{key} is not a setting; did you mean {self.nearest(key, where, hints)}?" for key in unknown
-        ]
+        sections = [name for name in self.known if "." not in name]
+        for key in unknown:
+            is_section = not where and isinstance(table[key], dict)
+            self.problems.append(not_a_setting(f"{where}{key}", sections if is_section else self.known))
         given = {key: self.value(hints[key], table[key], f"{where}{key}") for key in table if key in hints}
         for f in fields(cls):
             if f.default is MISSING and f.default_factory is MISSING and f.name not in given:
                 self.problems.append(f"{where}{f.name} is missing; give it a value")
         return None if self.problems else cls(**given)
-
-    def nearest(self, key: str, where: str, hints: dict[str, Any]) -> str:
-        """The known setting nearest to `key`: of the same name in another section, else the likest in this one."""
-        same = [name for name in self.known if name.rpartition(".")[2] == key]
-        return same[0] if same else where + difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
 
     def value(self, hint: Any, value: Any, where: str) -> Any:
         for choice in _choices(hint):
@@ -89,13 +91,75 @@ class _Reader:
 _FAILED = object()
 
 
-def _settings(cls: Any, where: str = "") -> Iterator[str]:
-    """The dotted names of everything that can be set."""
-    for name, hint in typing.get_type_hints(cls).items():
-        inner = [choice for choice in _choices(hint) if is_dataclass(choice)]
-        yield f"{where}{name}"
-        for choice in inner:
-            yield from _settings(choice, f"{where}{name}.")
+class Setting(NamedTuple):
+    """One thing that can be set, or a section of them.
+
+    Attributes:
+        name: with its section, as "optim.learning_rate"; in tables of a list, as "data.path[].weight".
+        type: in words.
+        default: as TOML; "" for none, None for a setting that must be given and for a section.
+        meaning: in words.
+        source: the paper or the system that it is from.
+    """
+
+    name: str
+    type: str
+    default: str | None
+    meaning: str
+    source: str
+
+
+def settings(cls: Any, where: str = "") -> Iterator[Setting]:
+    """Everything that can be set in a dataclass and in those that it holds, in order.
+
+    Args:
+        cls: the dataclass.
+        where: what its names begin with.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
+    meanings = _meanings(cls)
+    for f in fields(cls):
+        hint, name = hints[f.name], f"{where}{f.name}"
+        inner = next(filter(is_dataclass, _choices(hint)), None)
+        if inner is not None:
+            text = inspect.cleandoc(inner.__doc__ or "").partition("\n\n")[0]
+            yield Setting(name, "a section", None, text.partition(": ")[2] or text, "")
+            yield from settings(inner, f"{name}.")
+            continue
+        meaning, source = meanings.get(f.name, ("", ""))
+        if f.default is MISSING and f.default_factory is MISSING:
+            default = None
+        else:
+            value = f.default_factory() if f.default_factory is not MISSING else f.default
+            default = "" if value is None else _toml(value)
+        yield Setting(name, _said(hint), default, meaning, source)
+        for listed in (item for choice in _choices(hint) for item in _choices((typing.get_args(choice) or [None])[0])):
+            if is_dataclass(listed):
+                yield from settings(listed, f"{name}[].")
+
+
+def _meanings(cls: Any) -> dict[str, tuple[str, str]]:
+    """What the docstring of a dataclass says of each attribute: its meaning, and whence it is."""
+    text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    found = {}
+    for entry in re.split(r"\n(?=    \w)", f"\n{text}")[1:]:
+        name, _, rest = " ".join(entry.split()).partition(": ")
+        meaning, source = re.fullmatch(r"(.*?)(?: \[([^][]+)\])?", rest).groups()  # type: ignore[union-attr]
+        found[name] = meaning, source or "Puna"
+    return found
+
+
+def not_a_setting(name: str, known: Sequence[str]) -> str:
+    """In words that there is no setting of a name, and which was meant.
+
+    Args:
+        name: as it was written.
+        known: the names of all settings.
+    """
+    found = meant(re.sub(r"\[\d+\]", "[]", name), known)
+    return f"{name} is not a setting; " + (
+        f"did you mean {found}?" if found else "`python -m train settings` lists what there is"
+    )
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

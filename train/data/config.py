@@ -14,9 +14,13 @@ class DataSource:
     """One of several places to read: what is not given here is as [data] has it.
 
     Attributes:
-        path: a file, a folder or a Hub data set: see DataConfig.
+        path: a file, a folder or a Hub data set: see data.path.
         weight: the share of rows drawn from here, relative to the other sources. Without any weight the sources are one
             data set, each row of which is seen once an epoch.
+        format: of this source; that of [data] by default.
+        template: of this source; that of [data] by default.
+        response_template: of this source; that of [data] by default.
+        columns: of this source; those of [data] by default.
     """
 
     path: PathText
@@ -33,8 +37,8 @@ class DataConfig:
 
     Attributes:
         path: a json, jsonl, csv, parquet, arrow or txt file (each line of a txt file is a document), a folder of these,
-            a Hub data set "org/name[@revision]", or a list of such paths or of tables (see DataSource). Of a folder or
-            data set one split is read, train, or the one behind a colon: "folder:test".
+            a Hub data set "org/name[@revision]", or a list of such paths or of tables. Of a folder or data set one
+            split is read, train, or the one behind a colon: "folder:test". [datasets]
         format: what a record is; "auto" tells it from the first record's keys. `system`, `history`, `tools`, and in
             messages `tool_calls`, `weight` and content in parts, mean what they mean elsewhere (train.data.messages),
             or are refused.
@@ -43,15 +47,16 @@ class DataConfig:
             with {column} placeholders. "auto" takes alpaca for instruction records, vicuna_v1.1 for conversations, the
             checkpoint's own for messages and plain for prompt_completion.
         response_template: the last part of a template with placeholders that is not trained on (DialogSum:
-            "### Output:\\n").
-        max_length: tokens in a row. Longer texts are split over several; for longer conversations see on_overlong.
+            "### Output:\\n"). [TRL]
+        max_length: tokens in a row. Longer texts are split over several rows; for conversations see on_overlong. [TRL]
         on_overlong: what becomes of a conversation longer than max_length: it is left out ("drop", counted), loses its
             end ("truncate", counted; left out where nothing trained would stay), or is refused by its line ("error").
-        packing: several examples a row, apart from each other.
-        packing_strategy: TRL's names: "bfd" is best-fit decreasing; "wrapped" joins everything and cuts it every
-            max_length tokens, attending across documents, and leaves out the last incomplete row.
-        eval_path: held-out examples.
+        packing: several examples a row, apart from each other. [TRL]
+        packing_strategy: "bfd" is best-fit decreasing; "wrapped" joins everything and cuts it every max_length tokens,
+            attending across documents, and leaves out the last incomplete row. [TRL; arXiv:2404.10830]
+        eval_path: held-out examples, as path.
         validation_split: the fraction of documents (records) held out instead; they are chosen before rows are packed.
+            [Keras]
         seed: chooses the documents of validation_split.
         cache_dir: where tokenized rows are kept; $XDG_CACHE_HOME/puna by default.
     """
