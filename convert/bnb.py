@@ -159,22 +159,27 @@ def read_quantized(
     found: dict[str, LazyQuantized] = {}
     left = dict(tensors)
     for param in parameters(config):
-        if param.name.split(".")[-1] not in LINEARS or param.hf not in left:
+        if param.name.split(".")[-1] not in (*LINEARS, "lm_head") or param.hf not in left:
             continue
         n_in, n_out = param.shape
         with malformed(folder):
             weight = _read_weight(param.hf, left, settings, (n_out, n_in), dtype)
         if weight is not None:
-            found[param.name] = weight
+            if param.name != "lm_head":  # which is no quantized weight here: it is read as the floats it stands for
+                found[param.name] = weight
             left[param.hf] = _dequantized(weight, tensors[param.hf].where)
     return left, found
 
 
 def _check_method(settings: Mapping[str, Any], folder: Path) -> None:
-    method = settings.get("quant_method", "bitsandbytes")
+    is_old = "load_in_4bit" in settings or "load_in_8bit" in settings  # which bitsandbytes alone has
+    method = settings.get("quant_method") or ("bitsandbytes" if is_old else "a method that quant_method does not name")
     is_ours = method == "puna" and settings.get("format") == "int4"
     if method != "bitsandbytes" and not is_ours:
-        raise PunaError(f"{folder}: weights quantized by {method} are not read; Puna reads bitsandbytes' nf4 and int8")
+        raise PunaError(
+            f"{folder}: weights quantized by {method} are not read (bitsandbytes' nf4 and int8 are): give the "
+            "unquantized model, or what transformers' model.dequantize() and save_pretrained() make of this one"
+        )
     active = {key for key, value in settings.items() if value not in (None, False)}
     if unknown := sorted(key for key in active if not _SETTING.fullmatch(key)):
         raise PunaError(f"{folder}: quantization_config has {', '.join(unknown)}, which Puna does not know")

@@ -29,7 +29,7 @@ class LazyQuantized:
 @dataclass(frozen=True)
 class Checkpoint:
     """`tensors` are named as in convert/names.py: `embed`, `layers.0.wq`, ...; `folder` holds the companion files, and
-    the model itself unless that is one `file`.
+    the model itself unless that is one `file`, of which `parts` are all parts where it is split.
 
     Of the weights in `quantized`, which loads them as they are, `tensors` reads the dequantized numbers.
     """
@@ -40,6 +40,7 @@ class Checkpoint:
     format: str
     quantized: Mapping[str, LazyQuantized] = field(default_factory=dict)
     file: Path | None = None
+    parts: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:

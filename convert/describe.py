@@ -26,7 +26,8 @@ def describe(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         for name, tensor in checkpoint.tensors.items()
     )
     yield "dtypes", ", ".join(f"{name} ({count} tensors)" for name, count in counts.most_common())
-    files = [checkpoint.file] if checkpoint.file else sorted(x for x in checkpoint.folder.rglob("*") if x.is_file())
+    whole = checkpoint.parts or ((checkpoint.file,) if checkpoint.file else ())
+    files = whole or sorted(x for x in checkpoint.folder.rglob("*") if x.is_file())
     with progress("hashing", sum(path.stat().st_size for path in files)) as advance:
         for path in files:
             digest, size = sha256_of(path), path.stat().st_size

@@ -7,9 +7,10 @@ have the type asked for, or F16 where it cannot cut their rows into blocks; vect
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,13 +20,13 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint, WriteOptions, main_dtype
 from convert.damage import malformed
+from convert.gguf_config import ROPE_FREQS, add_config, read_config, rope_factors
 from convert.gguf_tokenizer import add_tokenizer
 from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array, narrowed
 from convert.names import Parameter, check_keys, check_shape, pairs_to_halves, parameters
-from model.config import LlamaConfig, RopeScaling
+from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import param_count
-from model.rope import frequencies
 
 TYPES = {  # our names: GGUF's of the tensor type, and of the file
     "float32": ("F32", "ALL_F32"),
@@ -38,7 +39,7 @@ QUANTIZATIONS = {"int8": "q8_0", "int4": "q4_0"}
 SIGNS = ("*.gguf",)
 
 _ARRAYS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_ROPE_FREQS = "rope_freqs.weight"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PERMUTED = ("wq", "wk", "bq", "bk")
 
 
@@ -75,7 +76,7 @@ def write(path: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
         writer.add_size_label(gguf.size_label(param_count(config), param_count(config), 0, 0))
         writer.add_file_type(gguf.LlamaFileType[TYPES[type][1]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_config(gguf, writer, config)
+        add_config(gguf, writer, config)
         with _tokenizer(checkpoint, options) as folder:
             add_tokenizer(writer, folder, config.vocab_size)
         _write_tensors(gguf, writer, entries, options)
@@ -115,7 +116,7 @@ def _entries(gguf: Any, checkpoint: Checkpoint, type: str) -> dict[str, _Entry]:
         for param in parameters(config)
     }
     if config.rope_scaling and config.rope_scaling.rope_type == "llama3":
-        entries = {_ROPE_FREQS: _Entry(from_array(_rope_factors(config), "the config"), "F32"), **entries}
+        entries = {ROPE_FREQS: _Entry(from_array(rope_factors(config), "the config"), "F32"), **entries}
     return entries
 
 
@@ -166,48 +167,6 @@ def _nbytes(gguf: Any, entry: _Entry) -> int:
     return math.prod(entry.tensor.shape) // block * size
 
 
-def _rope_factors(config: LlamaConfig) -> np.ndarray:
-    """float32 [d/2]: what llama.cpp divides each frequency by, for Llama 3.1's scaling."""
-    plain, _ = frequencies(replace(config, rope_scaling=None))
-    scaled, _ = frequencies(config)
-    return np.asarray(plain / scaled, np.float32)
-
-
-def _add_config(gguf: Any, writer: Any, config: LlamaConfig) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    match config.rope_scaling:
-        case None | RopeScaling(rope_type="llama3"):  # llama3 is a tensor
-            pass
-        case RopeScaling(rope_type="linear") as scaling:
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(scaling.factor)
-        case (
-            RopeScaling(
-                rope_type="yarn", attention_factor=None, mscale=None, mscale_all_dim=None, truncate=None | True
-            ) as scaling
-        ):
-            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-            writer.add_rope_scaling_factor(scaling.factor)
-            writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
-            writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast or 32.0)
-            writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow or 1.0)
-        case scaling:
-            raise PunaError(
-                f"rope_scaling {scaling.to_hf()} cannot be said in GGUF as llama.cpp reads it; use format='hf'"
-            )
-
-
 def _write_tensors(gguf: Any, writer: Any, entries: dict[str, _Entry], options: WriteOptions) -> None:
     for name, entry in entries.items():
         kind = gguf.GGMLQuantizationType[entry.type]
@@ -237,35 +196,70 @@ def _converted(gguf: Any, name: str, entry: _Entry, allow_overflow: bool) -> np.
 
 
 def read(path: Path) -> Checkpoint:
-    """The model in a GGUF file, or in the one of a folder: quantized types read as their dequantized float32.
+    """The model in a GGUF file, in the one of a folder, or in the parts of a split one: quantized types read as their
+    dequantized float32.
 
     The tokenizer inside is not read; files beside it are taken for the model's. Raises PunaError where the file is
     damaged, is of another architecture, or says what no LlamaConfig does.
     """
-    path = _file(path)
-    gguf = import_gguf(f"reading {path}")
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise PunaError(f"{path} is truncated or no GGUF file: {error}; fetch it again") from None
-    with malformed(path):
-        tensors = {tensor.name: _read_tensor(gguf, tensor, path) for tensor in reader.tensors}
-        config = _read_config(reader, tensors, path)
+    files = _files(path)
+    gguf = import_gguf(f"reading {files[0]}")
+    readers = [_opened(gguf, file) for file in files]
+    tensors: dict[str, LazyTensor] = {}
+    for file, reader in zip(files, readers, strict=True):
+        with malformed(file):
+            _check_part(file, reader, len(files))
+            for tensor in reader.tensors:
+                if tensor.name in tensors:
+                    raise PunaError(f"{file} repeats {tensor.name} of another part: fetch all parts again")
+                tensors[tensor.name] = _read_tensor(gguf, tensor, file)
+    with malformed(files[0]):
+        config = read_config(gguf, readers[0], tensors, files[0])
     names = _names(gguf, config)
-    check_keys(names.values(), tensors.keys() - {_ROPE_FREQS}, str(path))
+    check_keys(names.values(), tensors.keys() - {ROPE_FREQS}, str(files[0]))
     for param in parameters(config):
         check_shape(names[param.name], tensors[names[param.name]], param.foreign_shape)
     ours = {param.name: _ours(param, tensors[names[param.name]], config) for param in parameters(config)}
-    return Checkpoint(config, ours, path.parent, "gguf", file=path)
+    return Checkpoint(config, ours, files[0].parent, "gguf", file=files[0], parts=tuple(files))
 
 
-def _file(path: Path) -> Path:
+def _opened(gguf: Any, path: Path) -> Any:
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise PunaError(f"{path} is truncated or no GGUF file: {error}; fetch it again") from None
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or all parts of the split model that it, or the folder, holds."""
     if path.is_file():
-        return path
+        return _parts(path)
     files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise PunaError(f"{path} holds {len(files)} GGUF files: give one of {', '.join(file.name for file in files)}")
-    return files[0]
+    models = {tuple(_parts(file)) for file in files}
+    if len(models) != 1:
+        raise PunaError(f"{path} holds {len(models)} GGUF files: give one of {', '.join(file.name for file in files)}")
+    return list(*models)
+
+
+def _parts(path: Path) -> list[Path]:
+    """Every part of the model that `path` is one part of, as llama-gguf-split names them."""
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) == 1:
+        return [path]
+    parts = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, int(match[3]) + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise PunaError(f"{path} is one part of {len(parts)}; {', '.join(missing)} is missing: fetch it")
+    return parts
+
+
+def _check_part(path: Path, reader: Any, found: int) -> None:
+    field = reader.get_field("split.count")
+    count = 0 if field is None else int(field.contents())
+    if max(count, 1) != found:
+        raise PunaError(
+            f"{path} says that it is one of {count} parts, and {found} is there: name the parts as they were, "
+            f"NAME-00001-of-{count:05}.gguf"
+        )
 
 
 def _read_tensor(gguf: Any, tensor: Any, path: Path) -> LazyTensor:
@@ -281,61 +275,3 @@ def _read_tensor(gguf: Any, tensor: Any, path: Path) -> LazyTensor:
             raise PunaError(f"{path}: {tensor.name} has type {name}, which the gguf library cannot read") from None
 
     return LazyTensor(shape, np.dtype(np.float32), read, str(path))
-
-
-def _read_config(reader: Any, tensors: dict[str, LazyTensor], path: Path) -> LlamaConfig:
-    def value(key: str, default: Any = None) -> Any:
-        found = reader.get_field(key)
-        if found is not None:
-            return found.contents()
-        if default is None:
-            raise PunaError(f"{path} does not say {key}: it is no LLaMA that llama.cpp runs")
-        return default
-
-    if (architecture := value("general.architecture")) != "llama":
-        raise PunaError(f"{path} holds a model of architecture {architecture!r}; Puna reads 'llama'")
-    heads, hidden = value("llama.attention.head_count"), value("llama.embedding_length")
-    biases = {name.rpartition(".")[0].rpartition(".")[2] for name in tensors if name.endswith(".bias")}
-    plain = LlamaConfig(
-        vocab_size=tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 1,
-        hidden_size=hidden,
-        intermediate_size=value("llama.feed_forward_length"),
-        num_hidden_layers=value("llama.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=value("llama.attention.head_count_kv", heads),
-        head_dim=value("llama.attention.key_length", hidden // heads),
-        max_position_embeddings=value("llama.context_length"),
-        rms_norm_eps=_float(value("llama.attention.layer_norm_rms_epsilon")),
-        rope_theta=_float(value("llama.rope.freq_base", 10000.0)),
-        tie_word_embeddings="output.weight" not in tensors,
-        attention_bias="attn_q" in biases,
-        mlp_bias="ffn_gate" in biases,
-        bos_token_id=value("tokenizer.ggml.bos_token_id", 1),
-        eos_token_id=(value("tokenizer.ggml.eos_token_id", 2),),
-    )
-    kind, factor = value("llama.rope.scaling.type", "none"), _float(value("llama.rope.scaling.factor", 1.0))
-    if kind == "none":
-        return _with_llama3(plain, tensors, path)
-    settings = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        settings["original_max_position_embeddings"] = value("llama.rope.scaling.original_context_length")
-        settings["beta_fast"] = _float(value("llama.rope.scaling.yarn_beta_fast", 32.0))
-        settings["beta_slow"] = _float(value("llama.rope.scaling.yarn_beta_slow", 1.0))
-    return replace(plain, rope_scaling=RopeScaling.from_hf(settings, plain.max_position_embeddings))
-
-
-def _with_llama3(plain: LlamaConfig, tensors: dict[str, LazyTensor], path: Path) -> LlamaConfig:
-    """GGUF has only what each frequency is divided by; the published Llama 3s tell which scaling that is."""
-    if _ROPE_FREQS not in tensors:
-        return plain
-    for factor in (8.0, 32.0):
-        config = replace(plain, rope_scaling=RopeScaling("llama3", factor, 8192, 1.0, 4.0))
-        found, expected = tensors[_ROPE_FREQS].load(), _rope_factors(config)
-        if found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4):
-            return config
-    raise PunaError(f"{path}: {_ROPE_FREQS} is not that of Llama 3.1, 3.2 or 3.3; convert from the original instead")
-
-
-def _float(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05 is stored as 9.999999747e-06."""
-    return float(str(np.float32(value)))

@@ -12,7 +12,7 @@ from typing import Any
 from model.errors import PunaError
 from model.json_file import read_json
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.vocabulary import LLAMA3_SPLIT, byte_level_alphabet, is_ranks, parse_sentencepiece
+from model.vocabulary import LLAMA3_SPLIT, SPACE, byte_level_alphabet, is_ranks, parse_sentencepiece
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as in SentencePiece, whose numbers GGUF took
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0
@@ -20,7 +20,11 @@ ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0
 
 @dataclass
 class Tokens:
-    """The model's tokens in the order of their ids; `kinds` are GGUF's token types, `scores` SentencePiece's."""
+    """The model's tokens in the order of their ids; `kinds` are GGUF's token types, `scores` SentencePiece's.
+
+    space: whether a space is put before a text. bos: whether texts begin with BOS, where tokenizer_config.json does not
+    say it.
+    """
 
     model: str
     pre: str
@@ -28,13 +32,16 @@ class Tokens:
     kinds: list[int]
     scores: list[float] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
+    space: bool = True
+    bos: bool = True
 
 
 def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     """Write the tokenizer of a model folder, if it has one, to a GGUFWriter.
 
     Tokens beyond the model's rows are left out, since it cannot embed them; rows beyond the tokens are unused ones.
-    Raises PunaError for a tokenizer that llama.cpp could not run as it is.
+    Raises PunaError for a tokenizer that llama.cpp could not run as it is: it knows no normalization of text, and we
+    know some of its ways to cut text before merging.
     """
     main = [folder / name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()]
     if not main:
@@ -56,16 +63,16 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     for role, id in roles.items():
         if id is not None and id < vocab_size:
             getattr(writer, f"add_{role}_token_id")(id)
-    writer.add_add_bos_token(tokenizer.bos_id is not None and _says_bos(folder))
-    writer.add_add_eos_token(False)
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    says_bos = config.get("add_bos_token")
+    writer.add_add_bos_token(tokenizer.bos_id is not None and (tokens.bos if says_bos is None else bool(says_bos)))
+    writer.add_add_eos_token(tokenizer.eos_id is not None and config.get("add_eos_token") is True)
+    says_space = config.get("add_prefix_space")
+    if tokens.model == "llama" and not (tokens.space if says_space is None else says_space):
+        writer.add_add_space_prefix(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-
-
-def _says_bos(folder: Path) -> bool:
-    """Whether texts begin with BOS: so they do unless tokenizer_config.json says that they do not."""
-    path = folder / "tokenizer_config.json"
-    return not path.is_file() or read_json(path).get("add_bos_token") is not False
 
 
 def _read(main: list[Path], tokenizer: Tokenizer) -> Tokens:
@@ -73,17 +80,32 @@ def _read(main: list[Path], tokenizer: Tokenizer) -> Tokens:
     path = main[0]
     data = path.read_bytes()
     if path.name == "tokenizer.model" and not is_ranks(data):
-        return _sentencepiece(parse_sentencepiece(data, path))
+        return _sentencepiece(parse_sentencepiece(data, path), path)
     if main[-1].name == "tokenizer.json":
         return _merges(main[-1])
     ranks = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
     return _ranks(ranks[: ranks.index(b"")] if b"" in ranks else ranks)
 
 
-def _sentencepiece(proto: Any) -> Tokens:
-    pieces = proto.pieces
+def _sentencepiece(proto: Any, path: Path) -> Tokens:
+    normalizer, trainer, pieces = proto.normalizer_spec, proto.trainer_spec, proto.pieces
+    cannot = {
+        f"is a {trainer.ModelType.Name(trainer.model_type).lower()} model": trainer.model_type != trainer.BPE,
+        f"normalizes text by {normalizer.name or 'a table'}": bool(normalizer.precompiled_charsmap),
+        "makes runs of spaces one (remove_extra_whitespaces)": normalizer.remove_extra_whitespaces,
+        "keeps spaces as they are (escape_whitespaces)": not normalizer.escape_whitespaces,
+        "puts spaces behind words (treat_whitespace_as_suffix)": trainer.treat_whitespace_as_suffix,
+        "has no tokens for single bytes": not any(piece.type == BYTE for piece in pieces),
+    }
+    _check(path, [words for words, is_so in cannot.items() if is_so])
     texts = [piece.piece.encode() for piece in pieces]
-    return Tokens("llama", "default", texts, [piece.type for piece in pieces], [piece.score for piece in pieces])
+    kinds, scores = [piece.type for piece in pieces], [piece.score for piece in pieces]
+    return Tokens("llama", "default", texts, kinds, scores, space=normalizer.add_dummy_prefix)
+
+
+def _check(path: Path, cannot: list[str]) -> None:
+    if cannot:
+        raise PunaError(f"{path} {', '.join(cannot)}, which llama.cpp does not do: it would run other tokens")
 
 
 def _ranks(tokens: list[bytes]) -> Tokens:
@@ -108,13 +130,19 @@ def _merges(path: Path) -> Tokens:
     texts = [b""] * (max(ids.values()) + 1)
     for text, id in ids.items():
         texts[id] = text.encode()
+    cannot = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    _check(path, [f"has {key}" for key in cannot])
+    bos = _begins(spec)
     if not model.get("byte_fallback"):
-        return Tokens("gpt2", _split(spec, path), texts, [NORMAL] * len(texts), merges=[" ".join(p) for p in pairs])
+        pre = _split(spec, path)
+        _check(path, ["takes whole words before merging (ignore_merges)"] * (pre != "llama-bpe" and _ignores(model)))
+        return Tokens("gpt2", pre, texts, [NORMAL] * len(texts), merges=[" ".join(p) for p in pairs], bos=bos)
+    space = _prefix(spec, path)
     # SentencePiece's rule: the pair that joins to the best piece merges first. So a piece scores as its first merge.
     first: dict[str, int] = {}
     for rank, pair in enumerate(pairs):
         first.setdefault("".join(pair), rank)
-    tokens = Tokens("llama", "default", texts, [NORMAL] * len(texts), [0.0] * len(texts))
+    tokens = Tokens("llama", "default", texts, [NORMAL] * len(texts), [0.0] * len(texts), space=space, bos=bos)
     for text, id in ids.items():
         tokens.scores[id] = -float(first.get(text, 0))
         if text == model.get("unk_token"):
@@ -124,16 +152,60 @@ def _merges(path: Path) -> Tokens:
     return tokens
 
 
+def _ignores(model: Mapping[str, Any]) -> bool:
+    return model.get("ignore_merges") is True
+
+
+def _steps(said: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """The steps of a sequence of normalizers or pre-tokenizers, or the one."""
+    return [] if not said else said.get(key) or [said]
+
+
+def _begins(spec: Mapping[str, Any]) -> bool:
+    """Whether the post-processor puts a token before a text."""
+    for step in _steps(spec.get("post_processor"), "processors"):
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return True
+    return False
+
+
+def _prefix(spec: Mapping[str, Any], path: Path) -> bool:
+    """Whether a tokenizer.json converted from SentencePiece puts a space before a text."""
+    normalizers = _steps(spec.get("normalizer"), "normalizers")
+    cutters = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    plain = {"Prepend", "Replace"}
+    cannot = [f"normalizes text ({step['type']})" for step in normalizers if step["type"] not in plain]
+    cannot += [f"cuts text ({step['type']})" for step in cutters if step["type"] != "Metaspace"]
+    for step in normalizers:
+        if step["type"] == "Replace" and (step["pattern"], step["content"]) != ({"String": " "}, SPACE):
+            cannot.append(f"replaces {step['pattern']} in text")
+    _check(path, cannot)
+    metaspace = [step.get("prepend_scheme", "always") != "never" for step in cutters]
+    return any(metaspace) or any(step["type"] == "Prepend" for step in normalizers)
+
+
+_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_LETTERS = _GPT2 | {"use_regex": False}  # the cutting is done already
+_CUTS = {  # llama.cpp's name for how the text is cut before merging
+    "llama-bpe": [{"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}}, _LETTERS],
+    "gpt-2": [_GPT2],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
+}
+
+
 def _split(spec: Mapping[str, Any], path: Path) -> str:
-    """llama.cpp's name for how the text is cut before merging."""
-    pre = spec.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
-    if patterns == [LLAMA3_SPLIT]:
-        return "llama-bpe"
-    if not patterns and any(step.get("type") == "ByteLevel" and step.get("use_regex", True) for step in steps):
-        return "gpt-2"
-    raise PunaError(f"{path} cuts text by {patterns}, which llama.cpp is not known to do: it would run other tokens")
+    """The key of `_CUTS` that says what a byte-level tokenizer.json does before merging."""
+    _check(path, [f"normalizes text ({step['type']})" for step in _steps(spec.get("normalizer"), "normalizers")])
+    steps = _steps(spec.get("pre_tokenizer"), "pretokenizers")
+    defaults = {"ByteLevel": {"add_prefix_space": True, "use_regex": True}, "Digits": {"individual_digits": False}}
+    keys = ("type", "pattern", "individual_digits", "add_prefix_space", "use_regex")
+    full = [{**defaults.get(step["type"], {}), **step} for step in steps]
+    said = [{key: value for key, value in step.items() if key in keys} for step in full]
+    odd = [step for step in steps if step.get("behavior", "Isolated") != "Isolated" or step.get("invert")]
+    for name, cut in _CUTS.items():
+        if said == cut and not odd:
+            return name
+    raise PunaError(f"{path} cuts text by {steps}, which llama.cpp is not known to do: it would run other tokens")
 
 
 def _add_specials(tokens: Tokens, tokenizer: Tokenizer) -> None:

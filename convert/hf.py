@@ -1,24 +1,26 @@
 """Hugging Face folders: config.json, and safetensors or pickled weights, in one file or sharded with an index."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from cli.files import write_json
 from cli.progress import ProgressBar
+from cli.said import say_once
 from convert.bnb import as_tensors, quantization_config, quantized_checkpoint, read_quantized
 from convert.checkpoint import Checkpoint, WriteOptions, main_dtype, write_generation_config
 from convert.damage import malformed
 from convert.lazy import LazyTensor, same_bytes
 from convert.names import from_foreign, is_buffer, parameters
-from convert.pickled import read_pickled
-from convert.safetensor import read_safetensors, write_safetensors
+from convert.safetensor import write_safetensors
+from convert.weight_files import PUNA_STEM, read_weights
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.json_file import read_json
 from model.params import LINEARS
 from model.quantize import check_format
 
-PUNA_STEM = "puna"  # of the weights of a model with replaced pieces: who would read model.safetensors finds none
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIGNS = ("model*.safetensors", f"{PUNA_STEM}*.safetensors", "pytorch_model*.bin", "*.index.json")
 MAX_SHARD_SIZE = 5 * 10**9  # bytes of a safetensors file, as transformers has it
 
@@ -30,71 +32,34 @@ def read(folder: Path) -> Checkpoint:
     said = read_json(folder / "config.json")
     quantization = said.pop("quantization_config", None)
     with malformed(folder / "config.json"):
-        config = LlamaConfig.from_hf(said)
-    tensors = read_weights(folder)
+        config = LlamaConfig.from_hf(said, lambda line: say_once(f"{folder / 'config.json'}: {line}"))
+    tensors = read_weights(folder, config.tie_word_embeddings)
     quantized = {}
     if quantization is not None:
         dtype = said.get("dtype") or said.get("torch_dtype") or "float16"
         tensors, quantized = read_quantized(quantization, tensors, config, dtype, folder)
-    if config.tie_word_embeddings:
-        _drop_tied_head(tensors, folder)
+    config = _settle_tied(config, tensors, folder)
     for name, tensor in tensors.items():
         if tensor.dtype.name not in _FLOATS and not is_buffer(name):
             raise PunaError(f"{tensor.where}: {name} has dtype {tensor.dtype.name}; weights are {', '.join(_FLOATS)}")
     return Checkpoint(config, from_foreign(config, tensors, str(folder)), folder, "hf", quantized)
 
 
-def read_weights(folder: Path) -> dict[str, LazyTensor]:
-    """Every tensor of the folder under its own name. Raises PunaError where index and files disagree."""
-    for stem, suffix, read in (
-        ("model", "safetensors", read_safetensors),
-        (PUNA_STEM, "safetensors", read_safetensors),
-        ("pytorch_model", "bin", read_pickled),
-    ):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            return _read_indexed(index, read)
-        files = sorted(folder.glob(f"{stem}*.{suffix}"))
-        if files:
-            return _union({file: read(file) for file in files})
-    raise PunaError(f"{folder} has no model*.safetensors and no pytorch_model*.bin: fetch the weights")
-
-
-def _read_indexed(index: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    said = read_json(index)
-    with malformed(index):
-        weight_map: dict[str, str] = dict(said.get("weight_map", {}))
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise PunaError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names: fetch the missing shard")
-    files = {name: read(index.parent / name) for name in names}
-    for tensor, name in weight_map.items():
-        if tensor not in files[name]:
-            raise PunaError(f"{index} places {tensor} in {name}, which does not hold it")
-    for name, tensors in files.items():
-        if extra := [tensor for tensor in tensors if weight_map.get(tensor) != name]:
-            raise PunaError(f"{index} does not list {', '.join(sorted(extra))}, which {name} holds")
-    return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
-
-
-def _union(files: Mapping[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    merged: dict[str, LazyTensor] = {}
-    for path, tensors in files.items():
-        if twice := merged.keys() & tensors.keys():
-            raise PunaError(f"{path} repeats {', '.join(sorted(twice))} of another file in its folder")
-        merged |= tensors
-    return merged
-
-
-def _drop_tied_head(tensors: dict[str, LazyTensor], folder: Path) -> None:
-    """Some tied models store the head too. It must be the embedding's copy, or it would be lost in silence."""
-    head, embed = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
-    if head is not None and embed is not None and not same_bytes(head, embed):
-        raise PunaError(
-            f"{folder}: tie_word_embeddings is true and lm_head.weight differs from model.embed_tokens.weight; "
-            "set tie_word_embeddings to false to keep it"
+def _settle_tied(config: LlamaConfig, tensors: dict[str, LazyTensor], folder: Path) -> LlamaConfig:
+    """Some tied models store the head too, or it alone. Where it is no copy, transformers does not tie the two."""
+    if not config.tie_word_embeddings or HEAD not in tensors:
+        return config
+    if EMBED not in tensors:
+        tensors[EMBED] = tensors.pop(HEAD)
+    elif same_bytes(tensors[HEAD], tensors[EMBED]):
+        del tensors[HEAD]
+    else:
+        say_once(
+            f"{folder}: tie_word_embeddings is true and {HEAD} is not {EMBED}: both are kept, untied, as transformers "
+            "does"
         )
+        return replace(config, tie_word_embeddings=False)
+    return config
 
 
 def write(folder: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cli.files import write_json
+from cli.said import say_once
 from convert.checkpoint import Checkpoint, WriteOptions, write_generation_config
 from convert.damage import malformed
 from convert.lazy import LazyTensor, concatenate, shares_memory
@@ -50,7 +51,9 @@ def read(folder: Path) -> Checkpoint:
     with malformed(folder / "params.json"):
         is_by_rows = embeddings[0].shape[1] == params.get("model", params).get("dim")
         vocab_size = sum(part.shape[0] for part in embeddings) if is_by_rows else embeddings[0].shape[0]
-        config = LlamaConfig.from_meta(params, vocab_size=vocab_size)
+        config = LlamaConfig.from_meta(
+            params, vocab_size=vocab_size, say=lambda line: say_once(f"{folder / 'params.json'}: {line}")
+        )
     config = replace(config, tie_word_embeddings=all(_is_tied(shard) for shard in shards))
     table = parameters(config)
     for path, shard in zip(_shard_files(folder), shards, strict=True):

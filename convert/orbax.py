@@ -14,6 +14,7 @@ import numpy as np
 import tensorstore
 
 from cli.files import write_json
+from cli.said import say_once
 from convert.checkpoint import Checkpoint, WriteOptions, main_dtype, write_generation_config
 from convert.damage import malformed
 from convert.lazy import Index, LazyTensor, contiguous
@@ -32,7 +33,7 @@ def read(folder: Path) -> Checkpoint:
     """The model in an Orbax folder that `write` made."""
     said = read_json(folder / "config.json")
     with malformed(folder / "config.json"):
-        config = LlamaConfig.from_hf(said)
+        config = LlamaConfig.from_hf(said, lambda line: say_once(f"{folder / 'config.json'}: {line}"))
     table = parameters(config)
     trees: dict[str, dict[str, LazyTensor]] = {}
     for param in table:

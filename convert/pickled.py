@@ -31,6 +31,7 @@ _STORAGES = {
     "float16": "HalfStorage",
     "bfloat16": "BFloat16Storage",
 }
+_READ = {*_STORAGES, "int8", "uint8", "int32", "int64", "int16", "bool"}  # of quantized weights and buffers, too
 
 
 def import_torch(purpose: str) -> Any:
@@ -52,10 +53,28 @@ def read_pickled(path: Path) -> dict[str, LazyTensor]:
         is_zip = file.read(2) == b"PK"
     try:
         weights = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+        _check_tensors(path, torch, weights)
         return {name: from_array(_as_numpy(tensor), str(path)) for name, tensor in weights.items()}
+    except PunaError:
+        raise
     except _DAMAGED as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PunaError(f"{path} is truncated or no file of PyTorch weights: {reason}; fetch it again") from None
+
+
+def _check_tensors(path: Path, torch: Any, weights: Any) -> None:
+    """Raises PunaError for a whole file that holds something else than tensors, or tensors of a type that none has."""
+    if not isinstance(weights, dict):
+        raise PunaError(f"{path} holds a {type(weights).__name__}, no dict of tensors by name: save model.state_dict()")
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            inner = isinstance(tensor, dict) and any(isinstance(value, torch.Tensor) for value in tensor.values())
+            how = (
+                f"take them out: torch.save(torch.load({path.name!r})[{name!r}], ...)" if inner else "save these alone"
+            )
+            raise PunaError(f"{path}: {name!r} is a {type(tensor).__name__}, no tensor; its weights lie deeper: {how}")
+        if (kind := str(tensor.dtype).removeprefix("torch.")) not in _READ:
+            raise PunaError(f"{path}: {name} has dtype {kind}; weights are {', '.join(_STORAGES)}")
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:

@@ -31,6 +31,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+MOST_HEADER = 100_000_000  # bytes, as the library of the format has it
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -42,7 +43,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, MOST_HEADER):
             raise PunaError(f"{path} is truncated or not a safetensors file: {size:,} bytes; fetch it again")
         try:
             header = json.loads(file.read(length))

@@ -89,7 +89,7 @@ def write_model(
     """
     row = format_named(checkpoint.format)
     check_options(checkpoint.format, options)
-    check_apart(path, checkpoint.file or checkpoint.folder)
+    check_apart(path, *(checkpoint.parts or [checkpoint.file or checkpoint.folder]))
     with _new(path, checkpoint, options, overwrite) as place:
         if not row.is_file:
             copy_files(["generation_config.json"], checkpoint.folder, place)

@@ -5,114 +5,23 @@ Everything a `config.json` says is honoured or refused: a field that would chang
 does not have is an error that names it. Meta's `params.json` says less; what it leaves out is the family's.
 """
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
+from model.config_keys import unread
 from model.errors import PunaError
+from model.meta_params import FIRST_OF_LLAMA3, context, rope_factor, unread_params, width_params
 from model.pieces import Pieces
+from model.rope_scaling import RopeScaling, take_rope_settings
 
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-}
-
-# Fields of transformers' base configuration that steer its runtime, its generation defaults or its bookkeeping, and
-# change neither the shape nor the logits of a LLaMA. `pretraining_tp` only reorders one sum.
-_INERT = frozenset(
-    """
-    _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-    architectures model_type transformers_version torch_dtype dtype use_cache pretraining_tp auto_map
-    return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss is_decoder
-    add_cross_attention chunk_size_feed_forward is_encoder_decoder tie_encoder_decoder cross_attention_hidden_size
-    finetuning_task id2label label2id num_labels problem_type task_specific_params tokenizer_class prefix
-    pruned_heads sep_token_id decoder_start_token_id max_length min_length do_sample early_stopping num_beams
-    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens max_sequence_length unsloth_version
-    unsloth_fixed
-    """.split()
-)
+_LOG = logging.getLogger(__name__)
+_OF_CONFIG, _OF_PARAMS = (partial(_LOG.warning, f"{name}: %s") for name in ("config.json", "params.json"))
 
 MOST_LAYERS = 10_000  # of any model: a number beyond is damage, and would make tables without end
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How the RoPE frequencies are stretched beyond the original context (Hugging Face `rope_scaling`).
-
-    Attributes:
-        rope_type: linear, dynamic (NTK), llama3 or yarn; the other fields are None where the type has no such number.
-        factor: the ratio of the new context to the original.
-        original_max_position_embeddings: the original context in tokens.
-        low_freq_factor, high_freq_factor: llama3's wavelength bounds, as the original context over the wavelength.
-        attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate: YaRN's (arXiv:2309.00071).
-    """
-
-    rope_type: str
-    factor: float
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool | None = None
-
-    @classmethod
-    def from_hf(cls, settings: dict[str, Any], max_position_embeddings: int) -> "RopeScaling | None":
-        """Reads `rope_scaling` or `rope_parameters` (less its theta); None for the default RoPE.
-
-        llama3 and yarn take `max_position_embeddings` for the original context where `settings` give none.
-
-        Raises:
-            PunaError: for an unknown type, a number the type needs and lacks, or one it does not know.
-        """
-        given = {key: value for key, value in settings.items() if value is not None}
-        names = {given.pop(key) for key in ("type", "rope_type") if key in given}
-        if len(names) > 1:
-            raise PunaError(f"rope_scaling: type and rope_type disagree ({', '.join(sorted(names))}); keep one")
-        rope_type = names.pop() if names else "default"
-        if given.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise PunaError("rope_scaling: partial_rotary_factor other than 1 is not supported")
-        if rope_type == "default":
-            if active := {key for key, value in given.items() if (key, value) != ("factor", 1.0)}:
-                raise PunaError(f"rope_scaling: {_names(active)} given, but rope_type is default; name the rope_type")
-            return None
-        if rope_type not in _ROPE_KEYS:
-            raise PunaError(f"rope_scaling: rope_type {rope_type!r} is not supported; known: {', '.join(_ROPE_KEYS)}")
-        if rope_type in ("llama3", "yarn"):
-            given.setdefault("original_max_position_embeddings", max_position_embeddings)
-        elif given.get("original_max_position_embeddings") == max_position_embeddings:
-            del given["original_max_position_embeddings"]  # says nothing that these types do not already assume
-        if unknown := set(given) - set(_ROPE_KEYS[rope_type]):
-            raise PunaError(f"rope_scaling: {_names(unknown)} is not a setting of rope_type {rope_type!r}")
-        if rope_type == "yarn":
-            given.setdefault("factor", max_position_embeddings / given["original_max_position_embeddings"])
-        needed = ("factor",) if rope_type == "yarn" else _ROPE_KEYS[rope_type]
-        if missing := [key for key in needed if key not in given]:
-            raise PunaError(f"rope_scaling: rope_type {rope_type!r} needs {_names(missing)}")
-        if given["factor"] < 1:
-            raise PunaError(f"rope_scaling: factor {given['factor']} is below 1; it is the ratio new/original context")
-        return cls(rope_type=rope_type, **given)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The `rope_scaling` object of config.json."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -187,13 +96,17 @@ class LlamaConfig:
             raise PunaError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs")
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, config: dict[str, Any], say: Callable[[str], Any] = _OF_CONFIG) -> "LlamaConfig":
         """Reads the object of a `config.json` as transformers 4 or 5 writes it.
 
         `quantization_config` is a property of the files, not of the model: their reader takes it away first.
 
+        Args:
+            config: the object.
+            say: hears of what is derived, and of keys that are not used.
+
         Raises:
-            PunaError: naming any field that would change the model and is not known here.
+            PunaError: naming any field that would change the model and is not known here, or two that disagree.
         """
         given = {key: value for key, value in config.items() if value is not None}
         pieces = given.pop("puna", None)
@@ -201,28 +114,25 @@ class LlamaConfig:
             raise PunaError(f"config.json: model_type {kind!r} is not supported; Puna reads 'llama'")
         if (act := given.pop("hidden_act", "silu")) not in ("silu", "swish"):
             raise PunaError(f"config.json: hidden_act {act!r} is not supported; LLaMA's is 'silu'")
-        if rate := given.pop("attention_dropout", 0.0):
-            raise PunaError(f"config.json: attention_dropout {rate} is not supported; set it to 0.0")
         if (part := given.pop("partial_rotary_factor", 1.0)) != 1.0:
             raise PunaError(f"config.json: partial_rotary_factor {part} is not supported; only 1.0 is")
-        scaling = dict(given.pop("rope_scaling", {}))
-        rope = {**scaling, **given.pop("rope_parameters", {})}  # transformers 5 keeps theta beside the scaling
-        theta = given.pop("rope_theta", None)
-        theta = rope.pop("rope_theta", theta)
+        if "quantization_config" in given:
+            raise PunaError("config.json: quantization_config says that the weights are quantized; here they are not")
+        rope = take_rope_settings(given)
+        theta = rope.pop("rope_theta", None)
         known = {f.name for f in fields(cls)} - {"pieces"}
         kept = {key: value for key, value in given.items() if key in known}
-        unknown = {k: v for k, v in given.items() if k not in known and k not in _INERT and _is_active(v)}
-        if unknown:
-            said = ", ".join(f"{key} = {value!r}" for key, value in sorted(unknown.items()))
-            raise PunaError(f"config.json: unknown active field {said}; this would not be the same model")
         max_position = kept.get("max_position_embeddings", cls.max_position_embeddings)
-        kept["rope_scaling"] = RopeScaling.from_hf(rope, max_position)
+        kept["rope_scaling"] = RopeScaling.from_hf(rope, max_position, say)
         kept["eos_token_id"] = _as_tuple(config.get("eos_token_id", (2,)))
         kept["bos_token_id"] = config.get("bos_token_id", 1)
         if theta is not None:
             kept["rope_theta"] = float(theta)
         if pieces is not None:
             kept["pieces"] = Pieces.from_hf(pieces)
+        others = {key: value for key, value in given.items() if key not in known}
+        for line in unread(others, kept.get("num_hidden_layers", cls.num_hidden_layers), max_position):
+            say(line)
         return cls(**kept)
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
@@ -240,11 +150,20 @@ class LlamaConfig:
         return config | {"attention_dropout": 0.0, "use_cache": True, "torch_dtype": dtype}
 
     @classmethod
-    def from_meta(cls, params: dict[str, Any], vocab_size: int | None = None) -> "LlamaConfig":
-        """Reads Meta's `params.json`. Raises PunaError naming a field that is missing or not known here.
+    def from_meta(
+        cls, params: dict[str, Any], vocab_size: int | None = None, say: Callable[[str], Any] = _OF_PARAMS
+    ) -> "LlamaConfig":
+        """Reads Meta's `params.json`.
 
         The hidden width of the MLP is round_up(int(multiplier * int(8 dim / 3)), multiple_of), as in Meta's code.
-        `params.json` does not say how long the context is: it is that of the family which the other numbers show.
+        What the file does not say is that of the family which the other numbers show: how long the context is, and by
+        how much RoPE is stretched (32 for Llama 3.2's 1B and 3B, whatever Meta's own code makes of it: llama-models,
+        issues 166 and 241).
+
+        Args:
+            params: the object.
+            vocab_size: the embedding's rows, where the file says -1 or nothing.
+            say: hears of what is derived, and of keys that are not used.
 
         Raises:
             PunaError: naming a number that is missing, or any field that would change the model and is not known here.
@@ -259,27 +178,36 @@ class LlamaConfig:
         except KeyError as missing:
             raise PunaError(f"params.json: {missing.args[0]} is missing") from None
         theta = float(given.pop("rope_theta", 10000.0))
-        scaled, factor = given.pop("use_scaled_rope", False), float(given.pop("rope_scale_factor", 8.0))
         eps = given.pop("norm_eps", 1e-5)
         kv_heads = given.pop("n_kv_heads", None)
         width = int(given.pop("ffn_dim_multiplier", 1.0) * int(8 * dim / 3))
         multiple = given.pop("multiple_of", 256)
-        length = given.pop("max_seq_len", None) or _meta_context(theta, eps, dim, kv_heads, vocab, scaled)
-        given.pop("max_batch_size", None)
-        if unknown := {key for key, value in given.items() if _is_active(value)}:
-            raise PunaError(f"params.json: unknown active field {_names(unknown)}; this would not be the same model")
-        third = vocab >= 128000
+        scaled, derived = given.pop("use_scaled_rope", False), []
+        factors = [given.pop(key) for key in ("rope_scale_factor", "rope_scaling_factor") if key in given]
+        if scaled and not factors:
+            factors = [rope_factor(dim, depth, heads, kv_heads or heads)]
+            derived.append(f"use_scaled_rope is by {factors[0]:g}")
+        length = given.pop("max_seq_len", None)
+        if not length:
+            length = context(theta, eps, dim, kv_heads, vocab, scaled)
+            derived.append(f"max_seq_len is {length}")
+        high = given.pop("rope_high_freq_factor", 4.0)
+        for line in unread_params(given, dim // heads):
+            say(line)
+        if derived:
+            say(f"what it does not say is its family's: {', '.join(derived)}")
+        third = vocab >= FIRST_OF_LLAMA3
         return cls(
             vocab_size=vocab,
             hidden_size=dim,
-            intermediate_size=-(-width // multiple) * multiple,
+            intermediate_size=given.get("hidden_dim") or -(-width // multiple) * multiple,
             num_hidden_layers=depth,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads or heads,
             max_position_embeddings=length,
             rms_norm_eps=eps,
             rope_theta=theta,
-            rope_scaling=RopeScaling("llama3", factor, 8192, 1.0, 4.0) if scaled else None,
+            rope_scaling=RopeScaling("llama3", float(factors[0]), 8192, 1.0, float(high)) if scaled else None,
             bos_token_id=128000 if third else 1,
             eos_token_id=(128001,) if third else (2,),
         )
@@ -291,12 +219,14 @@ class LlamaConfig:
             PunaError: naming what Meta's format cannot say.
         """
         scaling = self.rope_scaling
-        meta_scaling = scaling and RopeScaling("llama3", scaling.factor, 8192, 1.0, 4.0)
+        factor = rope_factor(
+            self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.num_key_value_heads
+        )  # which the file does not say, and readers take from the family
         for name, cannot in (
             ("attention_bias", self.attention_bias),
             ("mlp_bias", self.mlp_bias),
             ("head_dim", self.head_dim * self.num_attention_heads != self.hidden_size),
-            ("rope_scaling", scaling != meta_scaling),
+            ("rope_scaling", scaling not in (None, RopeScaling("llama3", factor, 8192, 1.0, 4.0))),
         ):
             if cannot:
                 said = f"{name} = {getattr(self, name)}"
@@ -313,43 +243,14 @@ class LlamaConfig:
             "norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
             "max_seq_len": self.max_position_embeddings,
-        } | _meta_width(self.hidden_size, self.intermediate_size)
-        return params | ({"use_scaled_rope": True, "rope_scale_factor": scaling.factor} if scaling else {})
-
-
-def _meta_context(theta: float, eps: float, dim: int, kv_heads: int | None, vocab: int, scaled: bool) -> int:
-    if scaled:
-        return 131072  # Llama 3.1 on
-    if vocab >= 128000:
-        return 8192  # Llama 3
-    if theta > 10000.0:
-        return 16384  # Code Llama
-    first = eps < 1e-5 or (dim == 8192 and kv_heads is None)  # LLaMA 1; its 65B has Llama 2's epsilon
-    return 2048 if first else 4096
-
-
-def _meta_width(dim: int, width: int) -> dict[str, Any]:
-    """The multiple_of and ffn_dim_multiplier from which Meta's rule gives `width`."""
-    plain = int(8 * dim / 3)
-    for multiplier in (1.0, 1.3, 1.5, 1.4, 1.2, 1.1):
-        for multiple in (256, 1024, 4096, 512, 128, 64, 32, 16, 8, 4, 2, 1):
-            if -(-int(multiplier * plain) // multiple) * multiple == width:
-                return {"multiple_of": multiple} | ({} if multiplier == 1.0 else {"ffn_dim_multiplier": multiplier})
-    return {"multiple_of": 1, "ffn_dim_multiplier": (width + 0.5) / plain}
-
-
-def _is_active(value: Any) -> bool:
-    return value not in (None, False, 0, 0.0, "", [], {})
+        } | width_params(self.hidden_size, self.intermediate_size)
+        return params | ({"use_scaled_rope": True} if scaling else {})
 
 
 def _as_tuple(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _names(keys: Any) -> str:
-    return ", ".join(sorted(keys))
 
 
 # The published LLaMAs, by lower-case name.

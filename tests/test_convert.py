@@ -31,7 +31,6 @@ from convert.pickled import read_pickled, write_pickled
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import write_model
 from model.config import PRESETS
-from model.errors import PunaError
 from model.llama import forward
 from model.sharding import make_mesh
 
@@ -104,13 +103,17 @@ def test_buffers_of_old_checkpoints_are_left_out(tmp_path):
     assert_same_tree(load_model(tmp_path)[1], params_of(model))
 
 
-def test_a_tied_model_may_store_its_head_but_not_another(tmp_path):
+def test_a_tied_model_may_store_its_head_and_another_unties_it_as_in_transformers(tmp_path, capsys):
     save_hf(tmp_path, pickled=True, tie_word_embeddings=True)
     weights = torch.load(tmp_path / "pytorch_model.bin")
     assert "lm_head.weight" in weights and "lm_head" not in load_model(tmp_path)[1]
     torch.save(weights | {"lm_head.weight": weights["lm_head.weight"] + 1}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(PunaError, match="tie_word_embeddings is true and lm_head.weight differs"):
-        load_model(tmp_path)
+    assert not load_model(tmp_path)[0].tie_word_embeddings and "both are kept, untied" in capsys.readouterr().err
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    np.testing.assert_allclose(logits_of(tmp_path), hf_logits(theirs, TOKENS), atol=1e-4)
+    weights.pop("model.embed_tokens.weight")  # the head alone is both
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    np.testing.assert_array_equal(load_model(tmp_path)[1]["embed"], weights["lm_head.weight"].numpy())
 
 
 # --------------------------------------------------------------------------------------------------------- round trips

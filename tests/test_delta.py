@@ -16,10 +16,10 @@ from reference import hf_config, hf_model
 
 from convert import delta
 from convert.checkpoint import Checkpoint
-from convert.hf import read_weights
 from convert.lazy import from_array
 from convert.names import parameters
 from convert.save import write_model
+from convert.weight_files import read_weights
 from model import LlamaConfig
 from model.errors import PunaError
 
