@@ -6,6 +6,7 @@ command line shows the traceback instead. An error of any other kind is a fault 
 """
 
 import errno
+import io
 import os
 import re
 import signal
@@ -46,6 +47,7 @@ def main(app: typer.Typer) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     command = typer.main.get_command(app)
+    _never_fail_to_print()
     try:
         _run(command, arguments)
     except (PunaError, OSError, Interrupted) as error:
@@ -53,6 +55,13 @@ def main(app: typer.Typer) -> None:
             raise
         print(_line(error, dict(_flags(command))), file=sys.stderr)
         sys.exit(_exit_code(error))
+
+
+def _never_fail_to_print() -> None:
+    """What the terminal's or the pipe's encoding cannot spell is shown by a replacement, not by an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
 def _run(command: Any, arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,9 @@ from convert import delta, manifest, merge, vocab
 from convert.checkpoint import WriteOptions
 from convert.describe import describe
 from convert.formats import DTYPES, check_options, formats_help, open_model, option_help, quantize_help
+from convert.peft import Adapter
 from convert.save import write_model
+from convert.source import find_source
 from convert.verify import compare
 from model.errors import PunaError
 
@@ -33,7 +36,7 @@ app.add_typer(vocabularies, name="vocab")
 
 @app.command()
 def model(
-    source: str = typer.Argument(metavar="SRC", help="A model of any format, or a Hub id org/name[@revision]."),
+    source: str = typer.Argument(metavar="SRC", help="A model of any format, a Hub id, a training run, or an adapter."),
     destination: Path = typer.Argument(parser=at_home, metavar="DST", help="The folder to write."),
     format: str = typer.Option(..., "--to", help=formats_help()),
     dtype: str | None = typer.Option(None, help=_DTYPE + "as stored."),
@@ -63,7 +66,11 @@ def model(
         bar=partial(progress, f"writing {destination.name}"),
     )
     check_options(format, options)
-    checkpoint = open_model(source)
+    found = find_source(source)
+    if found.adapters:
+        _merge(found.base or source, [*found.adapters], destination, format, options, overwrite)
+        return
+    checkpoint = found.checkpoint
     if checkpoint.quantized and quantize is not None:
         print(f"{source} is quantized already: what its numbers stand for is quantized again", file=sys.stderr)
     write_model(destination, replace(checkpoint, format=format), options, overwrite)
@@ -91,6 +98,17 @@ def merge_command(
         shards=shards,
         bar=partial(progress, f"writing {destination.name}"),
     )
+    _merge(base, adapters, destination, format, options, overwrite)
+
+
+def _merge(
+    base: str,
+    adapters: Sequence[str | Adapter],
+    destination: Path,
+    format: str,
+    options: WriteOptions,
+    overwrite: bool,
+) -> None:
     merged = merge.merge_adapters(base, adapters, destination, format, options, overwrite)
     for name, error in merged.items():
         print(f"{name}: quantized again with a relative error of {error:.2%}", file=sys.stderr)

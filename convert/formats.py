@@ -12,6 +12,7 @@ from cli.files import at_home
 from convert import gguf, hf, meta, orbax
 from convert.checkpoint import Checkpoint, WriteOptions
 from convert.hub import download, is_hub_id
+from convert.run import is_step, place_of, read_step
 from model.errors import PunaError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -108,19 +109,25 @@ FORMATS: dict[str, FileFormat] = {
 
 
 def open_model(path: str | Path) -> Checkpoint:
-    """The model at a local folder of any format we read, in a file of one, or of a Hub id, its weights unread.
+    """The model at a local folder of any format we read, in a file of one, of a training run or a step of one, or of a
+    Hub id, its weights unread.
 
     Raises:
         PunaError: naming what is missing, left over, truncated or of the wrong shape.
     """
     place = locate(path)
+    if is_step(place):
+        return read_step(place)
     return FORMATS[detect(place)].read(place)
 
 
 def locate(path: str | Path) -> Path:
-    """The local folder or file that `path` names, downloaded where it is a Hub id. Raises PunaError."""
+    """The local folder or file that `path` names, downloaded where it is a Hub id; of a training run, its final/.
+    Raises PunaError."""
     local = at_home(path)
-    if local.is_dir() or is_model_file(local):
+    if local.is_dir():
+        return place_of(local)
+    if is_model_file(local):
         return local
     if local.exists():
         raise PunaError(f"{path} is a file: give the folder that holds the model")

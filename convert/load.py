@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 
 from convert.adapters import apply_adapters
 from convert.checkpoint import Checkpoint
-from convert.formats import open_model
 from convert.lazy import Index, LazyTensor, contiguous
+from convert.source import find_source
 from model.config import LlamaConfig
 from model.layout import Weight
 from model.params import LINEARS, Params, ParamSpec, param_specs
@@ -42,7 +42,8 @@ def load_model(
     adapters: Sequence[str | Path] = (),
     layout: Layout = "stacked",
 ) -> tuple[LlamaConfig, Params]:
-    """The config and the parameters of the model at `path`: a folder of any format we read, or a Hub id.
+    """The config and the parameters of the model at `path`: a folder of any format we read, a Hub id, a training run or
+    a step of one, or an adapter folder, whose base is then loaded under it.
 
     dtype: what to convert all weights to, quantized ones too; None keeps what is stored. mesh: the devices to load onto
     (sharded as model.sharding.RULES say); None is the first device. quantize: int8, int4 or nf4, or a function from a
@@ -51,10 +52,11 @@ def load_model(
     layout: "stacked" for training; "per_layer" for decoding, with transposed linear weights (`model.layout.per_layer`).
     Raises PunaError naming what is wrong with the files, or numbers that `dtype` cannot hold.
     """
-    checkpoint = open_model(path)
+    source = find_source(path)
+    checkpoint = source.checkpoint
     as_floats = checkpoint if dtype is None else replace(checkpoint, quantized={})
     params = load_params(as_floats, dtype, mesh, quantize, layout)
-    return apply_adapters(params, checkpoint.config, adapters, mesh)
+    return apply_adapters(params, checkpoint.config, (*source.adapters, *adapters), mesh)
 
 
 def load_params(

@@ -33,7 +33,7 @@ from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 def merge_adapters(
     base: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path | Adapter],
     destination: Path,
     format: str = "hf",
     options: WriteOptions = WriteOptions(),
@@ -44,7 +44,7 @@ def merge_adapters(
 
     Args:
         base: a model folder of any format, or a Hub id.
-        adapters: PEFT folders, or Hub ids.
+        adapters: PEFT folders, Hub ids, or what `read_adapter` gave for them.
         destination: the folder (or file) to write.
         format: a key of `FORMATS`.
         options: how to write; the tokenizer is chosen here. With a dtype, sums are in it where it is wider.
@@ -61,7 +61,8 @@ def merge_adapters(
     check_options(format, options)
     if (destination / "adapter_config.json").is_file():
         raise PunaError(f"{destination} holds an adapter: give the folder to write as the last of BASE ADAPTER... DST")
-    check_apart(destination, *adapters)
+    read = [each if isinstance(each, Adapter) else read_adapter(each) for each in adapters]
+    check_apart(destination, *(adapter.folder for adapter in read))
     checkpoint = open_model(base)
     if dtype is not None or not row.keeps_quantized:
         checkpoint = checkpoint.as_floats()
@@ -73,8 +74,8 @@ def merge_adapters(
         checkpoint = replace(checkpoint, tensors=tensors)
     tokens, seen = checkpoint.folder, []
     touched: set[str] = set()
-    for folder in adapters:
-        adapter, rows = read_adapter(folder), checkpoint.config.vocab_size
+    for adapter in read:
+        folder, rows = adapter.folder, checkpoint.config.vocab_size
         checkpoint = with_adapter(checkpoint, adapter, options.allow_overflow)
         touched |= adapter.factors.keys() | adapter.saved.keys()
         seen.append(adapter.folder)
@@ -97,13 +98,13 @@ def merge_adapters(
 
 
 class _Files:
-    """Tokenizer files, copied as they are."""
+    """Tokenizer files, copied as they are, and what the adapter says of generation."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def save(self, folder: Path) -> None:
-        copy_files(TOKENIZER_FILES, self.folder, folder)
+        copy_files((*TOKENIZER_FILES, "generation_config.json"), self.folder, folder)
 
 
 def with_adapter(checkpoint: Checkpoint, adapter: Adapter, allow_overflow: bool = False) -> Checkpoint:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cli.files import at_home, atomic_path, write_json
+from cli.files import at_home, atomic_path, check_free_space, write_json
 from convert.checkpoint import SavesItself
 from convert.damage import malformed
 from convert.hub import download, is_hub_id
@@ -23,6 +23,7 @@ from convert.lazy import LazyTensor, check_finite, contiguous, from_array
 from convert.names import hf_name, our_name
 from convert.peft_settings import EMBED, HEAD, check_settings, is_saved
 from convert.pickled import read_pickled
+from convert.run import adapter_tensors, companions, is_step, place_of
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.save import gathered
 from model.errors import PunaError
@@ -31,6 +32,7 @@ from model.lora import MODULES, SAVED_MODULES, LoraArray, module_value
 from model.params import LINEARS, Params
 from model.pieces import Pieces
 
+_OUTER = ("embed", "lm_head")  # weights that are of no layer
 _PREFIX = "base_model.model."  # peft's, before every name
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -88,7 +90,7 @@ class Adapter:
 
 
 def read_adapter(place: str | Path) -> Adapter:
-    """The adapter in a local folder, or of a Hub id, its tensors unread.
+    """The adapter in a local folder, of a training run or a step of one, or of a Hub id, its tensors unread.
 
     Raises:
         PunaError: a setting is active and not supported, or tensors are unknown, empty, left without their other half,
@@ -97,10 +99,12 @@ def read_adapter(place: str | Path) -> Adapter:
     folder = at_home(place)
     if not folder.exists() and is_hub_id(str(place)):
         folder = download(str(place), ADAPTER_FILES)
+    step = place_of(folder)
+    folder = companions(step)
     if not (folder / "adapter_config.json").is_file():
         raise PunaError(f"{place} has no adapter_config.json: give the folder of a PEFT adapter, or a Hub id")
     settings = read_json(folder / "adapter_config.json")
-    tensors = _read_tensors(folder)
+    tensors = adapter_tensors(step, settings) if is_step(step) else _read_tensors(folder)
     with malformed(folder):
         return _understood(folder, settings, tensors)
 
@@ -247,52 +251,100 @@ def save_adapter(
         PunaError: parameters without adapters, or with several over one weight; a module to save that is not there, or
             whose weight is no plain array.
     """
-    outer = {name: params[name] for name in ("embed", "lm_head") if name in params}
-    adapted = {name: w for name, w in (outer | params["layers"]).items() if isinstance(w, LoraArray)}
+    adapted = _adapted(params)
     if not adapted and not modules_to_save:
         raise PunaError("these parameters have no adapter to save")
-    if nested := [name for name, w in adapted.items() if isinstance(w.base, LoraArray)]:
-        raise PunaError(f"{nested[0]} has several adapters: merge them, or save each where it was made")
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
     has_bias = any(w.bias is not None for w in adapted.values())
     for name, w in adapted.items():
-        places = [(name, ())] if name in outer else [(f"layers.{i}.{name}", i) for i in range(len(w.ranks))]
-        a, b, scale = gathered(w.a), gathered(w.b), gathered(w.scale)
+        a, b = gathered(w.a), gathered(w.b)
         magnitude, bias = (None if x is None else gathered(x) for x in (w.magnitude, w.bias))
-        for (place, i), rank in zip(places, w.ranks, strict=True):
+        for (place, i), rank in zip(_places(name, w), w.ranks, strict=True):
             if not rank:
                 continue
-            module = module_name(place)
-            key = _PREFIX + module
+            key = _PREFIX + module_name(place)
             half = ("lora_embedding_A", "lora_embedding_B") if name == "embed" else ("lora_A.weight", "lora_B.weight")
-            ranks[module], alphas[module] = rank, _alpha(scale[i], rank**0.5 if rslora else rank)
             tensors[f"{key}.{half[0]}"] = a[i][:, :rank].T
             tensors[f"{key}.{half[1]}"] = b[i][:rank].T
             if magnitude is not None:
                 tensors[f"{key}.lora_magnitude_vector"] = magnitude[i]
             if has_bias:
                 tensors[f"{key}.lora_B.bias"] = np.zeros(b.shape[-1], b.dtype) if bias is None else bias[i]
-            if name in outer:  # as peft does: the tables may be others than the base's
+            if name in _OUTER:  # as peft does: the tables may be others than the base's
                 tensors[f"{key}.base_layer.weight"] = _whole(w.base, name)
     tensors |= _whole_modules(params, modules_to_save)
+    settings = adapter_settings(params, modules_to_save, rslora, base_model, pieces)
     if jax.process_index() > 0:
         return
+    lazy = {key: from_array(contiguous(x), key) for key, x in tensors.items()}
+    write_adapter(path, settings, lazy, tokenizer, overwrite)
+
+
+def adapter_settings(
+    params: Params,
+    modules_to_save: Sequence[str] = (),
+    rslora: bool = False,
+    base_model: str | None = None,
+    pieces: Pieces | None = None,
+) -> dict[str, Any]:
+    """The adapter_config.json of what `save_adapter` writes, whose arguments these are. All processes call it."""
+    adapted = _adapted(params)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, w in adapted.items():
+        scale = gathered(w.scale)
+        for (place, i), rank in zip(_places(name, w), w.ranks, strict=True):
+            if rank:
+                module = module_name(place)
+                ranks[module], alphas[module] = rank, _alpha(np.float32(scale[i]), rank**0.5 if rslora else rank)
     settings = _settings(adapted, ranks, alphas)
     is_shared = "lm_head" not in params and is_saved(EMBED, {"modules_to_save": modules_to_save})
+    has_bias = any(w.bias is not None for w in adapted.values())
     settings |= {"lora_bias": has_bias, "ensure_weight_tying": is_shared}
     settings |= {"modules_to_save": list(dict.fromkeys(modules_to_save)) or None, "use_rslora": rslora}
     settings |= {"base_model_name_or_path": base_model}
     if pieces:
         settings |= {"peft_type": "PUNA_LORA", "puna": pieces.to_hf()}
+    return settings
+
+
+def write_adapter(
+    path: str | Path,
+    settings: dict[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    tokenizer: SavesItself | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a PEFT folder.
+
+    Args:
+        path: the folder to write.
+        settings: its adapter_config.json.
+        tensors: under peft's names.
+        tokenizer: what saves its files beside the weights.
+        overwrite: replace what stands at `path`.
+    """
     with atomic_path(path, overwrite) as folder:
+        check_free_space(path, sum(tensor.nbytes for tensor in tensors.values()))
         folder.mkdir()
         write_json(folder / "adapter_config.json", settings)
-        file = folder / "adapter_model.safetensors"
-        write_safetensors(file, {key: from_array(contiguous(x), key) for key, x in tensors.items()}, lambda count: None)
+        write_safetensors(folder / "adapter_model.safetensors", tensors, lambda count: None)
         if tokenizer is not None:
             tokenizer.save(folder)
+
+
+def _adapted(params: Params) -> dict[str, LoraArray]:
+    """The weights with an adapter, by name. Raises PunaError where one has several."""
+    outer = {name: params[name] for name in _OUTER if name in params}
+    adapted = {name: w for name, w in (outer | params["layers"]).items() if isinstance(w, LoraArray)}
+    if nested := [name for name, w in adapted.items() if isinstance(w.base, LoraArray)]:
+        raise PunaError(f"{nested[0]} has several adapters: merge them, or save each where it was made")
+    return adapted
+
+
+def _places(name: str, w: LoraArray) -> list[tuple[str, Any]]:
+    """The parameters that one stacked weight is, and their indices in it."""
+    return [(name, ())] if name in _OUTER else [(f"layers.{i}.{name}", i) for i in range(len(w.ranks))]
 
 
 def _whole_modules(params: Params, modules: Sequence[str]) -> dict[str, np.ndarray]:

@@ -12,9 +12,10 @@ from rich.console import Console
 from convert.adapter_fit import adapted_config
 from convert.adapters import apply_adapters
 from convert.checkpoint import Checkpoint
-from convert.formats import open_model
 from convert.load import Quantize, load_params
 from convert.peft import Adapter, read_adapter
+from convert.run import COMPANIONS
+from convert.source import find_source
 from convert.tokenizer_files import find_tokenizer, tokenizer_folder
 from infer.engine import Engine
 from infer.generate import cache_dtype
@@ -52,8 +53,10 @@ class ModelSource(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What to call it: the last part of its folder's name."""
-        return self.checkpoint.folder.resolve().name
+        """What to call it: the last part of its folder's name, of a training run the run's."""
+        folder = self.checkpoint.folder.resolve()
+        is_run = folder.name in ("final", COMPANIONS) and (folder.parent / "config.toml").is_file()
+        return folder.parent.name if is_run else folder.name
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -70,7 +73,7 @@ def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequen
     """The model that a folder, a GGUF file or a Hub id names.
 
     Args:
-        model: the folder, file or id.
+        model: the folder, file or id; also a training run, a step of one, or an adapter, whose base is then found.
         tokenizer: a file, a folder or a Hub id; None for the one that merging the adapters would give the model, or
             that lies with it.
         adapters: folders of adapters, all active.
@@ -79,8 +82,9 @@ def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequen
         PunaError: no model or no tokenizer there, a model that is not a LLaMA as we know it, or an adapter that does
             not fit it.
     """
-    checkpoint = open_model(model)
-    config, found = checkpoint.config, tuple(read_adapter(folder) for folder in adapters)
+    origin = find_source(model)
+    checkpoint = origin.checkpoint
+    config, found = checkpoint.config, (*origin.adapters, *(read_adapter(folder) for folder in adapters))
     for adapter in found:
         config = adapted_config(adapter, config)
     place = tokenizer_folder(checkpoint.folder, [adapter.folder for adapter in found])
@@ -88,8 +92,10 @@ def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequen
         own = find_tokenizer(tokenizer or place)
     except PunaError as error:
         raise PunaError(f"{error}; name another place with --tokenizer") from None
-    defaults = checkpoint.folder / "generation_config.json"
-    return ModelSource(checkpoint, config, own, read_json(defaults) if defaults.exists() else {}, found)
+    folders = (*(adapter.folder for adapter in reversed(origin.adapters)), checkpoint.folder)
+    files = (folder / "generation_config.json" for folder in folders)
+    defaults = next((file for file in files if file.exists()), None)
+    return ModelSource(checkpoint, config, own, {} if defaults is None else read_json(defaults), found)
 
 
 def load(

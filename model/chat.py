@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.chat_jinja import jinja_render, referenced_names
+from model.chat_sources import ALPACA, ALPACA_INPUT, ONE_SHOT, VICUNA, named_in
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 
@@ -187,16 +188,12 @@ def _answered(answer: str | None) -> list[Piece]:
     return [] if answer is None else [Piece(answer, True), Piece(EOS, True, special=True)]
 
 
-_ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
-_ALPACA_INPUT = ", paired with an input that provides further context"
-
-
 def _alpaca(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
     system, exchanges = _exchanges(messages, "alpaca")
     pieces = [Piece(BOS, special=True)]
     for number, (user, answer) in enumerate(exchanges):
         given = user.get("input")
-        header = "" if number else (system or _ALPACA.format(_ALPACA_INPUT if given else "")) + "\n\n"
+        header = "" if number else (system or ALPACA.format(ALPACA_INPUT if given else "")) + "\n\n"
         middle = f"\n\n### Input:\n{given}" if given else ""
         pieces.append(Piece(f"{header}### Instruction:\n{user['content']}{middle}\n\n### Response:"))
         pieces.extend(_answered(answer))
@@ -207,7 +204,7 @@ def _chinese_alpaca(messages: Sequence[Message], add_generation_prompt: bool) ->
     system, exchanges = _exchanges(messages, "chinese-alpaca")
     pieces = [Piece(BOS, special=True)]
     for number, (user, answer) in enumerate(exchanges):
-        header = "" if number else (system or _ALPACA.format("")) + "\n\n"
+        header = "" if number else (system or ALPACA.format("")) + "\n\n"
         pieces.append(Piece(f"{header}### Instruction:\n{_asked(user)}\n\n### Response: "))
         pieces.extend(_answered(answer))
     return pieces
@@ -245,16 +242,10 @@ def _prompt_completion(messages: Sequence[Message], add_generation_prompt: bool)
     return [Piece(BOS, special=True), Piece(_asked(user)), *_answered(answer)]
 
 
-_VICUNA = (
-    "A chat between a curious {0} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
-)
-
-
 def _vicuna(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
     """FastChat v0.2 and later, `vicuna_v1.1`."""
     system, exchanges = _exchanges(messages, "vicuna_v1.1")
-    pieces = [Piece(BOS, special=True), Piece((system or _VICUNA.format("user")) + " ")]
+    pieces = [Piece(BOS, special=True), Piece((system or VICUNA.format("user")) + " ")]
     for user, answer in exchanges:
         last = answer is None and not add_generation_prompt
         pieces.append(Piece(f"USER: {_asked(user)} " + ("" if last else "ASSISTANT:")))
@@ -262,35 +253,13 @@ def _vicuna(messages: Sequence[Message], add_generation_prompt: bool) -> list[Pi
     return pieces
 
 
-# The example that FastChat v0.1.10 (Apache-2.0) puts before every conversation at inference, byte for byte.
-_ONE_SHOT = (
-    "Human: What are the key differences between renewable and non-renewable energy sources?###"
-    "Assistant: Renewable energy sources are those that can be replenished naturally in a relatively short amount of "
-    "time, such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are "
-    "finite and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences between "
-    "renewable and non-renewable energy sources:\n"
-    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
-    "finite and will eventually run out.\n"
-    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
-    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
-    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
-    "operational costs than non-renewable sources.\n"
-    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
-    "non-renewable sources.\n"
-    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and "
-    "needs, while non-renewable sources are more rigid and inflexible.\n"
-    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources "
-    "are not, and their depletion can lead to economic and social instability.\n###"
-)
-
-
 def _vicuna_v0(messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
     """FastChat v0.1.10, whose training text differs from its prompt. Its loss covers the header, not human turns."""
     system, exchanges = _exchanges(messages, "vicuna_v0")
-    header = system or _VICUNA.format("human")
+    header = system or VICUNA.format("human")
     pieces = [Piece(BOS, special=True)]
     if add_generation_prompt:
-        pieces.append(Piece(f"{header}###{_ONE_SHOT}"))
+        pieces.append(Piece(f"{header}###{ONE_SHOT}"))
         for user, answer in exchanges:
             pieces.append(Piece(f"Human: {_asked(user)}###Assistant:"))
             pieces.extend([] if answer is None else [Piece(f" {answer}###", True)])
@@ -369,6 +338,8 @@ def get_template(name: str, tokenizer: Tokenizer) -> Template:
     if name == "chat_template":
         if tokenizer.chat_template is None:
             raise PunaError(f"this tokenizer has no chat_template: name one of {', '.join(TEMPLATES)}")
+        if (own := named_in(tokenizer.chat_template)) is not None:
+            return TEMPLATES[own]
         return jinja_template(tokenizer.chat_template, tokenizer)
     if name.endswith(".jinja") and Path(name).is_file():
         return jinja_template(Path(name).read_text(encoding="utf-8"), tokenizer)

@@ -10,7 +10,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from model.errors import PunaError
-from train.metrics import MetricsFile, TensorBoard, plot
+from train.metrics import MetricsFile
+from train.plot import plot
+from train.reporters import TensorBoard
 
 ROOT = Path(__file__).parent.parent
 LINES = [{"step": 1, "loss": 2.5, "mfu": None}, {"step": 2, "loss": 1.25, "mfu": 0.5}]
@@ -37,7 +39,7 @@ def test_tensorboard_gets_every_number_that_is_there(tmp_path):
 
 
 def test_a_picture_of_no_kind_is_refused_by_name(tmp_path):
-    MetricsFile(tmp_path / "run", 0, []).close()
+    MetricsFile(tmp_path / "run", 0).close()
     with pytest.raises(PunaError, match=r"loss.v2: .v2 is no kind of picture; choose .*png"):
         plot([tmp_path / "run"], tmp_path / "loss.v2")
     assert not (tmp_path / "loss.v2").exists()
@@ -61,7 +63,7 @@ def leveldb_records(path: Path) -> list[bytes]:
 WANDB = """
 import json, sys
 from pathlib import Path
-from train.metrics import WandB
+from train.reporters import WandB
 run = WandB(Path(sys.argv[1]), {"optim": {"learning_rate": 0.5}})
 for line in json.loads(sys.argv[2]):
     run.log(line)

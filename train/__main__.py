@@ -1,4 +1,4 @@
-"""python -m train: run, launch, plan, preview, settings, plot, prepare."""
+"""python -m train: run, launch, export, plan, preview, settings, plot, prepare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +40,19 @@ def launch(
     run_dir = load_config(config, overrides or ()).run.output_dir
     arguments = [str(config), *(overrides or ())]
     raise typer.Exit(supervise(arguments, run_dir, processes, cpu_devices, max_restarts, hang_minutes))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(parser=at_home, metavar="RUN", help="The output_dir of a run.")],
+    destination: Annotated[Path, typer.Argument(parser=at_home, metavar="DST", help="The folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; the newest when not given.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a step of a run as its final/ would be: a Hugging Face folder, or a PEFT adapter's."""
+    from train.export import export_step
+
+    print(f"step {export_step(run, destination, step, overwrite)}: {destination}")
 
 
 @app.command()
@@ -87,7 +100,7 @@ def plot(
     ] = Path("training_loss.png"),
 ) -> None:
     """Draw the training loss of runs."""
-    from train.metrics import plot as draw
+    from train.plot import plot as draw
 
     draw(runs, output)
     print(output)

@@ -213,7 +213,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.directory).free
         if _agree(free >= needed):
             return True
-        self._failure = CheckpointError(
+        self._failure = SaveFailed(
             f"{self._not_written(step)}: it needs {needed:,} bytes and the disk has {free:,} free; free some, or lower "
             "run.keep_last"
         )

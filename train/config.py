@@ -7,7 +7,7 @@ them are named at once. The presence of [lora] or [quantize] is the switch that 
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,6 +237,9 @@ class Config:
 
 OPTIMIZERS = ("adamw", "adafactor")
 
+# What may lie elsewhere when a run resumes: that it is the same is told by fingerprints of its content.
+PLACES = ("model.path", "model.tokenizer", "data.path", "data.eval_path")
+
 # What a run may change when it resumes: nothing that alters the numbers beyond rounding, and how long it goes on.
 MAY_CHANGE = (
     "mesh",
@@ -350,6 +353,11 @@ def _check(config: Config) -> None:
     for name, value in below_one.items():
         if not 0 <= value < 1:
             raise PunaError(f"{name} is {value}; it must be at least 0 and below 1")
+    for name, value in flat(config):
+        if isinstance(value, int) and abs(value) >= 2**31 and not name.endswith("seed"):
+            raise PunaError(f"{name} is {value}; it must be below {2**31}")
+    if not run.output_dir.strip():
+        raise PunaError("run.output_dir is empty: name a folder")
     if not 0 <= run.seed < 2**32:
         raise PunaError(f"run.seed is {run.seed}; it must be between 0 and {2**32 - 1}")
     for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
@@ -365,6 +373,10 @@ def _check(config: Config) -> None:
     if optim.optimizer not in OPTIMIZERS and ":" not in optim.optimizer:
         known = ", ".join(OPTIMIZERS)
         raise PunaError(f'optim.optimizer {optim.optimizer!r} is not known; choose {known}, or write "module:function"')
+    if run.profile_steps and run.max_steps and run.profile_steps[-1] > run.max_steps:
+        raise PunaError(
+            f"run.profile_steps is {list(run.profile_steps)} and run.max_steps {run.max_steps}: give steps of the run"
+        )
     if run.profile_steps and not (len(run.profile_steps) == 2 and 1 <= run.profile_steps[0] <= run.profile_steps[1]):
         raise PunaError(f"run.profile_steps is {list(run.profile_steps)}; give a first and a last step, as [10, 13]")
     _refuse_unread(config)
@@ -421,18 +433,37 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def refuse_changes(old: Config, new: Config) -> None:
-    """Check that a run of the config `old` may resume with `new`.
+    """Check that a run of the config `old` may resume with `new`. Where PLACES lie does not matter here.
 
     Raises:
         PunaError: naming every setting that differs and may not.
     """
+    moved = changes(_without_places(old), _without_places(new))
     refused = [
         f"{name} was {before!r} and is {after!r}"
         for name, (before, after) in changes(old, new).items()
         if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
+        and (name not in PLACES or name in moved)
     ]
     if refused:
         raise PunaError(
             f"{new.run.output_dir} holds a run with other settings: {'; '.join(refused)}. "
             "Take them back to resume it, or give another run.output_dir"
         )
+
+
+def _without_places(config: Config) -> Config:
+    """The config without where PLACES lie: whether there is a base, how many sources and how each is read."""
+    data, listed = config.data, config.data.path
+    paths = (
+        ()
+        if isinstance(listed, str)
+        else tuple("" if isinstance(source, str) else replace(source, path="") for source in listed)
+    )
+    base = None if config.model.path is None else ""
+    held_out = None if data.eval_path is None else ""
+    return replace(
+        config,
+        model=replace(config.model, path=base, tokenizer=None),
+        data=replace(data, path=paths, eval_path=held_out),
+    )

@@ -30,6 +30,10 @@ EXIT_FAILED, EXIT_WRONG, EXIT_PREEMPTED, EXIT_PEER_LOST = 1, 2, 85, 86
 _HEARTBEAT_SECONDS, _CONNECT_SECONDS, _SHARED_SECONDS = 30, 300, 60
 _HOST_BYTES = 256
 HEARTBEAT_FILE = ".alive"
+_SLURM_REMEDY = (
+    "start with srun, which sets them all; or unset SLURM_PROCID, and give COORDINATOR_ADDRESS, NUM_PROCESSES and "
+    "PROCESS_ID where there are several processes"
+)
 
 
 class Preempted(SystemExit):
@@ -136,7 +140,8 @@ def lock(run_dir: str | Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).absolute()
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
         try:
@@ -149,7 +154,26 @@ def lock(run_dir: str | Path) -> Iterator[None]:
             ) from None
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}", file=file, flush=True)
-        yield
+        try:
+            yield
+        finally:
+            _remove_empty(made)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Takes away the folders that a run made, the innermost first, where it has put nothing into them."""
+    try:
+        for number, folder in enumerate(made):
+            inside = {path.name for path in folder.iterdir()}
+            if inside - ({".lock", HEARTBEAT_FILE, "checkpoints"} if number == 0 else set()):
+                return
+            if "checkpoints" in inside:
+                (folder / "checkpoints").rmdir()
+            for name in inside & {".lock", HEARTBEAT_FILE}:
+                (folder / name).unlink()
+            folder.rmdir()
+    except OSError:  # a checkpoint is in it, or another process is at work there
+        return
 
 
 def preflight(run_dir: str | Path, batch_sharding: Sharding, batch_shape: tuple[int, ...], data_key: str) -> str:
@@ -193,8 +217,12 @@ def _from_environment(env: Mapping[str, str]) -> tuple[str | None, int | None, i
         missing = ", ".join(name for name in names if name not in given)
         raise PunaError(f"{', '.join(given)} is set and {missing} is not: set all three, or none")
     if hosts := process_hosts(env):
-        port = env.get("JAX_COORDINATOR_PORT") or 61440 + int(env["SLURM_JOB_ID"]) % 4096  # as JAX chooses it
-        return f"{hosts[0]}:{port}", len(hosts), _whole(env, "SLURM_PROCID")
+        if not env.get("SLURM_JOB_ID") and not env.get("JAX_COORDINATOR_PORT"):
+            raise PunaError(f"SLURM_PROCID is set and SLURM_JOB_ID is not: {_SLURM_REMEDY}")
+        port = env.get("JAX_COORDINATOR_PORT") or 61440 + _whole(env, "SLURM_JOB_ID") % 4096  # as JAX chooses it
+        if (index := _whole(env, "SLURM_PROCID")) >= len(hosts):
+            raise PunaError(f"SLURM_PROCID is {index}, and the step has {len(hosts)} processes: {_SLURM_REMEDY}")
+        return f"{hosts[0]}:{port}", len(hosts), index
     if "OMPI_MCA_orte_hnp_uri" in env or "JOB_COMPLETION_INDEX" in env:
         return None, None, None
     return f"127.0.0.1:{free_port()}", 1, 0
@@ -207,10 +235,15 @@ def _local_device_ids(env: Mapping[str, str]) -> tuple[int, ...] | None:
 
 def _tasks_on_this_host(env: Mapping[str, str]) -> int:
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in env:
-        return int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])
-    if "SLURM_STEP_TASKS_PER_NODE" in env:
-        return expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])[int(env.get("SLURM_NODEID", 0))]
-    return 1
+        return _whole(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    if not process_hosts(env):
+        return 1
+    counts, node = expand_counts(env["SLURM_STEP_TASKS_PER_NODE"]), 0
+    if env.get("SLURM_NODEID"):
+        node = _whole(env, "SLURM_NODEID")
+    if node >= len(counts):
+        raise PunaError(f"SLURM_NODEID is {node}, and the step has {len(counts)} nodes: {_SLURM_REMEDY}")
+    return counts[node]
 
 
 def expand_counts(text: str) -> list[int]:
@@ -234,10 +267,25 @@ def expand_hosts(text: str) -> list[str]:
 
 
 def process_hosts(env: Mapping[str, str]) -> list[str]:
-    """The host of every process where the scheduler tells (Slurm), else []."""
-    if "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env or "SLURM_STEP_TASKS_PER_NODE" not in env:
+    """The host of every process where the scheduler tells (Slurm), else [].
+
+    Raises:
+        PunaError: it tells a part of it.
+    """
+    names = ("SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
+    missing = [name for name in names if not env.get(name)]
+    if missing:
+        others = [name for name in names[1:] if env.get(name)]
+        if env.get("SLURM_PROCID") and (others or env["SLURM_PROCID"] != "0"):  # else a batch script without srun
+            given = ", ".join(name for name in names if env.get(name))
+            raise PunaError(f"{given} is set and {', '.join(missing)} is not: {_SLURM_REMEDY}")
         return []
     hosts, counts = expand_hosts(env["SLURM_STEP_NODELIST"]), expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])
+    if len(hosts) != len(counts) or not all(hosts):
+        raise PunaError(
+            f"SLURM_STEP_NODELIST={env['SLURM_STEP_NODELIST']!r} names {len(hosts)} hosts and SLURM_STEP_TASKS_PER_"
+            f"NODE={env['SLURM_STEP_TASKS_PER_NODE']!r} the tasks of {len(counts)}: {_SLURM_REMEDY}"
+        )
     return [host for host, count in zip(hosts, counts, strict=True) for _ in range(count)]
 
 

@@ -1,11 +1,8 @@
 """The training loop, which is a table of contents: what a run is made of, in the order in which it happens."""
 
-import hashlib
 import importlib.metadata
-import json
 import os
 import subprocess
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -19,25 +16,24 @@ from jax import Array
 from jax.sharding import Sharding
 
 from cli.files import atomic_path
-from convert.peft import save_adapter
-from convert.save import save_model
-from model import lora
-from model.config import LlamaConfig
 from model.errors import PunaError
-from model.pieces import code_fingerprint, load_function
-from model.tokenizer import Tokenizer
-from train import distributed
+from train import distributed, resume
 from train.checkpoint import Checkpoints
-from train.config import Config, read_config, refuse_changes
+from train.config import Config
 from train.data import Datasets, Sampler, in_order, load_dataset
+from train.export import Exporter
+from train.integrity import CheckpointError
 from train.loader import prefetch, to_devices
-from train.metrics import MFU_FORMULA, REPORTERS, MetricsFile, flops_per_token, peak_flops, plot
-from train.metrics_logger import MetricsLogger, ProgressDisplay
+from train.metrics import MFU_FORMULA, MetricsFile, flops_per_token, peak_flops
+from train.metrics_logger import MetricsLogger, NonFinite, ProgressDisplay
 from train.objective import Batch
-from train.optim import make_schedule, owns_learning_rate
+from train.optim import make_schedule
+from train.outputs import Outputs
+from train.plot import plot
 from train.profile import Profile
+from train.reporters import REPORTERS, Reporter
 from train.schema import dump, flat
-from train.start import base_of, mesh_of, model_of, tokenizer_of
+from train.start import base_of, mesh_of, model_of, prepare, tokenizer_of, with_adapter_settings
 from train.state import TrainState, abstract_batch, abstract_state, base_params, init_state, shardings_of, state_like
 from train.step import make_evaluation, make_step
 
@@ -65,24 +61,27 @@ def train(config: Config) -> None:
     run_dir, first = Path(config.run.output_dir), jax.process_index() == 0
 
     # --- data
-    if config.run.prepare:
-        load_function(config.run.prepare, "run.prepare")(config)
+    prepare(config)
+    base = base_of(config)
+    config = with_adapter_settings(config, base)
     tokenizer = tokenizer_of(config)
     datasets = load_dataset(config.data, tokenizer, alive=partial(distributed.heartbeat, run_dir))
     sampler = Sampler(datasets, config.run.batch_size, config.run.seed)
     total = total_steps(config, sampler)
+    check_profile(config, total)
 
     # --- model and mesh
-    base = base_of(config)
     model, mesh = model_of(config, tokenizer, base), mesh_of(config)
     batch = abstract_batch(config, mesh)
     sharding, shape = batch["tokens"].sharding, batch["tokens"].shape
-    data = {"seed": config.run.seed, "key": _data_key(datasets, sampler), "code": _code(config, model)}
-    devices = distributed.preflight(run_dir, sharding, shape, data["key"])
+    inputs = resume.inputs_of(config, model, tokenizer, datasets, sampler)
+    devices = distributed.preflight(run_dir, sharding, shape, inputs["key"])
 
     with ExitStack() as stack:
-        # --- the state: restored, or born in place
         run = config.run
+        display = stack.enter_context(ProgressDisplay(total, shown=first))
+        outputs = Outputs(display.say)
+        # --- the state: restored, or born in place
         checkpoints = Checkpoints(
             run_dir / "checkpoints",
             run.save_steps or None,
@@ -91,23 +90,37 @@ def train(config: Config) -> None:
             run.keep_every or None,
         )
         stack.enter_context(checkpoints)
-        resuming = checkpoints.latest() is not None
-        if resuming and config.lora is None:
-            abstract = abstract_state(config, model, mesh, base)
-            state, done = _restore(config, checkpoints, abstract, data)
+        before = None if checkpoints.latest() is None else resume.check_settings(config)
+        abstract = start = None
+        shape_of = model if base is None else base.config
+        if before is None or config.lora is not None or resume.reads_base_again(config, before):
+            start = base_params(config, model, mesh, base)
+        weights = None if start is None or base is None else resume.weights_of(start)
+        if before is not None and config.lora is None:
+            start = None  # what was read of it is compared, and gone before the state comes
+        if start is None:
+            abstract, state = abstract_state(config, model, mesh, base), None
         else:
-            start, shape_of = base_params(config, model, mesh, base), model if base is None else base.config
             abstract = state_like(config, shape_of, start, mesh)
-            state, done = init_state(config, shape_of, start, abstract), 0
-            if resuming:
-                frozen = state.frozen
-                state, done = _restore(config, checkpoints, abstract, data)
-                state = replace(state, frozen=frozen)
+            state = init_state(config, shape_of, start, abstract)
+            del start
+        if before is None:
+            assert state is not None
+            done, inputs = 0, inputs | {"base": weights}
+        else:
+            frozen = None if state is None else state.frozen
+            del state
+            state, saved, done = checkpoints.restore(replace(abstract, frozen=None))
+            resume.check_inputs(config, saved, inputs)
+            resume.check_weights(config, saved, weights)
+            state, inputs = replace(state, frozen=frozen), inputs | {"base": saved.get("base")}
+        resume.check_steps(config, done, total)
+        exporter = Exporter(config, model, base, tokenizer, datasets, display.say)
         if first:
             _write_config(run_dir, config)
+        exporter.describe(run_dir, state)
 
         # --- what is seen of it
-        display = stack.enter_context(ProgressDisplay(total, done, shown=first))
         for dataset in datasets.train:
             display.say(f"data: {dataset.counts}")
         if (held_out := datasets.evaluation) is not None:
@@ -116,8 +129,9 @@ def train(config: Config) -> None:
             f"{devices}; mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}"
         )
         display.say(f"step {done} of {total}; {MFU_FORMULA}")
+        display.begin(done)
         record = MetricsLogger(
-            _metrics_writer(stack, config, run_dir, done) if first else lambda line: None,
+            _metrics_writer(stack, config, run_dir, done, outputs) if first else lambda line: None,
             display,
             run.logging_steps,
             run.max_skipped_steps,
@@ -135,28 +149,53 @@ def train(config: Config) -> None:
         ready = stack.enter_context(prefetch(batches))
         profile = stack.enter_context(Profile(run.profile_steps, run_dir / "profile"))
 
+        def save(number: int, state: TrainState) -> None:
+            checkpoints.save(number, replace(state, frozen=None), inputs | {"step": number}, asdict(config))
+
         # --- the loop
-        for number, rows in enumerate(ready, done + 1):
-            with profile.step(number):
-                state, metrics = step(state, rows)
-            record.push(number, metrics)
-            if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
-                record.add(eval_loss=evaluation_loss(evaluate, state, datasets, config, sharding))
-            stopping = distributed.reached_preemption(number)
-            if checkpoints.due(number) or stopping or number == total:
-                record.flush()
-                checkpoints.save(number, replace(state, frozen=None), data | {"step": number}, asdict(config))
-                if first:
-                    painter.submit(plot, [run_dir], run_dir / "training_loss.png")
-            profile.after(number, state)
-            if stopping:
-                checkpoints.wait()
-                raise distributed.Preempted
+        try:
+            for number, rows in enumerate(ready, done + 1):
+                with profile.step(number):
+                    state, metrics = step(state, rows)
+                record.push(number, metrics)
+                if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
+                    record.add(eval_loss=evaluation_loss(evaluate, state, datasets, config, sharding))
+                stopping = distributed.reached_preemption(number)
+                if checkpoints.due(number) or stopping or number == total:
+                    record.flush()
+                    save(number, state)
+                    if first:
+                        painter.submit(_paint, run_dir, outputs)
+                profile.after(number, state)
+                if stopping:
+                    checkpoints.wait()
+                    raise distributed.Preempted
+            record.check(total, int(jax.device_get(state.skipped)))
+        except NonFinite:  # the state is that of the last update that was finite
+            save(int(jax.device_get(state.step)), state)
+            checkpoints.wait()
+            raise
 
         # --- what stays
-        checkpoints.wait()
-        _export(config, model, state, tokenizer, run_dir / "final")
+        failure = None
+        try:
+            checkpoints.wait()
+        except CheckpointError as error:  # the weights are here: final/ may yet be written
+            failure = error
+        exporter.export(state, run_dir / "final")
         display.say(f"done: {run_dir / 'final'}")
+        if failure is not None:
+            raise failure
+        painter.shutdown()
+        outputs.check()
+
+
+def check_profile(config: Config, total: int) -> None:
+    """Raises PunaError where run.profile_steps names a step that the run does not have."""
+    if config.run.profile_steps and config.run.profile_steps[1] > total:
+        raise PunaError(
+            f"run.profile_steps is {list(config.run.profile_steps)} and the run has {total} steps: give steps of these"
+        )
 
 
 def total_steps(config: Config, sampler: Sampler) -> int:
@@ -193,51 +232,23 @@ def evaluation_loss(
     return float(sum(losses) / max(1, sum(counts)))
 
 
-def _restore(
-    config: Config, checkpoints: Checkpoints, abstract: TrainState, data: dict[str, Any]
-) -> tuple[TrainState, int]:
-    """The newest good state of the run that output_dir holds. Raises PunaError naming what has changed since."""
-    text = (Path(config.run.output_dir) / "config.toml").read_text(encoding="utf-8")
-    refuse_changes(read_config(tomllib.loads(text)), config)
-    state, saved, done = checkpoints.restore(replace(abstract, frozen=None))
-    if saved["key"] != data["key"]:
-        raise PunaError(
-            f"{config.run.output_dir} holds a run on other data: what data.path names has changed since; restore it, "
-            "or give another run.output_dir"
-        )
-    before, now = saved.get("code", {}), data["code"]
-    if changed := [setting for setting in before if before[setting] != now.get(setting)]:
-        raise PunaError(
-            f"{config.run.output_dir} holds a run on other code: what {', '.join(changed)} names has changed since; "
-            "take it back, or give another run.output_dir"
-        )
-    return state, done
-
-
-def _code(config: Config, model: LlamaConfig) -> dict[str, str]:
-    """The SHA-256 of the code behind every function that the numbers of a run come from, by its setting."""
-    named = {f"model.{part}": name for part, name in model.pieces.names().items()}
-    if config.model.loss:
-        named["model.loss"] = config.model.loss
-    if owns_learning_rate(config.optim):
-        named["optim.optimizer"] = config.optim.optimizer
-    return {setting: code_fingerprint(name, setting) for setting, name in named.items()}
-
-
 def _size(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _data_key(datasets: Datasets, sampler: Sampler) -> str:
-    """A name for the data: every token of it, and how much of each set is trained on."""
-    every = [*datasets.train, *([datasets.evaluation] if datasets.evaluation else [])]
-    content = [dataset.digest for dataset in every], list(sampler.sizes)
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def _metrics_writer(
+    stack: ExitStack, config: Config, run_dir: Path, done: int, outputs: Outputs
+) -> Callable[[Mapping[str, Any]], None]:
+    reporters: dict[str, Reporter] = {}
+    for name in config.run.report_to:
+        with outputs.spared(name):
+            reporters[name] = REPORTERS[name](run_dir, dict(flat(config)), done)
+    return stack.enter_context(closing(MetricsFile(run_dir, done, reporters, outputs))).write
 
 
-def _metrics_writer(stack: ExitStack, config: Config, run_dir: Path, done: int) -> Callable[[Mapping[str, Any]], None]:
-    reporters = [REPORTERS[name](run_dir, dict(flat(config))) for name in config.run.report_to]
-    return stack.enter_context(closing(MetricsFile(run_dir, done, reporters))).write
+def _paint(run_dir: Path, outputs: Outputs) -> None:
+    with outputs.spared(run_dir / "training_loss.png"):
+        plot([run_dir], run_dir / "training_loss.png")
 
 
 def _name_rows(sampler: Sampler, steps: range) -> str:
@@ -267,16 +278,6 @@ def _revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _export(config: Config, model: LlamaConfig, state: TrainState, tokenizer: Tokenizer, folder: Path) -> None:
-    """A Hugging Face folder, or a PEFT adapter's where adapters were trained."""
-    if config.lora is None:
-        save_model(folder, model, state.params, tokenizer=tokenizer, overwrite=True)
-        return
-    params = lora.join(state.params, state.frozen)
-    saved, rslora = config.lora.modules_to_save, config.lora.rslora
-    save_adapter(folder, params, saved, rslora, config.model.path, tokenizer, overwrite=True, pieces=model.pieces)
 
 
 def _make_deterministic(run_dir: Path) -> None:

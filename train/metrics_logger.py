@@ -81,13 +81,21 @@ class MetricsLogger:
         if step % self._every == 0 or more or skipped:
             self._line(step, numbers, more | ({"skipped": skipped} if skipped else {}))
         if skipped >= self._max_skipped:
-            steps = range(step - skipped, step)
-            raise NonFinite(
-                f"{skipped} updates in a row were not finite, up to step {step}, and were skipped. Their rows came "
-                f"from {self._name_rows(steps)}. Look at those rows, lower optim.learning_rate, or compute in float32: "
-                "in another run.output_dir, since a run keeps its settings. run.max_steps at its last checkpoint makes "
-                "this one write final/, which can be the other's model.path"
-            )
+            raise NonFinite(self._remedy(step, skipped))
+
+    def check(self, step: int, skipped: int) -> None:
+        """Raises NonFinite where the last of a run's updates, `skipped` of them up to `step`, were not finite."""
+        self.flush()
+        if skipped:
+            raise NonFinite(self._remedy(step, skipped))
+
+    def _remedy(self, step: int, skipped: int) -> str:
+        return (
+            f"{skipped} updates in a row were not finite, up to step {step}, and were skipped: the loss, its gradient "
+            f"or the new weights. Their rows came from {self._name_rows(range(step - skipped, step))}. Look at those "
+            "rows, lower optim.learning_rate, or compute in float32: in another run.output_dir, since a run keeps its "
+            "settings. The weights before them are saved as this step: `python -m train export` writes them out"
+        )
 
     def _line(self, step: int, numbers: dict[str, Any], more: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -111,15 +119,14 @@ class ProgressDisplay:
 
     Args:
         total: the run's steps.
-        done: how many of them a resumed run has behind it.
         shown: False for no output at all, as in all processes but the first.
     """
 
-    def __init__(self, total: int, done: int, shown: bool) -> None:
+    def __init__(self, total: int, shown: bool) -> None:
         self._console = Console(stderr=True, quiet=not shown)
         columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console, disable=not (shown and self._console.is_terminal))
-        self._task = self._bar.add_task("", total=total, completed=done)
+        self._task = self._bar.add_task("", total=total)
         self._total, self._said = total, -SECONDS_BETWEEN_PLAIN_LINES
 
     def __enter__(self) -> "ProgressDisplay":
@@ -128,6 +135,10 @@ class ProgressDisplay:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
+
+    def begin(self, done: int) -> None:
+        """Tells how many steps a resumed run has behind it."""
+        self._bar.update(self._task, completed=done)
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""

@@ -147,6 +147,11 @@ def global_norm(tree: Any) -> Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
+def all_finite(tree: Any) -> Array:
+    """Whether every number of every leaf is finite: bool []."""
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]).all()
+
+
 def clip(grads: Any, norm: Array, max_norm: float) -> Any:
     """Gradients scaled so that their global norm is at most `max_norm`. The 1e-6 is torch's `clip_grad_norm_`.
 

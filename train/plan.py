@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from convert.checkpoint import Checkpoint
+from convert.source import Source
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import param_count
@@ -19,7 +19,7 @@ from train import cost
 from train.config import Config
 from train.metrics import flops_per_token
 from train.optim import make_schedule
-from train.start import base_of, mesh_of, model_of, tokenizer_of
+from train.start import base_of, mesh_of, model_of, tokenizer_of, with_adapter_settings
 from train.state import abstract_batch, abstract_state, shardings_of
 from train.step import make_step
 
@@ -95,6 +95,7 @@ def make_plan(config: Config) -> Plan:
             much memory a program takes.
     """
     base = base_of(config)
+    config = with_adapter_settings(config, base)
     model, mesh = _model_of(config, base), mesh_of(config)
     state, batch = abstract_state(config, model, mesh, base), abstract_batch(config, mesh)
     step: Any = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardings_of(state))
@@ -130,7 +131,7 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _model_of(config: Config, base: Checkpoint | None) -> LlamaConfig:
+def _model_of(config: Config, base: Source | None) -> LlamaConfig:
     """The model's shape, from the tokenizer only where [model] leaves the vocabulary to it."""
     said = config.model
     leaves_it_open = said.path is None and said.preset is None and said.vocab_size is None

@@ -3,11 +3,10 @@
 from rich.console import Console
 from rich.text import Text
 
-from model.pieces import load_function
 from model.tokenizer import Tokenizer
 from train.config import Config
 from train.data import IGNORE_INDEX, PackedDataset, Sampler, load_dataset
-from train.start import tokenizer_of
+from train.start import prepare, tokenizer_of
 
 TRAINED, MASKED = (
     ("bold green", "bold cyan"),
@@ -25,8 +24,7 @@ def preview(config: Config, examples: int) -> None:
     Raises:
         PunaError: the data, its settings or the tokenizer are wrong.
     """
-    if config.run.prepare:
-        load_function(config.run.prepare, "run.prepare")(config)
+    prepare(config)
     tokenizer = tokenizer_of(config)
     datasets = load_dataset(config.data, tokenizer)
     sampler = Sampler(datasets, 1, config.run.seed)

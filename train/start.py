@@ -1,12 +1,14 @@
 """What a run starts from: the checkpoint, the model's shape, its tokenizer and the mesh."""
 
-from dataclasses import fields, replace
+import inspect
+import traceback
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from jax.sharding import Mesh
 
-from convert.checkpoint import Checkpoint
-from convert.formats import open_model
+from convert.peft import Adapter, module_name
+from convert.source import Source, find_source, tokenizer_place
 from convert.tokenizer_files import find_tokenizer
 from model.attention import ATTENTIONS
 from model.config import PRESETS, LlamaConfig, RopeScaling
@@ -14,10 +16,37 @@ from model.errors import PunaError
 from model.pieces import Pieces, load_function
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer
-from train.config import Config, ModelConfig
+from train.config import Config, LoraConfig, ModelConfig
 
 # What may differ from a checkpoint that is trained further: how positions are read, not the shape of any weight.
 _OVERRIDABLE = ("max_position_embeddings", "rope_theta", "rope_scaling")
+
+
+def prepare(config: Config) -> None:
+    """Calls what run.prepare names, if anything, with the config: it makes or fetches the data.
+
+    Raises:
+        PunaError: there is no such function, it does not take one argument, or it fails.
+    """
+    name = config.run.prepare
+    if not name:
+        return
+    function = load_function(name, "run.prepare")
+    try:
+        inspect.signature(function).bind(config)
+    except (TypeError, ValueError) as error:
+        raise PunaError(
+            f'run.prepare is "{name}", which cannot be called with the config alone: {error}; write a function of it'
+        ) from None
+    try:
+        function(config)
+    except (PunaError, OSError):
+        raise
+    except Exception as error:  # whatever the user's function does
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PunaError(
+            f'run.prepare is "{name}", which fails at {place.filename}:{place.lineno}: {type(error).__name__}: {error}'
+        ) from error
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -38,19 +67,73 @@ def tokenizer_of(config: Config) -> Tokenizer:
     path = config.model.tokenizer or config.model.path
     if path is None:
         raise PunaError("model.tokenizer is missing: give a tokenizer file or folder")
-    return find_tokenizer(path)
+    return find_tokenizer(tokenizer_place(path))
 
 
-def base_of(config: Config) -> Checkpoint | None:
-    """The checkpoint that model.path names, opened once for all of a run; None for a run from scratch.
+def base_of(config: Config) -> Source | None:
+    """The model that model.path names, opened once for all of a run; None for a run from scratch.
 
     Raises:
         PunaError: naming what is wrong with its files.
     """
-    return None if config.model.path is None else open_model(config.model.path)
+    return None if config.model.path is None else find_source(config.model.path)
 
 
-def model_of(config: Config, tokenizer: Tokenizer | None = None, base: Checkpoint | None = None) -> LlamaConfig:
+def with_adapter_settings(config: Config, base: Source | None) -> Config:
+    """The config, whose [lora] says what the adapter is that model.path names, if any: training goes on with it.
+
+    Raises:
+        PunaError: [lora] says something else, or the adapter has parts that do not train here.
+    """
+    if base is None or not base.adapters:
+        return config
+    *below, adapter = base.adapters
+    if below:
+        raise PunaError(
+            f"model.path {config.model.path} is an adapter over the adapter {below[-1].folder}: merge that one into "
+            "its base first (python -m convert merge)"
+        )
+    own, wanted = _lora_of(adapter), config.lora
+    for field in fields(LoraConfig):
+        if wanted is None or field.name == "dropout":
+            continue
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        given = getattr(wanted, field.name)
+        if given not in (default, getattr(own, field.name)):
+            raise PunaError(
+                f"lora.{field.name} is {given!r}, and the adapter {config.model.path} that model.path names has "
+                f"{getattr(own, field.name)!r}: drop it, or merge the adapter into its base and train another"
+            )
+    return replace(config, lora=replace(own, dropout=wanted.dropout if wanted and wanted.dropout else own.dropout))
+
+
+def _lora_of(adapter: Adapter) -> LoraConfig:
+    """What [lora] would say of an adapter. Raises PunaError for parts that do not train here."""
+    said = adapter.settings
+    tables = {"embed": "embed_tokens", "lm_head": "lm_head"}
+    others = [name for name in (*adapter.factors, *adapter.tokens) if name in tables]
+    others += [name for name in adapter.saved if name not in tables]
+    others += [f"the bias of {name}" for name, factors in adapter.factors.items() if factors.bias is not None]
+    if others:
+        raise PunaError(
+            f"model.path: the adapter {adapter.folder} changes {', '.join(others[:3])}, which does not train here: "
+            "merge it into its base (python -m convert merge) and train another over that"
+        )
+    modules = dict.fromkeys(module_name(name).split(".")[-1] for name in adapter.factors)
+    return LoraConfig(
+        rank=said.get("r", 8),
+        alpha=float(said.get("lora_alpha", 8)),
+        dropout=float(said.get("lora_dropout") or 0.0),
+        targets=tuple(modules),
+        modules_to_save=tuple(module for name, module in tables.items() if name in adapter.saved),
+        rslora=bool(said.get("use_rslora")),
+        dora=bool(said.get("use_dora")),
+        rank_pattern=dict(said.get("rank_pattern") or {}),
+        alpha_pattern={name: float(value) for name, value in (said.get("alpha_pattern") or {}).items()},
+    )
+
+
+def model_of(config: Config, tokenizer: Tokenizer | None = None, base: Source | None = None) -> LlamaConfig:
     """The shape that [model] describes, with the functions that it names.
 
     Args:
@@ -63,7 +146,7 @@ def model_of(config: Config, tokenizer: Tokenizer | None = None, base: Checkpoin
     """
     wanted = config.model
     if wanted.path is not None:
-        model = (base or open_model(wanted.path)).config
+        model = (base or find_source(wanted.path)).config
         given = _given(wanted, model.max_position_embeddings)
         for name in given.keys() - set(_OVERRIDABLE):
             if given[name] != getattr(model, name):

@@ -14,8 +14,10 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convert.adapters import apply_adapters
 from convert.checkpoint import Checkpoint
 from convert.load import load_params
+from convert.source import Source
 from model import lora
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -52,14 +54,14 @@ class TrainState:
 # --- the parameters that a run starts from
 
 
-def base_params(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoint | None) -> Params:
+def base_params(config: Config, model: LlamaConfig, mesh: Mesh, base: Source | None) -> Params:
     """The parameters that a run starts from, read or born shard by shard, quantized as [quantize] says.
 
     Args:
         config: the run's.
         model: the shape of fresh weights.
         mesh: the devices to make them on.
-        base: the checkpoint to read; None for fresh weights of run.seed.
+        base: the model to read, with its adapter; None for fresh weights of run.seed.
 
     Raises:
         PunaError: naming what is wrong with the checkpoint's files, or a size that does not divide over the mesh.
@@ -67,18 +69,20 @@ def base_params(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoint
     dtype = config.model.param_dtype
     if base is None:
         return quantize_linears(init_params(model, jax.random.key(config.run.seed), dtype, mesh), config.quantize)
+    checkpoint = base.checkpoint
     if config.lora is None:
-        base = replace(base, quantized={})  # what trains is float
-    return load_params(base, dtype, mesh, wanted_quantizer(config.quantize))
+        checkpoint = replace(checkpoint, quantized={})  # what trains is float
+    params = load_params(checkpoint, dtype, mesh, wanted_quantizer(config.quantize))
+    return apply_adapters(params, checkpoint.config, base.adapters, mesh)[1]
 
 
-def abstract_base(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoint | None) -> Params:
-    """The shapes, dtypes and shardings of `base_params`, whose arguments these are.
+def abstract_base(config: Config, model: LlamaConfig, mesh: Mesh, base: Source | None) -> Params:
+    """The shapes, dtypes and shardings of `base_params`, whose arguments these are, but for adapters.
 
     A base of which some is stored quantized and some in float counts as float.
     """
-    wanted = config.quantize or (_stored(base) if base is not None and config.lora is not None else None)
-    model = model if base is None else base.config
+    wanted = config.quantize or (_stored(base.checkpoint) if base is not None and config.lora is not None else None)
+    model = model if base is None else base.checkpoint.config
     floats = abstract_params(model, config.model.param_dtype)
     return _placed(jax.eval_shape(partial(quantize_linears, wanted=wanted), floats), model, mesh)
 
@@ -117,14 +121,16 @@ def make_state(config: Config, model: LlamaConfig, params: Params) -> TrainState
     Args:
         config: the run's.
         model: the config of `params`.
-        params: the base; under [lora] it is frozen and fresh adapters train.
+        params: the base; under [lora] it is frozen, and the adapters over it train, fresh ones where it has none.
 
     Raises:
         PunaError: adapters that do not fit the model.
     """
     trained, frozen = params, None
     if config.lora is not None:
-        _, adapted = lora.add(params, model, jax.random.key(config.run.seed), **asdict(config.lora))
+        adapted = _with_dropout_rate(params, config.lora.dropout)
+        if adapted is None:
+            _, adapted = lora.add(params, model, jax.random.key(config.run.seed), **asdict(config.lora))
         trained, frozen = lora.split(adapted, config.lora.modules_to_save)
     return TrainState(
         step=jnp.int32(0),
@@ -136,19 +142,32 @@ def make_state(config: Config, model: LlamaConfig, params: Params) -> TrainState
     )
 
 
-def abstract_state(config: Config, model: LlamaConfig, mesh: Mesh, base: Checkpoint | None = None) -> TrainState:
+def _with_dropout_rate(params: Params, rate: float) -> Params | None:
+    """The parameters, whose adapters drop inputs at this rate; None where they have no adapters."""
+
+    def give(leaf: Any) -> Any:
+        return replace(leaf, dropout=rate) if isinstance(leaf, lora.LoraArray) else leaf
+
+    leaves = jax.tree.leaves(params, is_leaf=lora.is_weight)
+    if not any(isinstance(leaf, lora.LoraArray) for leaf in leaves):
+        return None
+    return jax.tree.map(give, params, is_leaf=lora.is_weight)
+
+
+def abstract_state(config: Config, model: LlamaConfig, mesh: Mesh, base: Source | None = None) -> TrainState:
     """The state as shapes, dtypes and shardings, without memory: what is born, restored and planned.
 
     Args:
         config: the run's.
         model: the shape of fresh weights.
         mesh: the devices of the state.
-        base: the checkpoint that the run starts from, whose own config then counts.
+        base: the model that the run starts from, whose own config then counts.
 
     Raises:
         PunaError: see `state_like`.
     """
-    return state_like(config, model if base is None else base.config, abstract_base(config, model, mesh, base), mesh)
+    own = model if base is None else base.checkpoint.config
+    return state_like(config, own, abstract_base(config, model, mesh, base), mesh)
 
 
 def state_like(config: Config, model: LlamaConfig, params: Params, mesh: Mesh) -> TrainState:

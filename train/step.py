@@ -22,7 +22,7 @@ from model.params import Params
 from train.config import Config
 from train.data.encode import IGNORE_INDEX
 from train.objective import Batch, make_objective
-from train.optim import Schedule, clip, global_norm, make_optimizer, owns_learning_rate
+from train.optim import Schedule, all_finite, clip, global_norm, make_optimizer, owns_learning_rate
 from train.state import TrainState, join
 
 Metrics = Mapping[str, Array]
@@ -33,8 +33,8 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted training step; the state that it is given is donated.
 
-    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were and counts itself in
-    `skipped`.
+    A step whose loss, gradient norm or new parameters are not finite leaves parameters and optimizer as they were and
+    counts itself in `skipped`.
 
     Args:
         config: how to train.
@@ -75,7 +75,7 @@ def make_step(
         else:
             params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = {

@@ -35,7 +35,7 @@ POLL_SECONDS = 0.2
 NAMED_OVERLONG = 5
 # The code that makes tokens and rows of records: what another version of it wrote is not taken for this one's.
 CODE = (
-    *("model.chat", "model.chat_jinja", "model.json_file", "model.tokenizer", "model.vocabulary"),
+    *("model.chat", "model.chat_jinja", "model.chat_sources", "model.json_file", "model.tokenizer", "model.vocabulary"),
     *("train.data.cache", "train.data.encode", "train.data.formats", "train.data.messages", "train.data.packing"),
     *("train.data.readers", "train.data.splits", "train.data.tokenize"),
 )
@@ -229,7 +229,7 @@ def tokenize_into(
         length=packed.length,
         joined=packed.joined,
     )
-    meta = {"dtype": dtype.name, "paths": paths, "counts": asdict(counts)}
+    meta = {"dtype": dtype.name, "paths": paths, "counts": asdict(counts), "template": encode.template}
     written = (folder / "tokens.bin", folder / "trained.bin", folder / "index.npz")
     meta["digest"] = hashlib.sha256("".join(map(sha256_of, written)).encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

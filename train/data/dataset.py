@@ -35,6 +35,8 @@ class PackedDataset:
         pad_id: what fills a row up.
         counts: what became of the records.
         digest: a SHA-256 over all of these numbers as they are stored.
+        template: the name of the conversation template that examples are written with, as in [data]; None for texts and
+            templates with placeholders.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -47,6 +49,7 @@ class PackedDataset:
     pad_id: int
     counts: Counts
     digest: str
+    template: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -226,6 +229,7 @@ def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
             pad_id,
             counts,
             meta["digest"],
+            meta["template"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PunaError(f"the tokenized data in {folder} is damaged ({error}): delete that folder") from error

@@ -66,6 +66,7 @@ class Encoder:
         pieces: a record to the texts and special tokens that it is written as.
         encode: these to ids, and which of them are trained.
         tokenizer: whose ids.
+        template: the name of the conversation template, as in [data]; None for texts and templates with placeholders.
     """
 
     format: str
@@ -73,6 +74,7 @@ class Encoder:
     pieces: Callable[[Mapping[str, Any]], list[Piece]]
     encode: Callable[[Sequence[Piece], Tokenizer], tuple[list[int], list[bool]]]
     tokenizer: Tokenizer
+    template: str | None = None
 
     @property
     def splits(self) -> bool:
@@ -119,8 +121,9 @@ def encoder(
 
         return Encoder(form, columns, text_pieces, encode_counted, tokenizer)
     auto = "chat_template" if isinstance(first.get("prompt"), list) else AUTO_TEMPLATE[form]
-    chosen = get_template(auto if template == "auto" else template, tokenizer)
-    return Encoder(form, columns, lambda record: _chat_pieces(record, form, chosen), chosen.encode, tokenizer)
+    name = auto if template == "auto" else template
+    chosen = get_template(name, tokenizer)
+    return Encoder(form, columns, lambda record: _chat_pieces(record, form, chosen), chosen.encode, tokenizer, name)
 
 
 def _text_pieces(text: str, bos_trained: bool) -> list[Piece]:
