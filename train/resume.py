@@ -106,7 +106,7 @@ def check_steps(config: Config, done: int, total: int) -> None:
     if done <= total:
         return
     run = config.run
-    setting = f"run.max_steps {run.max_steps}" if run.max_steps else f"run.num_train_epochs {run.num_train_epochs:g}"
+    setting = "run.max_steps" if run.max_steps else f"the end of run.num_train_epochs {run.num_train_epochs:g}"
     raise PunaError(
         f"{run.output_dir} holds a run that has done {done} steps, and {setting} is {total}: give more, or write an "
         f"earlier step out with `python -m train export {run.output_dir} --step N DST`"
