@@ -125,7 +125,7 @@ class Template:
         render: gives the pieces of (messages, add_generation_prompt).
         encode: gives the token ids of pieces and which are trained, as `encode_counted`.
         stop, stop_tokens: texts and special tokens that end a reply; the tokens are named as in `Piece`.
-        reads: keys of a message, beyond these, that it writes: of MESSAGE_KEYS.
+        reads: names that it mentions: keys of a message beyond role, content and input may be among them.
         with_tools: the same template beside functions that the model may call (JSON schemas, as OpenAI's `tools`); None
             where it has no place for them.
     """
@@ -358,7 +358,7 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
         PunaError: the template does not compile, or refuses one exchange of user and assistant.
     """
     render = jinja_render(source, tokenizer)
-    reads = frozenset(key for key in MESSAGE_KEYS if re.search(rf"\b{key}\b", source))
+    reads = frozenset(re.findall(r"\w+", source))
 
     def template(
         stop_tokens: tuple[str, ...], tools: Sequence[Mapping[str, Any]] | None, with_tools: Callable | None

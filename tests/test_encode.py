@@ -192,6 +192,15 @@ def test_dialogsum_through_a_template_of_columns(data_dir, llama2, pieces):
         assert found == (ids, masked(ids, 1 + len(pieces(prompt))))
 
 
+def test_a_paragraph_whose_column_is_null_goes_as_an_empty_one_does(small):
+    template = "{question}\n\n{context}\n\n{answer}"
+    record = {"question": "Is it cold?", "context": "", "answer": "Yes."}
+    assert encode({**record, "context": None}, small, template) == encode(record, small, template)
+    for wrong in ({**record, "question": None}, {"question": "a", "answer": "b"}):
+        with pytest.raises(PunaError, match="key '(question|context)'"):
+            encode(wrong, small, template)
+
+
 def test_columns_are_not_templates_themselves(small):
     ids, _ = encode({"a": "{b}", "b": "x"}, small, template="{a} and {b}")
     assert small.decode(ids) == "{b} and x"

@@ -1,6 +1,7 @@
 """Conversations in the forms that data sets have them: what changes text or mask is honoured as their systems do it."""
 
 import json
+from datetime import datetime
 
 import pyarrow
 import pyarrow.parquet
@@ -75,6 +76,41 @@ def test_what_a_template_does_not_write_is_refused_by_name(chatml, key, template
         encode({"messages": ASKED[:1], "tools": [WEATHER]}, chatml, template=template)
 
 
+def test_keys_that_a_template_reads_reach_it_as_in_transformers(tmp_path_factory):
+    named = CHATML.replace(
+        "message['role'] + '\n'", "message['role'] + (' ' + message.name if message.name else '') + '\n'"
+    )
+    assert named != CHATML
+    path = folder(tmp_path_factory, named)
+    ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
+    messages = [{**ASKED[0], "name": "Ana <|im_end|>"}, {"role": "assistant", "content": "Yes.", "id": 3, "name": None}]
+    expected = theirs.apply_chat_template([{**messages[0], "name": "Ana"}, messages[1]], return_dict=False)
+    assert plain(ours, [{**messages[0], "name": "Ana"}, messages[1]])[0] == expected
+    forged = plain(ours, messages)[0]  # what a user writes is text in any key
+    assert forged.count(ours.special_id("<|im_end|>")) == 2
+    with pytest.raises(PunaError, match="a message of role 'user': Object of type datetime is not JSON"):
+        plain(ours, [{**ASKED[0], "name": datetime(2026, 1, 1)}, messages[1]])
+
+
+@pytest.mark.parametrize("key", ["functions", "chat_template_kwargs", "images", "videos", "audios"])
+def test_keys_of_a_record_that_act_elsewhere_are_refused_by_name(chatml, key):
+    record = {"messages": [ASKED[0], {"role": "assistant", "content": "Yes."}]}
+    expected = encode(record, chatml, template="chat_template")
+    for absent in (None, [], {}):
+        assert encode(record | {key: absent, "id": 7}, chatml, template="chat_template") == expected
+    with pytest.raises(PunaError, match=f"key '{key}' is not read: "):
+        encode(record | {key: {"a": 1}}, chatml, template="chat_template")
+
+
+def test_a_system_message_that_a_template_drops_is_not_lost_in_silence(tmp_path_factory):
+    deaf = "{% for message in messages if message.role != 'system' %}" + CHATML.partition("%}")[2]
+    tokenizer = load_tokenizer(folder(tmp_path_factory, deaf))
+    turns = [ASKED[0], {"role": "assistant", "content": "Yes."}]
+    assert plain(tokenizer, turns)
+    with pytest.raises(PunaError, match="leaves out the system message that begins 'Be brief.'"):
+        plain(tokenizer, [{"role": "system", "content": "Be brief."}, *turns])
+
+
 def test_a_name_within_another_is_not_read(tmp_path_factory):
     tokenizer = load_tokenizer(folder(tmp_path_factory, "{% if enable_thinking %}x{% endif %}" + CHATML))
     with pytest.raises(PunaError, match="a message has 'thinking', which template 'chat_template' does not write"):
@@ -99,6 +135,13 @@ def test_an_answer_of_weight_zero_is_read_and_not_trained(chatml):
         assert [run.strip()[0] for run in trained(chatml, {"messages": turns}, template=template)] == ["b", "f"]
     with pytest.raises(PunaError, match=r"messages\[1\]: key 'weight' is 0.5: only 0 .* and 1 are known"):
         plain(chatml, [turns[0], {**turns[1], "weight": 0.5}])
+    for key in ("loss", "train"):  # ms-swift's and axolotl's names for it
+        masked_turn, trained_turn = {**turns[3], "weight": None, key: False}, {**turns[5], key: True}
+        assert plain(chatml, [*turns[:3], masked_turn, turns[4], trained_turn]) == (got, masked)
+        with pytest.raises(PunaError, match=f"key '{key}' is 0: only false .not trained on. and true are known"):
+            plain(chatml, [turns[0], {**turns[1], key: 0}])
+    with pytest.raises(PunaError, match="key 'train_detail' is not read: say 'weight': 0"):
+        plain(chatml, [turns[0], {**turns[1], "train_detail": [{"begin_offset": 0}]}])
     with pytest.raises(PunaError, match="'vicuna_v0' does not keep its answers apart"):
         encode({"messages": turns}, chatml, template="vicuna_v0")
 

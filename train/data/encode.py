@@ -1,12 +1,13 @@
 """From a record to token ids and labels: the one function behind training, `preview` and the goldens."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from model.chat import BOS, EOS, MESSAGE_KEYS, Piece, Template, encode_counted, get_template
+from model.chat import BOS, EOS, MESSAGE_KEYS, Message, Piece, Template, encode_counted, get_template
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import KEYS, detect_format, rename, text_at
@@ -149,10 +150,22 @@ def _chat_pieces(record: Mapping[str, Any], form: str, template: Template) -> li
                 "them out of the data"
             )
         template = template.with_tools(conversation.tools)
-    pieces = _weighed(template.render(conversation.messages, False), conversation, template)
+    pieces = _weighed(template.render(_read(conversation.messages, template), False), conversation, template)
     if template.name == "chat_template":
         _check_whole(pieces, conversation)
     return pieces
+
+
+def _read(messages: Sequence[Message], template: Template) -> list[Message]:
+    """The messages with those keys that the template reads."""
+    known = template.reads | {"role", "content", "input"}
+    kept = [{key: value for key, value in message.items() if key in known} for message in messages]
+    for message in kept:
+        try:
+            json.dumps(message)
+        except (TypeError, ValueError) as error:  # tables hold more than JSON can
+            raise PunaError(f"a message of role {message['role']!r}: {error}") from None
+    return kept
 
 
 def _weighed(pieces: list[Piece], conversation: Conversation, template: Template) -> list[Piece]:
@@ -177,7 +190,16 @@ def _weighed(pieces: list[Piece], conversation: Conversation, template: Template
 
 
 def _check_whole(pieces: Sequence[Piece], conversation: Conversation) -> None:
-    """Refuses a conversation of whose trained answers the template leaves out a part. They are written in order."""
+    """Refuses a conversation of whose trained answers the template leaves out a part (they are written in order), or
+    all of a system's or user's message."""
+    everything = "".join(piece.text for piece in pieces)
+    for message in conversation.messages:  # templates may wrap, move or shorten what asks, but not lose it
+        lines = [line.strip() for line in (message.get("content") or "").splitlines() if line.strip()]
+        if message["role"] in ("system", "user") and lines and not any(line in everything for line in lines):
+            raise PunaError(
+                f"the chat template leaves out the {message['role']} message that begins {lines[0][:40]!r}: use a "
+                "template that writes it, or take it out of the data"
+            )
     written, place = "".join(piece.text for piece in pieces if piece.trained), 0
     for message, trained in zip(conversation.messages, conversation.trained, strict=True):
         if message["role"] != "assistant" or not trained:
@@ -194,14 +216,14 @@ def _check_whole(pieces: Sequence[Piece], conversation: Conversation) -> None:
 
 
 def _column_pieces(template: str, response_template: str) -> Callable[[Mapping[str, Any]], list[Piece]]:
-    """Fill `template`'s placeholders. A paragraph that is one empty column goes, with the blank line before it
-    (DialogSum's rule)."""
+    """Fill `template`'s placeholders. A paragraph that is one column, empty or null, goes, with the blank line before
+    it (DialogSum's rule)."""
     if response_template and template.count(response_template) != 1:
         raise PunaError(f"data.response_template {response_template!r} must stand once in data.template")
     cut = template.index(response_template) + len(response_template) if response_template else 0
 
     def filled(part: str, record: Mapping[str, Any]) -> str:
-        kept = _PARAGRAPH.sub(lambda found: found[0] if text_at(record, found[1]) else "", part)
+        kept = _PARAGRAPH.sub(lambda found: found[0] if record.get(found[1], "?") not in (None, "") else "", part)
         return _PLACEHOLDER.sub(lambda found: text_at(record, found[1]), kept)
 
     def pieces(record: Mapping[str, Any]) -> list[Piece]:

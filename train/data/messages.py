@@ -25,11 +25,25 @@ ROLES = {
 }
 
 
+# Keys of a record that change text or mask in other systems and have no meaning here: no record is read without them.
+UNREAD_KEYS = {
+    "functions": "OpenAI's older name of tools; rename it to tools",
+    "chat_template_kwargs": "write what it says into the template",
+    "images": "only text is read; leave such records out",
+    "videos": "only text is read; leave such records out",
+    "audios": "only text is read; leave such records out",
+}
+# Keys of a message that say whether it is trained on: OpenAI's, ms-swift's and axolotl's; and those that say more.
+TRAINED_KEYS = ("weight", "loss", "train")
+PARTLY_TRAINED_KEYS = ("training", "training_detail", "train_detail")
+
+
 class Conversation(NamedTuple):
     """Messages in order.
 
     Attributes:
-        messages: each with a role and content; some with keys of MESSAGE_KEYS, and then content may be missing or None.
+        messages: each with a role and content, and what other keys it had; with a key of MESSAGE_KEYS content may be
+            missing or None.
         trained: for each, whether the model is to learn it if it is the assistant's.
         tools: functions that the model may call, as OpenAI's API has them.
     """
@@ -49,6 +63,9 @@ def conversation_of(record: Mapping[str, Any], form: str) -> Conversation:
     Raises:
         PunaError: a key is missing or of another type than it should be, or a role is unknown.
     """
+    for key, remedy in UNREAD_KEYS.items():
+        if record.get(key):
+            raise PunaError(f"key {key!r} is not read: {remedy}")
     if form == "instruction":
         asked = {"role": "user", "content": text_at(record, "instruction")}
         if record.get("input") is not None:
@@ -122,13 +139,17 @@ def _shared_gpt(turn: Mapping[str, Any]) -> Message:
 
 
 def _message(turn: Mapping[str, Any]) -> Message:
-    extras = {key: turn[key] for key in MESSAGE_KEYS if turn.get(key)}
+    extras = {key: value for key, value in turn.items() if key not in _OWN_KEYS and value is not None}
+    extras = {key: value for key, value in extras.items() if value or key not in MESSAGE_KEYS}
     role, content = text_at(turn, "role"), turn.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, number) for number, part in enumerate(content))
     elif content is not None or not (extras.keys() & {"tool_calls", "function_call"}):
         content = text_at(turn, "content")
     return {"role": role, **({"content": content} if "content" in turn else {}), **extras}
+
+
+_OWN_KEYS = ("role", "content", "input", *TRAINED_KEYS)
 
 
 def _part(part: Any, number: int) -> str:
@@ -140,11 +161,16 @@ def _part(part: Any, number: int) -> str:
 
 
 def _is_trained(turn: Mapping[str, Any]) -> bool:
-    """OpenAI's weight of a message: 0 or 1, which is what it is without one."""
-    weight = turn.get("weight")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise PunaError(f"key 'weight' is {weight!r}: only 0 (not trained on) and 1 are known")
-    return weight != 0
+    """Whether a message is to be learned, if it is the assistant's: it is, where no key says otherwise."""
+    for key in PARTLY_TRAINED_KEYS:
+        if turn.get(key) is not None:
+            raise PunaError(f"key {key!r} is not read: say 'weight': 0 of messages that are not to be trained on")
+    said = {key: turn[key] for key in TRAINED_KEYS if turn.get(key) is not None}
+    for key, value in said.items():
+        if value not in (0, 1) or isinstance(value, bool) != (key != "weight"):
+            known = "0 (not trained on) and 1" if key == "weight" else "false (not trained on) and true"
+            raise PunaError(f"key {key!r} is {value!r}: only {known} are known")
+    return all(value != 0 for value in said.values())
 
 
 def answered(message: Message) -> list[str]:
