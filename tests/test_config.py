@@ -143,5 +143,62 @@ def test_meta_faults():
     for change in ({"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 64}):
         with pytest.raises(PunaError, match="cannot be written as Meta's params.json"):
             replace(PRESETS["llama-7b"], **change).to_meta()
-    with pytest.raises(PunaError, match="rope_scaling = "):
-        replace(PRESETS["llama-7b"], rope_scaling=RopeScaling("linear", 2.0)).to_meta()
+    for scaling in (RopeScaling("linear", 2.0), RopeScaling("llama3", 32.0, 8192, 1.0, 4.0)):
+        with pytest.raises(PunaError, match="rope_scaling = "):
+            replace(PRESETS["llama-7b"], rope_scaling=scaling).to_meta()
+
+
+# (dim, layers, heads, multiplier) as in Meta's params.json, and the factor in the config.json of the same model.
+STRETCHED = {
+    "Llama 3.2 1B": (2048, 16, 32, 1.5, 32.0),
+    "Llama 3.2 3B": (3072, 28, 24, 1.0, 32.0),
+    "Llama 3.1 8B": (4096, 32, 32, 1.3, 8.0),
+    "Llama 3.3 70B": (8192, 80, 64, 1.3, 8.0),
+}
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_params_json_does_not_say_by_how_much_rope_is_stretched(name):
+    dim, layers, heads, multiplier, factor = STRETCHED[name]
+    params = {"dim": dim, "n_layers": layers, "n_heads": heads, "n_kv_heads": 8, "vocab_size": 128256}
+    params |= {"ffn_dim_multiplier": multiplier, "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 500000.0}
+    params |= {"use_scaled_rope": True}
+    said = []
+    config = LlamaConfig.from_meta(params, say=said.append)
+    assert config.rope_scaling == RopeScaling("llama3", factor, 8192, 1.0, 4.0)
+    assert said == [
+        f"what it does not say is its family's: use_scaled_rope is by {factor:g}, max_seq_len is {2**17}",
+    ]
+    written = config.to_meta()
+    assert written.keys() - params.keys() == {"max_seq_len"}  # no key that Meta's code would drop
+    assert LlamaConfig.from_meta(written) == config
+    own = LlamaConfig.from_meta(params | {"rope_scaling_factor": 16, "rope_high_freq_factor": 2}, say=said.append)
+    assert own.rope_scaling == RopeScaling("llama3", 16.0, 8192, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("moe_args", {"num_experts": 16}),
+        ("moe", {"num_experts": 8}),
+        ("quantization_args", {"group_size": 32}),
+        ("lora_args", {"rank": 16}),
+        ("sliding_window", 4096),
+        ("head_dim", 64),
+        ("vision_chunk_size", 448),
+        ("use_qk_norm", True),
+    ],
+)
+def test_a_key_of_params_json_that_acts_is_refused(key, value):
+    with pytest.raises(PunaError, match=f"params.json: unknown active field {key} = "):
+        LlamaConfig.from_meta(PRESETS["llama2-7b"].to_meta() | {key: value})
+
+
+def test_other_keys_of_params_json():
+    """Mistral's names for what Meta derives; room for a cache; what nobody knows."""
+    said, meta = [], PRESETS["llama2-7b"].to_meta()
+    mistral = {"hidden_dim": 14336, "head_dim": 128, "max_batch_size": 8, "vision_chunk_size": -0.0, "moe_args": None}
+    config = LlamaConfig.from_meta(meta | mistral, say=said.append)
+    assert config == replace(PRESETS["llama2-7b"], intermediate_size=14336) and not said
+    assert LlamaConfig.from_meta(meta | {"note": "x"}, say=said.append) == PRESETS["llama2-7b"]
+    assert said == ["unknown keys, not used: note"]
