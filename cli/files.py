@@ -52,7 +52,7 @@ def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Pa
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PunaError(f"{parent} cannot be written: give a destination in a folder you may write")
     temporary = parent / f".{destination.name}.tmp-{_process()}"
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
         if overwrite:
@@ -64,7 +64,7 @@ def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Pa
             error.filename = str(destination)
         raise
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def check_apart(destination: str | Path, *inputs: str | Path) -> None:
@@ -96,7 +96,7 @@ def _remove_leavings(destination: Path) -> None:
             left.rename(destination)
             _LOG.warning("%s is put back: process %s was killed while it replaced it", destination, pid)
         else:
-            _remove(left)
+            remove(left)
             _LOG.warning("%s is removed: process %s was killed while it wrote it", left, pid)
 
 
@@ -144,10 +144,11 @@ def _replace(temporary: Path, destination: Path) -> None:
     except BaseException:
         old.rename(destination)
         raise
-    _remove(old)
+    remove(old)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Takes away a file, a link or a folder with all that is in it; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

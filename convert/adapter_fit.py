@@ -101,7 +101,7 @@ def adapted_config(adapter: Adapter, config: LlamaConfig) -> LlamaConfig:
         config,
         vocab_size=rows,
         tie_word_embeddings=tables.is_tied,
-        pieces=config.pieces if said is None else Pieces.from_hf(said),
+        pieces=config.pieces if said is None else Pieces.from_hf(said, adapter.where),
     )
 
 

@@ -17,7 +17,9 @@ def malformed(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except PunaError:
+    except PunaError as error:
+        if str(error).startswith(f"{path.name}: "):  # said by what knows the object and not where it lies
+            raise PunaError(f"{path.parent / str(error)}") from error
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, re.error) as error:
         raise PunaError(

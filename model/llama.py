@@ -20,7 +20,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.linear import linear, look_up
 from model.params import Params
-from model.pieces import load_function
+from model.pieces import checked, load_function
 from model.rope import rotate, tables
 from model.sharding import constrain
 
@@ -152,7 +152,10 @@ def norm_of(config: LlamaConfig) -> Callable:
         PunaError: there is no function of that name.
     """
     name = config.pieces.norm
-    return rms_norm if name is None else load_function(name, "norm")
+    if name is None:
+        return rms_norm
+    call = "norm(x [..., D], weight [D], eps) -> [..., D]"
+    return checked(load_function(name, "model.norm"), name, "model.norm", call, lambda x, weight, eps: x)
 
 
 def block_of(config: LlamaConfig, **keywords: Any) -> Callable:
@@ -171,17 +174,21 @@ def block_of(config: LlamaConfig, **keywords: Any) -> Callable:
     if pieces.norm is not None:
         keywords["norm"] = norm_of(config)
     if pieces.attention is not None:
-        keywords["attend"] = load_function(pieces.attention, "attention")
+        call = "attend(q [B, T, H, d], k [B, K, S, d], v [B, K, S, d], mask) -> [B, T, H, d]"
+        own = load_function(pieces.attention, "model.attention")
+        keywords["attend"] = checked(own, pieces.attention, "model.attention", call, lambda q, k, v, mask: q)
     if pieces.block is None:
         return partial(block, **keywords)
-    own = load_function(pieces.block, "block")
+    own = load_function(pieces.block, "model.block")
     takes = inspect.signature(own).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     if (lacking := sorted(keywords.keys() - takes.keys())) and not takes_any:
-        settings = {"attend": "attention", "residual": "sequence_parallel"}
-        lacks = " and ".join(f"{keyword} ({settings.get(keyword, keyword)})" for keyword in lacking)
+        settings = {"attend": "attend (model.attention)", "residual": "residual (mesh.sequence_parallel)"}
+        lacks = " and ".join(settings.get(keyword, keyword) for keyword in lacking)
         raise PunaError(f"block {pieces.block} has no keyword {lacks}: give it one, or leave the setting out")
-    return partial(own, **keywords)
+    call = "block(x [B, T, D], layer, config, context, cache, *, ...) -> (x [B, T, D], cache)"
+    watched = checked(own, pieces.block, "model.block", call, lambda x, layer, config, context, cache: (x, cache))
+    return partial(watched, **keywords)
 
 
 REMAT: dict[str, Callable[[Callable], Callable]] = {

@@ -5,6 +5,7 @@ function is exported, read back and run with it, and plain LLaMA readers refuse 
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -43,8 +44,12 @@ class Pieces:
         return bool(self.names())
 
     @classmethod
-    def from_hf(cls, said: dict[str, Any]) -> "Pieces":
+    def from_hf(cls, said: dict[str, Any], where: str = "config.json") -> "Pieces":
         """Reads the `puna` object of a config.json.
+
+        Args:
+            said: the object.
+            where: what messages call the file.
 
         Raises:
             PunaError: a part that is not known, a function that is not found, or whose code has changed since.
@@ -52,14 +57,12 @@ class Pieces:
         known = {f.name for f in fields(cls)}
         names = {part: name for part, name in said.items() if part != SHA256}
         if unknown := sorted(names.keys() - known):
-            raise PunaError(
-                f"config.json: puna names {', '.join(unknown)}; the parts known here are {', '.join(known)}"
-            )
+            raise PunaError(f"{where}: puna names {', '.join(unknown)}; the parts known here are {', '.join(known)}")
         for part, name in names.items():
-            found, expected = code_fingerprint(name, f"config.json: puna.{part}"), said.get(SHA256, {}).get(part)
+            found, expected = code_fingerprint(name, f"{where}: puna.{part}"), said.get(SHA256, {}).get(part)
             if expected not in (None, found):
                 raise PunaError(
-                    f"config.json: puna.{part} is {name!r}, whose code has changed since the model was written: take "
+                    f"{where}: puna.{part} is {name!r}, whose code has changed since the model was written: take "
                     f"it back, or remove {part} from puna.{SHA256} to use the code as it is now"
                 )
         return cls(**names)
@@ -97,6 +100,63 @@ def load_function(name: str, setting: str) -> Callable[..., Any]:
             f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{place.filename}:{place.lineno}"
         )
         raise PunaError(f'{setting} is "{name}", which fails at {where}: {type(error).__name__}: {error}') from error
+
+
+def checked(
+    own: Callable[..., Any], name: str, setting: str, call: str, wanted: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function of the user's, whose faults are said in one line while it is traced.
+
+    Args:
+        own: the function.
+        name: its name, as "module:function".
+        setting: what gave the name.
+        call: how it is called and what it is to return, in words.
+        wanted: of the positional arguments, what has the structure, shapes and dtypes of the result.
+
+    Returns:
+        The same function, which raises PunaError where `own` does not take its arguments, fails, or returns something
+        else.
+    """
+    begin = f'{setting} is "{name}", which is called as {call}'
+
+    @functools.wraps(own)
+    def function(*args: Any, **keywords: Any) -> Any:
+        try:
+            inspect.signature(own).bind(*args, **keywords)
+        except TypeError as error:
+            raise PunaError(f"{begin}, and does not take that: {error}") from None
+        except ValueError:  # of a function without a signature
+            pass
+        try:
+            result = own(*args, **keywords)
+        except PunaError:
+            raise
+        except Exception as error:  # whatever the user's function does
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            said = " ".join(str(error).split())[:300]
+            raise PunaError(
+                f"{begin}, and fails at {place.filename}:{place.lineno}: {type(error).__name__}: {said}"
+            ) from error
+        expected, found = _shapes(wanted(*args)), _shapes(result)
+        if expected != found:
+            raise PunaError(f"{begin}, here {_in_words(expected)}; it returned {_in_words(found)}")
+        return result
+
+    return function
+
+
+def _shapes(result: Any) -> Any:
+    """What can be compared of a result: structure, shapes and dtypes."""
+    if isinstance(result, tuple) and type(result) is tuple:
+        return tuple(map(_shapes, result))
+    if hasattr(result, "shape") and hasattr(result, "dtype"):
+        return f"{result.dtype}{list(result.shape)}"
+    return type(result).__name__
+
+
+def _in_words(shapes: Any) -> str:
+    return f"({', '.join(map(_in_words, shapes))})" if isinstance(shapes, tuple) else str(shapes)
 
 
 def code_fingerprint(name: str, setting: str) -> str:

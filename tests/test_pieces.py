@@ -83,7 +83,7 @@ def test_a_block_that_does_not_take_what_is_set_is_refused(tmp_path, monkeypatch
     importlib.invalidate_caches()
     config = replace(SMALL, pieces=Pieces(block="bare_block:block", norm=NORM))
     with pytest.raises(
-        PunaError, match=r"block bare_block:block has no keyword attend \(attention\) and norm \(norm\)"
+        PunaError, match=r"block bare_block:block has no keyword attend \(model.attention\) and norm: give"
     ):
         block_of(config, attend=attend)
 

@@ -161,7 +161,7 @@ def test_a_block_without_the_keyword_of_a_setting_is_refused(monkeypatch):
     model = replace(PRESETS["llama2-7b"], pieces=Pieces(block="a:b"))
     assert make_objective(config, model, mesh_of(config))
     monkeypatch.setattr("model.llama.load_function", lambda name, setting: lambda x, layer, config, context, cache: x)
-    with pytest.raises(PunaError, match=r"block a:b has no keyword residual \(sequence_parallel\)"):
+    with pytest.raises(PunaError, match=r"block a:b has no keyword residual \(mesh.sequence_parallel\)"):
         make_objective(config, model, mesh_of(config))
 
 

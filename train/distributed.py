@@ -23,6 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from cli.files import remove
+from convert.run import COMPANIONS
 from model.errors import JobFailed, PunaError
 from train import rendezvous
 
@@ -30,6 +32,7 @@ EXIT_FAILED, EXIT_WRONG, EXIT_PREEMPTED, EXIT_PEER_LOST = 1, 2, 85, 86
 _HEARTBEAT_SECONDS, _CONNECT_SECONDS, _SHARED_SECONDS = 30, 300, 60
 _HOST_BYTES = 256
 HEARTBEAT_FILE = ".alive"
+_BEFORE_A_STEP = {".lock", HEARTBEAT_FILE, "checkpoints", "config.toml", "metrics.jsonl", COMPANIONS}
 _SLURM_REMEDY = (
     "start with srun, which sets them all; or unset SLURM_PROCID, and give COORDINATOR_ADDRESS, NUM_PROCESSES and "
     "PROCESS_ID where there are several processes"
@@ -161,16 +164,18 @@ def lock(run_dir: str | Path) -> Iterator[None]:
 
 
 def _remove_empty(made: list[Path]) -> None:
-    """Takes away the folders that a run made, the innermost first, where it has put nothing into them."""
+    """Takes away the folders that a run made, the innermost first, where it has done no step and saved nothing."""
     try:
         for number, folder in enumerate(made):
             inside = {path.name for path in folder.iterdir()}
-            if inside - ({".lock", HEARTBEAT_FILE, "checkpoints"} if number == 0 else set()):
+            if inside - (_BEFORE_A_STEP if number == 0 else set()):
                 return
-            if "checkpoints" in inside:
+            if (folder / "checkpoints").is_dir():
                 (folder / "checkpoints").rmdir()
-            for name in inside & {".lock", HEARTBEAT_FILE}:
-                (folder / name).unlink()
+            if (metrics := folder / "metrics.jsonl").is_file() and metrics.stat().st_size:
+                return
+            for name in inside - {"checkpoints"}:
+                remove(folder / name)
             folder.rmdir()
     except OSError:  # a checkpoint is in it, or another process is at work there
         return

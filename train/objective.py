@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.llama import SPLIT_SEQUENCE, block_of, head_of, hidden
 from model.params import Params
-from model.pieces import load_function
+from model.pieces import checked, load_function
 from train.config import Config
 from train.loss import make_loss
 
@@ -47,7 +48,10 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
         keywords["residual"] = SPLIT_SEQUENCE
     block = block_of(model, **keywords)
     if wanted.loss:
-        loss = load_function(wanted.loss, "model.loss")
+        call = "loss(x [B, T, D], head [D, V], labels [B, T]) -> the float32 sum over trained tokens"
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        own = load_function(wanted.loss, "model.loss")
+        loss = checked(own, wanted.loss, "model.loss", call, lambda x, head, labels: scalar)
     else:
         loss = make_loss(mesh, wanted.loss_chunk, config.optim.z_loss)
 
