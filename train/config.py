@@ -383,10 +383,16 @@ def _check(config: Config) -> None:
     if config.lora is not None:
         target_weights(config.lora.targets)
         check_saved_modules(config.lora.modules_to_save)
-    if config.quantize is not None and config.lora is None:
-        raise PunaError("quantize is given without lora: quantized weights do not train; add a [lora] section")
+    if config.lora is None and model.path is None:  # what model.path names may be an adapter, which says [lora]
+        refuse_quantized_training(config)
     if (wanted := config.quantize) is not None:
         quantizer(wanted.method, wanted.block, wanted.double_quant)
+
+
+def refuse_quantized_training(config: Config) -> None:
+    """Raises PunaError where weights would be quantized that are to train."""
+    if config.quantize is not None and config.lora is None:
+        raise PunaError("quantize is given without lora: quantized weights do not train; add a [lora] section")
 
 
 def _refuse_unread(config: Config) -> None:

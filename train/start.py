@@ -16,7 +16,7 @@ from model.errors import PunaError
 from model.pieces import Pieces, load_function
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer
-from train.config import Config, LoraConfig, ModelConfig
+from train.config import Config, LoraConfig, ModelConfig, refuse_quantized_training
 
 # What may differ from a checkpoint that is trained further: how positions are read, not the shape of any weight.
 _OVERRIDABLE = ("max_position_embeddings", "rope_theta", "rope_scaling")
@@ -83,9 +83,11 @@ def with_adapter_settings(config: Config, base: Source | None) -> Config:
     """The config, whose [lora] says what the adapter is that model.path names, if any: training goes on with it.
 
     Raises:
-        PunaError: [lora] says something else, or the adapter has parts that do not train here.
+        PunaError: [lora] says something else, the adapter has parts that do not train here, or [quantize] is given and
+            nothing is an adapter.
     """
     if base is None or not base.adapters:
+        refuse_quantized_training(config)
         return config
     *below, adapter = base.adapters
     if below:
