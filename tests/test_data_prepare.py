@@ -1,6 +1,8 @@
 """Cleaning, filtering, de-duplicating and splitting conversations, held against the published rules."""
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,15 +14,14 @@ from small_tokenizer import small_tokenizer
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
 from train.data.markdown import html_to_markdown
-from train.data.prepare import (
+from train.data.prepare import held_out, prepare
+from train.data.prepare_steps import (
     Dropped,
     alternating,
     clean,
     identity,
     in_script,
-    prepare,
     split_long,
-    split_train_test,
     without_duplicates,
     without_phrases,
 )
@@ -235,11 +236,39 @@ def test_both_parts_are_written_or_neither(tmp_path):
         prepare([str(tmp_path / "a.jsonl")], tmp_path / "b.jsonl", [], test=str(tmp_path / "b.jsonl"))
 
 
-def test_train_and_test_parts_are_disjoint_and_repeatable():
-    records = [{"id": n} for n in range(101)]
-    train, test = split_train_test(records, 0.1)
-    assert len(test) == 11 and sorted([*train, *test], key=lambda r: r["id"]) == records
-    assert split_train_test(records, 0.1) == (train, test) != split_train_test(records, 0.1, seed=1)
+def test_what_a_conversation_becomes_is_held_out_together_or_not_at_all(tmp_path):
+    records = [talk(*[f"{word}\u2028\n{n}" for word in ("q", "a") * 5], id=str(n)) for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    steps = [split_long(load_tokenizer(small_tokenizer(tmp_path)), 30)]
+    parts = [tmp_path / "train.json", tmp_path / "test.jsonl"]
+    added = list(identity("Paco", "the herd"))
+    counts = prepare([str(tmp_path / "a.jsonl")], parts[0], steps, added, parts[1], 0.1)
+    train, test = json.loads(parts[0].read_text()), [json.loads(line) for line in parts[1].open()]
+    assert parts[0].read_text() == json.dumps(train, ensure_ascii=False, indent=2) + "\n"
+    sources = [{re.sub(r"^(\d+)_\d+$", r"\1", part["id"]) for part in of} for of in (train, test)]
+    assert not sources[0] & sources[1] and len(sources[1]) == -(-(40 + len(added)) // 10)
+    assert len(train) + len(test) == counts["kept"] + len(added) > 100 and counts["held out"] == len(test)
+    before = [part.read_bytes() for part in parts]
+    prepare([str(tmp_path / "a.jsonl")], parts[0], steps, added, parts[1], 0.1, overwrite=True)
+    assert [part.read_bytes() for part in parts] == before
+    assert held_out(101, 0.1) != held_out(101, 0.1, seed=1) and len(held_out(101, 0.1)) == 11
+
+
+def test_a_report_says_what_became_of_the_records(tmp_path):
+    records = [talk("hi", "ho"), talk("a question", "an answer", id="1"), talk("a question", "an answer", id="2")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    counts = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out.jsonl", [clean, without_duplicates()])
+    report = json.loads((tmp_path / "out.jsonl.report").read_text())
+    assert report == {
+        "sources": [f"{tmp_path}/a.jsonl"],
+        "counts": counts,
+        "places": {"is too short": [f"{tmp_path}/a.jsonl:1"], "begins as another does": [f"{tmp_path}/a.jsonl:3"]},
+        "sha256": {f"{tmp_path}/out.jsonl": hashlib.sha256((tmp_path / "out.jsonl").read_bytes()).hexdigest()},
+    }
+    with pytest.raises(PunaError, match="out.jsonl.report exists"):
+        (tmp_path / "out.jsonl").unlink()
+        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out.jsonl", [])
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -255,10 +284,10 @@ def test_the_command(tmp_path):
     command += ["--phrases", tmp_path / "phrases.txt", "--max-length", "120", "--tokenizer", tmp_path, "--dedupe"]
     command += ["--identity", "Paco", "the herd", "--test", tmp_path / "test.jsonl", "--test-fraction", "0.25"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = [line for name in ("out", "test") for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-    written = [json.loads(line) for line in lines]
+    kept, test = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("out", "test"))
+    written = [json.loads(line) for line in [*kept, *test]]
     assert done.stdout.splitlines()[0] == "read: 20" and "dropped: contains a listed phrase: 1" in done.stdout
-    assert f"held out: {-(-len(written) // 4)}" in done.stdout
+    assert f"held out: {len(test)}" in done.stdout
     assert not any("<p>" in value for record in written for value in values(record))
     assert {part["id"] for part in written} >= {"0_0", "0_2", "identity_0"}
     refused = subprocess.run(command[:-2], capture_output=True, text=True)

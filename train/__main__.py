@@ -131,11 +131,13 @@ def prepare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Clean, filter, de-duplicate and split conversations, in this order; print what became of them."""
-    from train.data import prepare as data
+    from train.data.prepare import prepare as prepare_data
+    from train.data.prepare_steps import chosen_steps
+    from train.data.prepare_steps import identity as identity_records
 
-    steps = data.chosen_steps(clean, dedupe, refusals, phrases, script, max_length, tokenizer)
-    added = list(data.identity(*identity)) if identity else []
-    counts = data.prepare(sources, destination, steps, added, test, test_fraction, overwrite)
+    steps = chosen_steps(clean, dedupe, refusals, phrases, script, max_length, tokenizer)
+    added = list(identity_records(*identity)) if identity else []
+    counts = prepare_data(sources, destination, steps, added, test, test_fraction, overwrite)
     for name, count in counts.items():
         print(f"{name}: {count}")
 

@@ -159,7 +159,7 @@ def _chat_pieces(record: Mapping[str, Any], form: str, template: Template) -> li
 def _read(messages: Sequence[Message], template: Template) -> list[Message]:
     """The messages with those keys that the template reads."""
     known = template.reads | {"role", "content", "input"}
-    kept = [{key: value for key, value in message.items() if key in known} for message in messages]
+    kept: list[Message] = [{key: value for key, value in each.items() if key in known} for each in messages]
     for message in kept:
         try:
             json.dumps(message)

@@ -1,276 +1,57 @@
-"""Conversations made ready for training: cleaned, filtered, without duplicates, split to length.
-
-Every step is a function of one record that gives the records it becomes, or drops it for a reason; the reasons are
-counted. The rules are FastChat's for ShareGPT data (cleaning, splitting) and those of the WizardLM data without
-refusals (phrases).
-"""
+"""Conversations made ready for training: put through steps and written, one by one, so that memory does not grow with
+them; what became of them is counted and said in a report."""
 
 import json
-import unicodedata
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
-from cli.files import atomic_path
-from convert.tokenizer_files import find_tokenizer
+from cli.files import atomic_path, sha256_of
 from model.errors import PunaError
-from model.tokenizer import Tokenizer
-from train.data.formats import detect_format, text_at
-from train.data.markdown import html_to_markdown
-from train.data.messages import conversation_of
 from train.data.permute import mix_key, permute
+from train.data.prepare_steps import Dropped, Record, Step
 from train.data.readers import Faults, SourceRecord, read_rows
 
-Record = Mapping[str, Any]
-Step = Callable[[Record], list[Record]]
-
-BLOCKED_WORDS = ("openai", "chatgpt")
-RATE_LIMITED = ("Too many requests in 1 hour. Try again later.", "!Too many requests in 1 hour. Try again later.")
-SHORTEST = 16  # characters in a conversation worth keeping
-TURN_TOKENS = 6  # what FastChat counts for a turn beside its text
-
-REFUSALS = (
-    *("as an ai language model", "as a language model", "as an ai assistant", "as an artificial intelligence"),
-    *("i cannot fulfill", "i can't fulfill", "i cannot comply", "i'm sorry, but i can", "i apologize, but i can"),
-    *("it is not appropriate", "it's not appropriate", "against my programming", "ethical guidelines"),
-)
+NAMED_PLACES = 5  # of each reason, in the report
 
 
-class Dropped(Exception):
-    """A record is left out, for the reason given."""
+@dataclass
+class Report:
+    """What became of records.
 
-
-def turns_of(record: Record) -> list[dict[str, str]]:
-    """The turns of a ShareGPT record.
-
-    Raises:
-        Dropped: they are not text under "from" and "value".
-    """
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-        for turn in turns
-    ):
-        raise Dropped("has no conversations of from and value")
-    return turns
-
-
-def clean(record: Record) -> list[Record]:
-    """A ShareGPT record as Markdown, from a human's turn to an answer: FastChat's rules.
-
-    Raises:
-        Dropped: see `turns_of`; or its roles do not alternate, it is too short, or a turn holds a blocked word or a
-            rate limit's answer.
-    """
-    turns = turns_of(record)
-    if turns and turns[0]["from"] != "human":
-        turns = turns[1:]
-    if turns and turns[-1]["from"] == "human":
-        turns = turns[:-1]
-    kept = []
-    for number, turn in enumerate(turns):
-        if turn["from"] != ("human", "gpt")[number % 2]:
-            raise Dropped("roles do not alternate")
-        if any(word in turn["value"].lower() for word in BLOCKED_WORDS):
-            raise Dropped("contains a blocked word")
-        text = html_to_markdown(turn["value"])
-        if turn["from"] == "gpt" and text.startswith(RATE_LIMITED):
-            raise Dropped("contains a rate-limit answer")
-        if not text or not text[0].isprintable():
-            break  # an answer that was never given; what came before stands
-        kept.append({"from": turn["from"], "value": text})
-    kept = kept[: len(kept) // 2 * 2]
-    if sum(len(turn["value"]) for turn in kept) < SHORTEST:
-        raise Dropped("is too short")
-    return [{**record, "conversations": kept}]
-
-
-def _texts(record: Record) -> list[tuple[str, str]]:
-    """The texts of a record of any format and whose they are: a role, or "text" where there are none."""
-    form = detect_format(record)
-    if form == "text":
-        return [("text", text_at(record, "text"))]
-    turns = conversation_of(record, form).messages
-    return [(turn["role"], (turn.get("content") or "") + turn.get("input", "")) for turn in turns]
-
-
-def without_phrases(phrases: Sequence[str] = REFUSALS) -> Step:
-    """The step that drops a record of any format in which an answer holds a phrase; others stay as they are.
-
-    Args:
-        phrases: what to look for, whatever the case.
-    """
-    folded = [phrase.casefold() for phrase in phrases]
-
-    def step(record: Record) -> list[Record]:
-        answers = [text for role, text in _texts(record) if role in ("assistant", "text")]
-        if any(phrase in answer.casefold() for answer in answers for phrase in folded):
-            raise Dropped("contains a listed phrase")
-        return [record]
-
-    return step
-
-
-def without_duplicates() -> Step:
-    """The step that drops a record whose id, or whose first question and answer, was seen before. It is for one run."""
-    seen: set[Any] = set()
-
-    def step(record: Record) -> list[Record]:
-        named = json.dumps(record.get("id"))
-        if record.get("id") is not None and named in seen:
-            raise Dropped("has the id of another")
-        first = tuple(text for _, text in _texts(record)[:2])
-        if first in seen:
-            raise Dropped("begins as another does")
-        seen.update({first, named})
-        return [record]
-
-    return step
-
-
-def in_script(script: str, share: float = 0.5) -> Step:
-    """The step that drops a record which is not mostly in one script.
-
-    This tells languages apart by their writing only: FastChat's filter used a language detector.
-
-    Args:
-        script: a Unicode script, as "latin" or "cjk".
-        share: the least part of the letters of all texts that is of it.
-    """
-    name = script.upper()
-
-    def step(record: Record) -> list[Record]:
-        letters = [letter for _, text in _texts(record) for letter in text if letter.isalpha()]
-        found = sum(unicodedata.name(letter, "").startswith(name) for letter in letters)
-        if found < share * len(letters):
-            raise Dropped(f"is not mostly {script}")
-        return [record]
-
-    return step
-
-
-def split_long(tokenizer: Tokenizer, max_length: int, lose_last: bool = False) -> Step:
-    """The step that splits a ShareGPT record where the next question and answer would take it above a length.
-
-    Parts have the id `<id>_<first turn>`, and an odd last turn goes.
-
-    Args:
-        tokenizer: counts the tokens of a turn; TURN_TOKENS are added.
-        max_length: most tokens of a part, unless one question and answer are longer.
-        lose_last: as FastChat, lose the last pair where that is what causes a split.
+    Attributes:
+        counts: how many were read, kept, held out, and dropped for each reason.
+        places: `path:line` of the first records dropped for each reason.
     """
 
-    def step(record: Record) -> list[Record]:
-        turns = turns_of(record)
-        turns = turns[: len(turns) // 2 * 2]
-        bos = tokenizer.bos_id is not None
-        sizes = [len(tokenizer.encode(turn["value"])) + bos + TURN_TOKENS for turn in turns]
-        cuts, total = [0], 0
-        for number in range(0, len(turns), 2):
-            pair = sizes[number] + sizes[number + 1]
-            if total + pair > max_length:
-                cuts.append(number)
-                total = 0
-            total += pair
-        if not (lose_last and cuts[-1] == len(turns) - 2 and len(cuts) > 1):
-            cuts.append(len(turns))
-        return [
-            {**record, "id": f"{record.get('id', '')}_{start}", "conversations": turns[start:end]}
-            for start, end in zip(cuts, cuts[1:], strict=False)
-            if start < end
-        ]
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
 
-    return step
-
-
-def alternating(record: Record) -> list[Record]:
-    """A ShareGPT record as it is.
-
-    Raises:
-        Dropped: it is empty, or human and gpt do not take turns.
-    """
-    turns = turns_of(record)
-    if not turns or any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
-        raise Dropped("roles do not alternate")
-    return [record]
-
-
-def identity(name: str, maker: str) -> Iterator[Record]:
-    """ShareGPT records in which an assistant says who it is.
-
-    Args:
-        name: the assistant's.
-        maker: who trained it.
-    """
-    asked = (
-        *("Who are you?", "What is your name?", "Who made you?", "What are you?", "Introduce yourself."),
-        *("Who created you?", "Are you a person?", "What should I call you?", "Which model are you?"),
-    )
-    answers = (
-        f"I am {name}, a language model trained by {maker}.",
-        f"My name is {name}, and I am a language model developed by {maker}.",
-        f"You can call me {name}. I am an assistant trained by {maker}.",
-    )
-    for number, (question, answer) in enumerate((q, a) for q in asked for a in answers):
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        yield {"id": f"identity_{number}", "conversations": turns}
-
-
-def chosen_steps(
-    cleaned: bool,
-    deduplicated: bool,
-    refusals: bool,
-    phrases: Path | None,
-    script: str | None,
-    max_length: int | None,
-    tokenizer: Path | None,
-) -> list[Step]:
-    """The steps that the command's options ask for, in order.
-
-    Args:
-        cleaned: `clean` records.
-        deduplicated: `without_duplicates`.
-        refusals: drop REFUSALS.
-        phrases: a file, of which each line is a phrase to drop.
-        script: see `in_script`.
-        max_length: see `split_long`.
-        tokenizer: the file or folder of the tokenizer that counts it.
-
-    Raises:
-        PunaError: max_length and tokenizer need each other, or there is no tokenizer.
-    """
-    if (max_length is None) != (tokenizer is None):
-        raise PunaError("--max-length counts a tokenizer's tokens: give --max-length and --tokenizer together")
-    steps: list[Step] = [clean] if cleaned else []
-    if script:
-        steps.append(in_script(script))
-    if refusals:
-        steps.append(without_phrases())
-    if phrases:
-        lines = phrases.read_text(encoding="utf-8").splitlines()
-        steps.append(without_phrases([line for line in lines if line.strip()]))
-    if deduplicated:
-        steps.append(without_duplicates())
-    if max_length is not None and tokenizer is not None:
-        steps += [split_long(find_tokenizer(tokenizer), max_length), alternating]
-    return steps
+    def dropped(self, reason: str, path: str, line: int) -> None:
+        """Notes a record that is left out."""
+        self.counts[f"dropped: {reason}"] += 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < NAMED_PLACES:
+            places.append(f"{path}:{line}")
 
 
 def apply(
-    rows: Iterable[SourceRecord], steps: Sequence[Step], counts: Counter[str], faults: Faults
-) -> Iterator[Record]:
-    """The records of `rows` after all steps, in order.
+    rows: Iterable[SourceRecord], steps: Sequence[Step], report: Report, faults: Faults
+) -> Iterator[tuple[int, Record]]:
+    """The records of `rows` after all steps, in order, each with the number of the row that it comes from.
 
     Args:
         rows: the records.
         steps: each is applied to what the one before has made of a record.
-        counts: gets how many were read, kept, and dropped for each reason.
+        report: gets what became of them.
         faults: gets what is wrong with a record.
     """
-    for path, line, record in rows:
-        counts["read"] += 1
+    for number, (path, line, record) in enumerate(rows):
+        report.counts["read"] += 1
         current: list[Record] = [record]
         for step in steps:
             following: list[Record] = []
@@ -278,12 +59,12 @@ def apply(
                 try:
                     following += step(each)
                 except Dropped as reason:
-                    counts[f"dropped: {reason}"] += 1
+                    report.dropped(str(reason), path, line)
                 except PunaError as error:
                     faults.add(path, line, str(error))
             current = following
-        counts["kept"] += len(current)
-        yield from current
+        report.counts["kept"] += len(current)
+        yield from ((number, each) for each in current)
 
 
 def prepare(
@@ -295,16 +76,17 @@ def prepare(
     test_fraction: float = 0.05,
     overwrite: bool = False,
 ) -> Counter[str]:
-    """Read sources, put every record through the steps, and write what is left.
+    """Read sources, put every record through the steps, and write what is left, and a report beside it.
 
     Args:
         sources: files, folders or Hub data sets, read one after another (and so merged).
-        destination: the file to write: a JSON list where it ends in .json, else JSON lines.
+        destination: the file to write: a JSON list where it ends in .json, else JSON lines. The report, as JSON, has
+            its name with ".report" added: the counts, the first places of each reason, the SHA-256 of what was written.
         steps: see `apply`.
         added: records to append.
         test: a file for the part held out of `destination`; None holds nothing out.
-        test_fraction: how much of all records is held out.
-        overwrite: replace what stands at `destination` and `test`.
+        test_fraction: how much is held out, of the records as they were read: what one becomes stays together.
+        overwrite: replace what stands at `destination`, `test` and the report.
 
     Returns:
         What `apply` counts, and how many were held out.
@@ -317,42 +99,83 @@ def prepare(
         raise PunaError(f"--test {test} is the destination too: give the held-out part a file of its own")
     if not 0 < test_fraction < 1:
         raise PunaError(f"--test-fraction {test_fraction} is no part of the whole: give a number between 0 and 1")
-    faults, counts = Faults(), Counter[str]()
+    faults, report = Faults(), Report()
     rows = (row for source in sources for row in read_rows(source, faults))
-    kept = [*apply(rows, steps, counts, faults), *added]
-    faults.check()
-    if not kept:
-        raise PunaError(f"nothing is left of {', '.join(sources)}: {counts}")
-    files: dict[str | Path, Sequence[Record]] = {destination: kept}
-    if test is not None:
-        kept, held_out = split_train_test(kept, test_fraction)
-        if not kept:
-            raise PunaError(f"--test-fraction {test_fraction} leaves none of {len(held_out)} records to train on")
-        counts["held out"] = len(held_out)
-        files = {destination: kept, test: held_out}
-    with ExitStack() as both:  # or neither: all are opened, and refused where they exist, before any is written
-        opened = {path: both.enter_context(atomic_path(path, overwrite)) for path in files}
-        for path, records in files.items():
-            opened[path].write_text(_as_text(records, listed=Path(path).suffix == ".json"), encoding="utf-8")
-    return counts
+    records = apply(rows, steps, report, faults)
+    with ExitStack() as all_or_none:  # all are opened, and refused where they exist, before any is written
+        names = [str(destination), *([] if test is None else [str(test)])]
+        opened = [all_or_none.enter_context(atomic_path(name, overwrite)) for name in (*names, f"{destination}.report")]
+        files = dict(zip(names, opened, strict=False))
+        with tempfile.TemporaryFile("w+", encoding="utf-8", dir=Path(opened[0]).parent) as spool:
+            documents = _spool(records, added, spool)
+            faults.check()
+            if not documents:
+                raise PunaError(f"nothing is left of {', '.join(sources)}: {report.counts}")
+            held = set[int]() if test is None else held_out(documents, test_fraction)
+            with ExitStack() as both:
+                listed = [Path(name).suffix == ".json" for name in names]
+                write = [both.enter_context(_writer(*file)) for file in zip(files.values(), listed, strict=True)]
+                for line in spool:
+                    number, _, text = line.partition(" ")
+                    write[int(number) in held](text)
+                    report.counts["held out"] += int(number) in held
+        if test is None:
+            del report.counts["held out"]
+        written = {name: sha256_of(file) for name, file in files.items()}
+        said = {"sources": list(sources), **vars(report), "sha256": written}
+        opened[-1].write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return report.counts
 
 
-def _as_text(records: Sequence[Record], listed: bool) -> str:
-    """A JSON list, or JSON lines."""
-    if listed:
-        return json.dumps(records, ensure_ascii=False, indent=2) + "\n"
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def _spool(records: Iterable[tuple[int, Record]], added: Iterable[Record], spool: TextIO) -> int:
+    """Write records to a file, to be read from its start: a line each, the number of its document and the record.
+
+    Returns:
+        How many documents there are: rows of which something is left, and added records.
+    """
+    documents, row = 0, None
+    for number, record in records:
+        documents += number != row
+        row = number
+        spool.write(f"{documents - 1} {json.dumps(record, ensure_ascii=False)}\n")
+    for record in added:
+        spool.write(f"{documents} {json.dumps(record, ensure_ascii=False)}\n")
+        documents += 1
+    spool.seek(0)
+    return documents
 
 
-def split_train_test(records: Sequence[Record], fraction: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
-    """What stays and what is held out, each in the order of `records`.
+@contextmanager
+def _writer(path: Path, listed: bool) -> Iterator[Callable[[str], None]]:
+    """Yields what writes a record's JSON text to the file: a JSON list, or JSON lines."""
+    with path.open("w", encoding="utf-8") as file:
+        before = "[\n" if listed else ""
+
+        def write(text: str) -> None:
+            nonlocal before
+            if listed:
+                shown = json.dumps(json.loads(text), ensure_ascii=False, indent=2)
+                text = before + "  " + shown.replace("\n", "\n  ")  # which within a text is written as \\n
+                before = ",\n"
+            file.write(text)
+
+        yield write
+        if listed:
+            file.write("\n]\n" if before == ",\n" else "[]\n")
+
+
+def held_out(documents: int, fraction: float, seed: int = 0) -> set[int]:
+    """The numbers of the documents that are held out.
 
     Args:
-        records: all of them.
+        documents: how many there are.
         fraction: of them, rounded up, is held out.
         seed: chooses these.
+
+    Raises:
+        PunaError: none would be left to train on.
     """
-    size = len(records)
-    held = set(permute(range(size), size, mix_key(seed, 4))[: -int(-size * fraction // 1)].tolist())
-    both = [[record for number, record in enumerate(records) if (number in held) == part] for part in (False, True)]
-    return both[0], both[1]
+    size = -int(-documents * fraction // 1)
+    if size >= documents:
+        raise PunaError(f"--test-fraction {fraction} leaves none of {documents} records to train on")
+    return set(permute(range(size), documents, mix_key(seed, 4)).tolist())
