@@ -34,7 +34,8 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], step: int = 0) -> None:
         writers = _optional("tensorboardX", "tensorboard")
-        self._writer = writers.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        suffix = f".{step}"  # starts of one second would else write one file
+        self._writer = writers.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, filename_suffix=suffix)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Adds the numbers of `line`, but for null ones, at its step.
