@@ -19,6 +19,8 @@ for name, value in (
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value).replace("/jax", "/jax-commands")
 
+# PyTorch and NumPy read it when they are imported: at these sizes threads wait for each other longer than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, and by the commands tests start
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
