@@ -243,7 +243,7 @@ def test_what_a_conversation_becomes_is_held_out_together_or_not_at_all(tmp_path
     parts = [tmp_path / "train.json", tmp_path / "test.jsonl"]
     added = list(identity("Paco", "the herd"))
     counts = prepare([str(tmp_path / "a.jsonl")], parts[0], steps, added, parts[1], 0.1)
-    train, test = json.loads(parts[0].read_text()), [json.loads(line) for line in parts[1].open()]
+    train, test = json.loads(parts[0].read_text()), [json.loads(line) for line in parts[1].read_text().split("\n")[:-1]]
     assert parts[0].read_text() == json.dumps(train, ensure_ascii=False, indent=2) + "\n"
     sources = [{re.sub(r"^(\d+)_\d+$", r"\1", part["id"]) for part in of} for of in (train, test)]
     assert not sources[0] & sources[1] and len(sources[1]) == -(-(40 + len(added)) // 10)
