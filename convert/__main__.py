@@ -161,11 +161,13 @@ def make_delta(
     destination: Path = typer.Argument(parser=at_home, metavar="DST", help="The folder to write."),
     dtype: str | None = typer.Option(None, help="TARGET's by default. Vicuna's are float16, Alpaca's float32."),
     init: str | None = typer.Option(None, help="Rows of new tokens: zero (float16's default) or mean (float32's)."),
+    allow_overflow: bool = typer.Option(False, "--allow-overflow", help=_OVERFLOW),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
 ) -> None:
     """Write TARGET - BASE with TARGET's tokenizer. FastChat and Alpaca's script read it; `apply` recovers every bit."""
     check_dtype(dtype)
-    delta.make(base, target, destination, dtype, init, overwrite, partial(progress, f"writing {destination.name}"))
+    bar = partial(progress, f"writing {destination.name}")
+    delta.make(base, target, destination, dtype, init, overwrite, bar, allow_overflow)
 
 
 @deltas.command("apply")
@@ -178,11 +180,12 @@ def apply_delta(
     sums: Path | None = typer.Option(
         None, "--sha256", parser=at_home, metavar="FILE", help="A list as sha256sum writes it, for the files written."
     ),
+    allow_overflow: bool = typer.Option(False, "--allow-overflow", help=_OVERFLOW),
     overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
 ) -> None:
     """Write BASE + DELTA with DELTA's tokenizer and the SHA-256 of every file."""
     bar = partial(progress, f"writing {destination.name}")
-    delta.apply(base, difference, destination, init, total, sums, overwrite, bar)
+    delta.apply(base, difference, destination, init, total, sums, overwrite, bar, allow_overflow)
 
 
 @vocabularies.command("merge")

@@ -51,7 +51,7 @@ def quantized_checkpoint(checkpoint: Checkpoint, format: Format, block: int = 64
 
 def _quantized(name: str, tensor: LazyTensor, format: Format, block: int, double: bool) -> QuantizedArray:
     rows = tensor.transposed().load()
-    check_finite(rows, name, tensor.where)
+    check_finite(rows, name, tensor.where)  # codes have no NaN, and a scale would carry it to a whole row or tensor
     return quantize_rows(rows, format, block, double)
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from convert.checksums import CHECKSUMS, check_checksums, read_checksums, write_
 from convert.damage import malformed
 from convert.formats import open_model
 from convert.hf import stem_of, write_weights
-from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array
+from convert.lazy import Index, LazyTensor, contiguous, from_array
 from convert.names import Parameter, check_keys, parameters
+from convert.not_finite import not_finite_said
 from convert.safetensor import read_safetensors, write_safetensors
 from convert.vocab import INITS, resized
 from model.config import LlamaConfig
@@ -38,6 +40,7 @@ from model.tokenizer import TOKENIZER_FILES
 
 RECORD = "delta.json"
 MISSED = "missed.safetensors"
+KEPT = "which the delta keeps"
 TOLERANCE = 0.01  # of the sum of all numbers, as Alpaca's script has it
 
 
@@ -60,6 +63,7 @@ def make(
     init: str | None = None,
     overwrite: bool = False,
     bar: ProgressBar = no_progress,
+    allow_overflow: bool = False,
 ) -> None:
     """Write target - base as a Hugging Face folder with the target's tokenizer, a Record and SHA256SUMS.
 
@@ -73,23 +77,28 @@ def make(
             None goes by the dtype.
         overwrite: replace what stands at `dst`.
         bar: shows how many bytes are written.
+        allow_overflow: numbers beyond the dtype's become infinite, where else they are an error.
 
     Raises:
-        PunaError: the two are not of one shape, or hold NaN or infinity.
+        PunaError: the two are not of one shape, or a dtype cannot hold their numbers.
     """
     check_apart(dst, base, target)
     new = _opened(target)
     kind = dtype or main_dtype(new.tensors)
     init = _init(init, kind)
-    new = _cast(new, kind)
-    old = _like(_cast(_opened(base), kind), new, init)
+    new = _cast(new, kind, allow_overflow)
+    old = _like(_cast(_opened(base), kind, allow_overflow), new, init)
     record = Record(kind, init)
     missed: dict[str, LazyTensor] = {}
-    deltas = {
-        param.hf: _subtracted(param, old.tensors[param.name], new.tensors[param.name], record, missed)
-        for param in parameters(new.config)
-    }
-    with _folder(dst, overwrite, new, kind) as folder:
+    with (
+        _folder(dst, overwrite, new, kind) as folder,
+        not_finite_said(old.tensors, KEPT) as olds,
+        not_finite_said(new.tensors, KEPT) as news,
+    ):
+        deltas = {
+            param.hf: _subtracted(param, olds[param.name], news[param.name], record, missed)
+            for param in parameters(new.config)
+        }
         write_weights(folder, deltas, bar, stem=stem_of(new.config))
         if missed:
             write_safetensors(folder / MISSED, missed, lambda count: None)
@@ -106,6 +115,7 @@ def apply(
     sums: str | Path | None = None,
     overwrite: bool = False,
     bar: ProgressBar = no_progress,
+    allow_overflow: bool = False,
 ) -> None:
     """Write base + delta, in the delta's dtype, as a Hugging Face folder with the delta's tokenizer and SHA256SUMS.
 
@@ -120,10 +130,11 @@ def apply(
         sums: a list as sha256sum writes it, which the files written must match and which names all weights.
         overwrite: replace what stands at `dst`.
         bar: shows how many bytes are written.
+        allow_overflow: sums beyond the dtype's range become infinite, where else they are an error.
 
     Raises:
         PunaError: the base is not the one that the delta was made from, as far as the delta tells (by names, shapes
-            and dtypes, and by SHA-256 where it has a Record), or holds NaN, or a check fails.
+            and dtypes, and by SHA-256 where it has a Record), a sum overflows, or a check fails.
     """
     if total is not None and not math.isfinite(total):
         raise PunaError(f"sum {total}: give the finite number that all numbers of the result add up to")
@@ -137,14 +148,15 @@ def apply(
     record = _read_record(difference)
     if record.base and init not in (None, record.init):
         raise PunaError(f"init {init}: {difference.folder} was made with init {record.init}; leave init out")
-    old = _like(_cast(old, record.dtype), difference, _init(init or record.init, record.dtype))
+    old = _like(_cast(old, record.dtype, allow_overflow), difference, _init(init or record.init, record.dtype))
     missed = _read_missed(difference.folder)
     totals: list[float] = []
-    tensors = {
-        param.hf: _added(param, old.tensors[param.name], difference.tensors[param.name], record, missed, totals)
+    sums_of = partial(_added, record=record, missed=missed, totals=totals, allow_overflow=allow_overflow)
+    added = {
+        param.hf: sums_of(param, old.tensors[param.name], difference.tensors[param.name])
         for param in parameters(difference.config)
     }
-    with _folder(dst, overwrite, difference, record.dtype) as folder:
+    with _folder(dst, overwrite, difference, record.dtype) as folder, not_finite_said(added) as tensors:
         write_weights(folder, tensors, bar, stem=stem_of(difference.config))
         if total is not None:
             _check_total(math.fsum(totals), total, difference.config)
@@ -171,7 +183,7 @@ def _init(init: str | None, dtype: str) -> str:
     return init
 
 
-def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+def _cast(checkpoint: Checkpoint, dtype: str, allow_overflow: bool) -> Checkpoint:
     """In another dtype, one of which holds all numbers of the other. Raises PunaError for float16 and bfloat16."""
     kind = np.dtype(as_dtype(dtype))
     for name, tensor in checkpoint.tensors.items():
@@ -180,7 +192,8 @@ def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
                 f"{tensor.where}: {name} is {tensor.dtype.name} and the delta {dtype}, neither of which holds the "
                 f"other's numbers: give the model in {dtype} or float32"
             )
-    return replace(checkpoint, tensors={name: tensor.cast(kind, name) for name, tensor in checkpoint.tensors.items()})
+    tensors = {name: tensor.cast(kind, name, allow_overflow) for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors)
 
 
 def _like(base: Checkpoint, other: Checkpoint, init: str) -> Checkpoint:
@@ -209,7 +222,7 @@ def _subtracted(
     def read(index: Index) -> np.ndarray:
         old, new = _numbers(param, base), _numbers(param, target)
         record.base[param.hf], record.target[param.hf] = _digest(old), _digest(new)
-        with np.errstate(over="ignore"):  # the sum will miss those, too
+        with np.errstate(over="ignore", invalid="ignore"):  # the sum will miss those, too
             delta = new - old
             positions = np.flatnonzero(_bits(old + delta) != _bits(new))
         if positions.size:
@@ -227,6 +240,7 @@ def _added(
     record: Record,
     missed: dict[str, LazyTensor],
     totals: list[float],
+    allow_overflow: bool,
 ) -> LazyTensor:
     """base + delta, computed and checked when read; its sum is noted on the way."""
 
@@ -236,12 +250,18 @@ def _added(
             raise PunaError(
                 f"{base.where}: {param.hf} is not that of the base that {delta.where} was made from: give it that"
             )
+        by = contiguous(param.swap_layout(delta).load())
         with np.errstate(over="ignore", invalid="ignore"):
-            new = old + contiguous(param.swap_layout(delta).load())
+            new = old + by
         if f"{param.hf}.positions" in missed:
             with malformed(Path(missed[f"{param.hf}.positions"].where)):
                 new.reshape(-1)[missed[f"{param.hf}.positions"].load()] = missed[f"{param.hf}.values"].load()
-        check_finite(new, param.hf, delta.where)
+        lost = int((np.isfinite(old) & np.isfinite(by) & ~np.isfinite(new)).sum())
+        if lost and not allow_overflow:
+            raise PunaError(
+                f"{delta.where}: {param.hf} holds {lost} numbers that added to the base's are beyond {new.dtype.name}: "
+                "a wrong base; or allow_overflow=True to make them infinite"
+            )
         if record.target and record.target.get(param.hf) != _digest(new):
             raise PunaError(f"{delta.where}: {param.hf} does not give the target it was made for: the file is damaged")
         totals.append(float(new.sum(dtype=np.float64)))
@@ -251,11 +271,8 @@ def _added(
 
 
 def _numbers(param: Parameter, tensor: LazyTensor) -> np.ndarray:
-    """A whole tensor in Hugging Face's layout. Raises PunaError where it holds NaN or infinity."""
-    with np.errstate(over="ignore"):  # of a cast to float16: found in the next line
-        array = contiguous(param.swap_layout(tensor).load())
-    check_finite(array, param.hf, tensor.where)
-    return array
+    """A whole tensor in Hugging Face's layout."""
+    return contiguous(param.swap_layout(tensor).load())
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -305,7 +322,7 @@ def _check_total(found: float, expected: float, config: LlamaConfig) -> None:
     """Alpaca's check: the sum over its state dict, 50637.1836 for Alpaca 7B. In the transformers of its day each
     layer's rotary frequencies were part of that, so the sum may be given with them or without."""
     buffers = config.num_hidden_layers * float(np.asarray(frequencies(config)[0], np.float64).sum())
-    if min(abs(found - expected), abs(found + buffers - expected)) > TOLERANCE:
+    if not min(abs(found - expected), abs(found + buffers - expected)) <= TOLERANCE:  # nor where a number is NaN
         raise PunaError(
             f"the numbers of the result add up to {found:.4f} ({found + buffers:.4f} with the rotary frequencies of "
             f"every layer), not {expected:.4f}: a wrong base, or a damaged delta"

@@ -22,7 +22,7 @@ from convert.checkpoint import Checkpoint, WriteOptions, main_dtype
 from convert.damage import malformed
 from convert.gguf_config import ROPE_FREQS, add_config, read_config, rope_factors
 from convert.gguf_tokenizer import add_tokenizer
-from convert.lazy import Index, LazyTensor, check_finite, contiguous, from_array, narrowed
+from convert.lazy import Index, LazyTensor, contiguous, from_array, narrowed
 from convert.names import Parameter, check_keys, check_shape, pairs_to_halves, parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -187,12 +187,18 @@ def _converted(gguf: Any, name: str, entry: _Entry, allow_overflow: bool) -> np.
     array, where = contiguous(entry.tensor.load()), entry.tensor.where
     if entry.type in _ARRAYS:
         return narrowed(array, _ARRAYS[entry.type], name, where, allow_overflow)
-    check_finite(array, name, where)
-    try:
-        with np.errstate(over="raise"):
-            return gguf.quants.quantize(array.astype(np.float32), gguf.GGMLQuantizationType[entry.type])
-    except FloatingPointError:
-        raise PunaError(f"{where}: {name} has numbers beyond float16, which {entry.type}'s scales are in") from None
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinities stay so, in the scale of their block
+        blocks = gguf.quants.quantize(array.astype(np.float32), gguf.GGMLQuantizationType[entry.type])
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.type]]
+    scales = np.ascontiguousarray(blocks.reshape(-1, size)[:, :2]).view(np.float16)[:, 0]
+    lost = ~np.isfinite(scales) & np.isfinite(array.reshape(-1, weights)).all(axis=1)
+    if lost.any() and not allow_overflow:
+        raise PunaError(
+            f"{where}: {name} has {int(lost.sum())} blocks of numbers beyond float16, which {entry.type}'s scales are "
+            f"in; the largest is {np.abs(array.reshape(-1, weights)[lost]).max():.6g}. Choose a dtype, or "
+            "allow_overflow=True to make their blocks infinite"
+        )
+    return blocks
 
 
 def read(path: Path) -> Checkpoint:

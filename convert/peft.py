@@ -16,11 +16,13 @@ import jax
 import numpy as np
 
 from cli.files import at_home, atomic_path, check_free_space, write_json
+from cli.said import say_once
 from convert.checkpoint import SavesItself
 from convert.damage import malformed
 from convert.hub import download, is_hub_id
 from convert.lazy import LazyTensor, check_finite, contiguous, from_array
 from convert.names import hf_name, our_name
+from convert.not_finite import not_finite_said
 from convert.peft_settings import EMBED, HEAD, check_settings, is_saved
 from convert.pickled import read_pickled
 from convert.run import adapter_tensors, companions, is_step, place_of
@@ -172,6 +174,8 @@ def _takes(weight: str, part: str) -> bool:
 
 def _read_tensors(folder: Path) -> dict[str, LazyTensor]:
     if (file := folder / ADAPTER_FILES[0]).is_file():
+        if (folder / ADAPTER_FILES[1]).is_file():
+            say_once(f"{folder}: {ADAPTER_FILES[0]} is read, as peft does; {ADAPTER_FILES[1]} beside it is not")
         return read_safetensors(file)
     if (file := folder / ADAPTER_FILES[1]).is_file():
         return read_pickled(file)
@@ -328,7 +332,8 @@ def write_adapter(
         check_free_space(path, sum(tensor.nbytes for tensor in tensors.values()))
         folder.mkdir()
         write_json(folder / "adapter_config.json", settings)
-        write_safetensors(folder / "adapter_model.safetensors", tensors, lambda count: None)
+        with not_finite_said(tensors) as watched:
+            write_safetensors(folder / "adapter_model.safetensors", watched, lambda count: None)
         if tokenizer is not None:
             tokenizer.save(folder)
 

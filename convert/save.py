@@ -1,6 +1,5 @@
 """Writing a model: in any format, streamed, complete or not at all."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,9 +12,10 @@ import numpy as np
 
 from cli.files import atomic_path, check_apart, check_free_space, copy_files
 from convert.checkpoint import Checkpoint, LazyQuantized, SavesItself, WriteOptions
-from convert.formats import FORMATS, check_options, format_named
-from convert.lazy import Index, LazyTensor, all_finite
+from convert.formats import FORMATS, FileFormat, check_options, format_named
+from convert.lazy import Index, LazyTensor
 from convert.names import parameters
+from convert.not_finite import AS_THEY_ARE, BY_BLOCKS, not_finite_said
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params, param_specs
@@ -73,8 +73,7 @@ def save_model(
     with _new(Path(path), checkpoint, options, overwrite) as place:
         if tokenizer is not None and not row.is_file:
             tokenizer.save(place)
-        with _not_finite_said(checkpoint) as watched:
-            row.write(place, watched, options)
+        _write(row, place, checkpoint, options)
 
 
 def write_model(
@@ -97,8 +96,12 @@ def write_model(
                 copy_files(TOKENIZER_FILES, checkpoint.folder, place)
             else:
                 options.tokenizer.save(place)
-        with _not_finite_said(checkpoint) as watched:
-            row.write(place, watched, options)
+        _write(row, place, checkpoint, options)
+
+
+def _write(row: FileFormat, place: Path, checkpoint: Checkpoint, options: WriteOptions) -> None:
+    with not_finite_said(checkpoint.tensors, BY_BLOCKS if options.quantize else AS_THEY_ARE) as tensors:
+        row.write(place, replace(checkpoint, tensors=tensors), options)
 
 
 @contextmanager
@@ -113,28 +116,6 @@ def _new(path: Path, checkpoint: Checkpoint, options: WriteOptions, overwrite: b
         if not row.is_file:
             place.mkdir()
         yield place
-
-
-@contextmanager
-def _not_finite_said(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-    """The checkpoint; in the end a line on stderr says which of the tensors read held NaN or infinities. They are
-    written as they are."""
-    found: dict[str, str] = {}
-
-    def watched(name: str, tensor: LazyTensor) -> LazyTensor:
-        def read(index: Index) -> np.ndarray:
-            part = tensor.read(index)
-            if not all_finite(part):
-                found[name] = tensor.where
-            return part
-
-        return replace(tensor, read=read)
-
-    yield replace(checkpoint, tensors={name: watched(name, tensor) for name, tensor in checkpoint.tensors.items()})
-    if found:
-        first, where = next(iter(found.items()))
-        more = f" and {len(found) - 1} more tensors hold" if len(found) > 1 else " holds"
-        print(f"{where}: {first}{more} NaN or infinite numbers, which are written as they are", file=sys.stderr)
 
 
 def _find(params: Params, name: str) -> tuple[Any, Any]:

@@ -329,8 +329,7 @@ def test_wrong_input_is_named_and_nothing_is_written(tmp_path, monkeypatch):
     yarn = RopeScaling("yarn", 2.0, 32, attention_factor=1.5)
     refuses(model(replace(TINY, rope_scaling=yarn), tmp_path), "attention_factor.*cannot be said in GGUF")
     for number, type, match in (
-        (np.nan, "q8_0", "ffn_up.weight holds 1 numbers that are NaN"),
-        (1e9, "q8_0", "ffn_up.weight has numbers beyond float16, which Q8_0's scales are in"),
+        (1e9, "q8_0", "ffn_up.weight has 1 blocks of numbers beyond float16, which Q8_0's scales are in; .* 1e.09"),
         (1e9, "float16", "ffn_up.weight holds 1 numbers beyond float16"),
     ):
         spoiled = model(TINY, tmp_path)

@@ -23,7 +23,7 @@ from model.errors import PunaError
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 FORMATS = ("hf", "orbax", "meta", "gguf")
-SHAPE = {"num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 320}
+SHAPE = {"num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 320, "intermediate_size": 128}
 
 
 @pytest.fixture
@@ -68,6 +68,33 @@ def test_numbers_that_are_not_finite_are_said_once_and_carried(spoiled, command,
     assert code == 0 and [line for line in lines if "NaN" in line] == [f"{source / 'model.safetensors'}: {held}"]
     array = np.frombuffer(tensors_of(out)["layers.1.w_down"][2], np.float16)
     assert [int(test(array).sum()) for test in (np.isnan, np.isposinf, np.isneginf)] == [1, 1, 1]
+
+
+def test_in_quantized_gguf_their_blocks_are_nan(spoiled, command, tmp_path):  # noqa: F811
+    source, out = spoiled(float("nan"), 1.0, -float("inf")), tmp_path / "m.gguf"
+    code, _, lines = command("model", source, out, "--to", "gguf", "--quantize", "int8")
+    held = "layers.1.w_down holds NaN or infinite numbers, which make NaN of the block of 32 that each is quantized in"
+    assert code == 0 and [line for line in lines if "NaN" in line] == [f"{source / 'model.safetensors'}: {held}"]
+    array = np.frombuffer(tensors_of(out)["layers.1.w_down"][2], np.float32).reshape(128, 64).T
+    assert np.isnan(array[0, :32]).all() and np.isfinite(array).sum() == array.size - 32
+
+
+@pytest.mark.parametrize("type", ["int8", "int4"])
+def test_a_quantized_block_beyond_float16_is_refused_unless_allowed(spoiled, command, tmp_path, type):  # noqa: F811
+    source, out = spoiled(1e9, float("nan")), tmp_path / "m.gguf"
+    arguments = ("model", spoiled_again(source), out, "--to", "gguf", "--quantize", type)
+    code, _, lines = command(*arguments)
+    assert code == 2 and "has 1 blocks of numbers beyond float16" in lines[-1] and "--allow-overflow" in lines[-1]
+    assert command(*arguments, "--allow-overflow")[0] == 0
+
+
+def spoiled_again(source):
+    """With a NaN in another block."""
+    tensors = load_file(source / "model.safetensors")
+    tensors[DOWN].view(-1)[:2] = torch.tensor([1e9, 1.0])
+    tensors[DOWN].view(-1)[40] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    return source
 
 
 def test_loading_in_a_narrower_dtype_is_refused_too(spoiled):
