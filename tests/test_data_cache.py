@@ -100,6 +100,7 @@ def _load(folder, config, ready, found):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_one_entry(config, tmp_path):
     small_tokenizer(tmp_path)
     spawn = multiprocessing.get_context("spawn")
@@ -137,17 +138,18 @@ def test_waiting_ends_with_an_error_that_names_the_lock(tmp_path):
             write_once(tmp_path / "entry", lambda folder: None, 0.0)
 
 
-def test_a_writer_that_goes_on_is_waited_for(tmp_path):
+def test_a_writer_that_goes_on_is_waited_for(tmp_path, monkeypatch):
     """Longer than the patience for one that adds nothing."""
+    monkeypatch.setattr("train.data.cache.POLL_SECONDS", 0.02)
     half = tmp_path / ".entry.tmp-1"
     half.mkdir()
     with (tmp_path / "entry.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        waiting = threading.Thread(target=write_once, args=(tmp_path / "entry", lambda folder: None, 1.5))
+        waiting = threading.Thread(target=write_once, args=(tmp_path / "entry", lambda folder: None, 0.5))
         waiting.start()
         for size in range(1, 9):
             (half / "tokens.bin").write_bytes(bytes(size))
-            time.sleep(0.5)
+            time.sleep(0.15)
             assert waiting.is_alive()
         half.rename(tmp_path / "entry")
         waiting.join()
