@@ -30,6 +30,7 @@ from model import PRESETS, LlamaConfig, forward, init_cache
 from model.linear import linear
 from model.params import LINEARS, Params, param_specs
 from model.quantize import FORMATS, quantize
+from model.tiles import tiled
 from model.transposed import TransposedArray
 
 RESULT = Path(__file__).parent / "results" / "quantized.json"
@@ -39,6 +40,7 @@ QUANTIZERS: dict[str, Callable[[jax.Array], Any]] = {
     "int8": partial(quantize, format="int8"),
     "int8 x int8": lambda w: replace(quantize(w, "int8"), activations="int8"),
     "int4": partial(quantize, format="int4"),
+    "int4 x int8": lambda w: jax.jit(tiled)(quantize(w, "int4")),
     "int4, groups of 128": partial(quantize, format="int4", block=128),
     "nf4": partial(quantize, format="nf4"),
     "nf4, double": partial(quantize, format="nf4", double=True),
@@ -155,16 +157,17 @@ def decode(config: LlamaConfig, batches: list[int], seconds: float) -> list[dict
     return rows
 
 
-def decode_large(preset: str, format: str, seconds: float) -> list[dict[str, Any]]:
+def decode_large(preset: str, layers: int | None, format: str, seconds: float) -> list[dict[str, Any]]:
     """A preset's shape with random weights, embeddings in bfloat16; or all of it in 16 bits."""
-    config = PRESETS[preset]
+    config = replace(PRESETS[preset], num_hidden_layers=layers or PRESETS[preset].num_hidden_layers)
     if format in ("bfloat16", "float16"):
         params = random_params(config, QUANTIZERS["float32"], jnp.dtype(format))
     else:
-        params = random_params(config, partial(quantize, format=format, double=format == "nf4"), jnp.bfloat16)
+        params = random_params(config, QUANTIZERS["nf4, double" if format == "nf4" else format], jnp.bfloat16)
     times = best_times({format: decoder(params, config, 1)}, seconds)
     weights = nbytes(params) / 2**30
-    return [{"what": f"decode {preset}, batch 1", "format": format, "tokens/s": 1 / times[format], "GiB": weights}]
+    what = f"decode {preset}{f', {layers} layers' if layers else ''}, batch 1"
+    return [{"what": what, "format": format, "tokens/s": 1 / times[format], "GiB": weights}]
 
 
 def decode_llama_cpp(file: Path, tokens: int) -> list[dict[str, Any]]:
@@ -193,14 +196,20 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each batch size")
     parser.add_argument("--model", help="a preset to decode with instead, as llama-7b")
-    parser.add_argument("--format", default="nf4", choices=[*FORMATS, "bfloat16", "float16"], help="of --model")
+    parser.add_argument("--layers", type=int, help="of --model: fewer than it has")
+    parser.add_argument(
+        "--format",
+        default="nf4",
+        choices=[*FORMATS, "int8 x int8", "int4 x int8", "bfloat16", "float16"],
+        help="of --model",
+    )
     parser.add_argument("--gguf", type=Path, help="a GGUF file to decode with in llama.cpp")
     parser.add_argument("--json", type=Path, help="where to write the rows (a plain run: results/quantized.json)")
     options = parser.parse_args()
     if options.gguf:
         rows = decode_llama_cpp(options.gguf, 32)
     elif options.model:
-        rows = decode_large(options.model, options.format, options.seconds)
+        rows = decode_large(options.model, options.layers, options.format, options.seconds)
     elif options.smoke:
         rows = product((256, 512), [1, 8], 0.2) + decode(SMOKE, [1], 0.2)
     else:

@@ -25,13 +25,30 @@ from model.chat import Template, get_template
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.json_file import read_json
+from model.layout import round_activations
 from model.linear import product
 from model.params import Params
+from model.quantize import Activations
 from model.selected import side_by_side
 from model.sharding import MESH_AXES, make_mesh
 from model.tokenizer import Tokenizer
 
 LONGEST = 4096  # tokens that an engine makes room for where nobody says
+
+
+class Quantization(NamedTuple):
+    """What is done with the layers' linear weights.
+
+    Attributes:
+        quantize: from a weight to a quantized one; None keeps weights as they are stored.
+        activations: what quantized weights are multiplied with.
+    """
+
+    quantize: Quantize | None = None
+    activations: Activations = "float"
+
+
+AS_STORED = Quantization()
 
 
 class ModelSource(NamedTuple):
@@ -102,7 +119,7 @@ def load(
     source: ModelSource,
     mesh: Mesh | None = None,
     dtype: str | None = None,
-    quantize: Quantize | None = None,
+    form: Quantization = AS_STORED,
 ) -> tuple[LlamaConfig, Params]:
     """The weights as decoding wants them, and the config as adapters leave it.
 
@@ -110,14 +127,26 @@ def load(
         source: the model, with its adapters.
         mesh: the devices to load onto; None is the first device.
         dtype: of all floats; None keeps what is stored.
-        quantize: from a weight to a quantized one, for the layers' linear weights; None keeps them.
+        form: what is done with the layers' linear weights.
 
     Raises:
-        PunaError: naming what is wrong with the files, or an adapter that does not fit.
+        PunaError: naming what is wrong with the files, or an adapter or a form that does not fit.
     """
+    config, params = _load(source, mesh, dtype, form.quantize)
+    return config, _multiplied(params, form, mesh)
+
+
+def _load(
+    source: ModelSource, mesh: Mesh | None, dtype: str | None, quantize: Quantize | None
+) -> tuple[LlamaConfig, Params]:
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
         params = load_params(source.checkpoint, dtype, mesh, quantize, layout="per_layer")
         return apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
+
+
+def _multiplied(params: Params, form: Quantization, mesh: Mesh | None) -> Params:
+    """The weights as the form's activations are multiplied with them: the last step, after all adapters."""
+    return params if form.activations == "float" else round_activations(params, mesh)
 
 
 def load_engine(
@@ -125,7 +154,7 @@ def load_engine(
     adapters: Mapping[str, Adapter],
     mesh: Mesh | None = None,
     dtype: str | None = None,
-    quantize: Quantize | None = None,
+    form: Quantization = AS_STORED,
     *,
     rows: int = 8,
     length: int | None = None,
@@ -139,7 +168,7 @@ def load_engine(
         adapters: by name, in the order of `Request.adapter`.
         mesh: as in `load`.
         dtype: as in `load`.
-        quantize: as in `load`.
+        form: as in `load`.
         rows: as in `Engine`.
         length: tokens of the longest request; None is the model's context, LONGEST at most.
         queue: as in `Engine`.
@@ -148,12 +177,13 @@ def load_engine(
     Raises:
         PunaError: an adapter does not fit the model, or does more than adapt its linear weights; or as `load`.
     """
-    config, params = load(source, mesh, dtype, quantize)
+    config, params = _load(source, mesh, dtype, form.quantize)
     trees = [apply_adapters(params, config, [adapter], mesh)[1] for adapter in adapters.values()]
     if trees:
         params = side_by_side([params, *trees][1:], product)
+        del trees
     return Engine(
-        params,
+        _multiplied(params, form, mesh),
         config,
         source.tokenizer,
         rows=rows,

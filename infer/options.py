@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from cli.files import at_home
-from convert.load import Quantize
+from infer.load import Quantization
 from model.errors import PunaError
-from model.quantize import Format, quantizer
+from model.quantize import Activations, Format, quantizer
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -22,7 +22,9 @@ DtypeOption = Annotated[Dtype | None, typer.Option(help="What to compute in; as 
 QuantizeOption = Annotated[Format | None, typer.Option(help="What to quantize the linear weights to.")]
 BlockOption = Annotated[int | None, typer.Option(help="int4: 32, 64 (if not given) or 128 weights to a scale.")]
 DoubleQuantOption = Annotated[bool, typer.Option("--double-quant", help="nf4: quantize its scales too.")]
-Int8ActivationsOption = Annotated[bool, typer.Option("--int8-activations", help="int8: round activations too.")]
+ActivationsOption = Annotated[
+    Activations | None, typer.Option(help="What int8 and int4 weights are multiplied with; int8 rounds, and is faster.")
+]
 AdapterOption = Annotated[
     list[str] | None, typer.Option(help="PEFT adapter, folder or Hub id; several apply in order.")
 ]
@@ -46,14 +48,16 @@ SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the sa
 
 
 def quantization(
-    quantize: Format | None, block: int | None, double_quant: bool, int8_activations: bool
-) -> Quantize | None:
+    quantize: Format | None, block: int | None, double_quant: bool, activations: Activations | None
+) -> Quantization:
     """What the options of quantization ask `load` to do with the weights.
 
     Raises:
         PunaError: settings of a quantization without one, or not of this one.
     """
-    if quantize is None and (block is not None or double_quant or int8_activations):
-        raise PunaError("--block, --double-quant and --int8-activations are of --quantize: give it too")
-    activations = "int8" if int8_activations else "float"
-    return None if quantize is None else quantizer(quantize, block or 64, double_quant, activations)
+    if quantize is None and (block is not None or double_quant):
+        raise PunaError("--block and --double-quant are of --quantize: give it too")
+    if quantize == "nf4" and activations == "int8":
+        raise PunaError("--activations int8: the codes of nf4 are no integers; give --quantize int8 or int4")
+    make = None if quantize is None else quantizer(quantize, block or 64, double_quant)
+    return Quantization(make, activations or "float")

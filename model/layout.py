@@ -1,21 +1,25 @@
 """How weights lie: transposed for decoding, layer by layer, and over the devices of a mesh."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 from jax import Array
 from jax.sharding import Mesh
 
+from model import cpu
 from model.config import LlamaConfig
+from model.errors import PunaError
 from model.lora import LoraArray, lora_shardings
 from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
 from model.quantize import QuantizedArray, quantized_shardings
 from model.selected import SelectedLora
 from model.sharding import named_sharding
+from model.tiles import TiledArray, can_tile, tiled
 from model.transposed import TransposedArray
 
-Weight = Array | TransposedArray | QuantizedArray | LoraArray | SelectedLora
+Weight = Array | TransposedArray | QuantizedArray | TiledArray | LoraArray | SelectedLora
 
 
 def per_layer(params: Params) -> Params:
@@ -38,6 +42,44 @@ def _transposed_linears(layer: Params) -> Params:
 @jax.jit
 def _transposed(w: Weight) -> Weight:
     return TransposedArray(w.T) if isinstance(w, Array) else w
+
+
+def round_activations(params: Params, mesh: Mesh | None = None) -> Params:
+    """The quantized weights of unstacked layers, to be multiplied with activations of 8 bits.
+
+    On one CPU int4 weights take the layout of `TiledArray`, where their groups divide their inputs.
+
+    Args:
+        params: taken over, so that no layer is held twice.
+        mesh: over which they lie.
+
+    Raises:
+        PunaError: no weight of the layers is quantized, or to nf4, whose codes are no integers.
+    """
+    layers = list(params.pop("layers"))
+    tiles = mesh is None and cpu.platform_of(layers) == cpu.PLATFORM
+    if not any(isinstance(w, QuantizedArray) for w in jax.tree.leaves(layers, is_leaf=_is_quantized)):
+        raise PunaError(
+            "activations int8: no weight of the model is quantized; quantize it to int8 or int4 (--quantize)"
+        )
+
+    def one(w: Any) -> Any:
+        if not _is_quantized(w):
+            return w
+        if w.format == "nf4":
+            raise PunaError("activations int8: the codes of nf4 are no integers; quantize the model to int8 or int4")
+        return _tiled(w) if tiles and can_tile(w) else replace(w, activations="int8")
+
+    for i, layer in enumerate(layers):
+        layers[i] = jax.block_until_ready(jax.tree.map(one, layer, is_leaf=_is_quantized))
+    return params | {"layers": tuple(layers)}
+
+
+_tiled = jax.jit(tiled)
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, QuantizedArray)
 
 
 def weight_shardings(w: Weight, axes: Sequence[str | None], mesh: Mesh, name: str) -> Any:

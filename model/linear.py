@@ -14,6 +14,7 @@ from model.quantize import QuantizedArray
 from model.quantized_matmul import quantized_matmul
 from model.selected import SelectedLora, selected, selected_bias, selected_rows
 from model.sharding import constrain
+from model.tiles import TiledArray, tiled_product
 from model.transposed import TransposedArray
 
 
@@ -79,6 +80,8 @@ def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
     match w:
         case QuantizedArray():
             return quantized_matmul(x, w).astype(out_dtype or x.dtype)
+        case TiledArray():
+            return tiled_product(x, w).astype(out_dtype or x.dtype)
         case LoraArray():
             return lora.adapted(x, w, lambda x: product(x, w.base, out_dtype))
         case SelectedLora():

@@ -22,6 +22,7 @@ from model.errors import PunaError
 from model.sharding import named_sharding, ways
 
 Format = Literal["int8", "int4", "nf4"]
+Activations = Literal["float", "int8"]
 FORMATS: tuple[Format, ...] = ("int8", "int4", "nf4")
 
 # The 16 values of NF4 (QLoRA, arXiv:2305.14314, appendix E): quantiles of a normal distribution, scaled to [-1, 1].
@@ -49,8 +50,9 @@ class QuantizedArray:
         offset: of double quantization, the mean that was taken away, float32 [...].
         block: weights that share one scale, at 4 bits.
         dtype: what the weight was before.
-        activations: "int8" multiplies int8 weights with activations rounded to int8 row by row (LLM.int8,
-            arXiv:2208.07339, without its outlier columns); "float" keeps activations as they are.
+        activations: "int8" rounds activations to 8 bits before the product, for int8 weights row by row (LLM.int8,
+            arXiv:2208.07339, without its outlier columns), for int4 ones in groups as long as the weight's where these
+            divide the inputs; "float" keeps activations as they are.
     """
 
     codes: Array
@@ -62,7 +64,7 @@ class QuantizedArray:
     in_features: int = struct.field(pytree_node=False, default=0)
     out_features: int = struct.field(pytree_node=False, default=0)
     dtype: str = struct.field(pytree_node=False, default="float32")
-    activations: str = struct.field(pytree_node=False, default="float")
+    activations: Activations = struct.field(pytree_node=False, default="float")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,24 +100,21 @@ def joined_rows(in_features: int, block: int) -> int:
 # ----------------------------------------------------------------------------------------------------------- quantize
 
 
-def quantizer(
-    format: Format, block: int = 64, double: bool = False, activations: str = "float"
-) -> Callable[[Array], QuantizedArray]:
+def quantizer(format: Format, block: int = 64, double: bool = False) -> Callable[[Array], QuantizedArray]:
     """The function from a weight to its quantized form.
 
     Args:
         block: int4's weights that share a scale, 32, 64 or 128.
         double: double quantization, for nf4.
-        activations: "int8" or "float", for int8.
 
     Raises:
         PunaError: for a setting that the format does not have.
     """
-    known = check_format(format, block, double, activations)
-    return lambda w: replace(quantize(w, known, block, double), activations=activations)
+    known = check_format(format, block, double)
+    return partial(quantize, format=known, block=block, double=double)
 
 
-def check_format(format: str, block: int = 64, double: bool = False, activations: str = "float") -> Format:
+def check_format(format: str, block: int = 64, double: bool = False) -> Format:
     """The format of that name, which has these settings; they are as for `quantizer`.
 
     Raises:
@@ -130,8 +129,6 @@ def check_format(format: str, block: int = 64, double: bool = False, activations
         raise PunaError(f"quantize {known} has no blocks of {block}: give int4, and 32, 64 or 128")
     if double and known != "nf4":
         raise PunaError(f"quantize {known} has no double quantization: give nf4, or leave it out")
-    if activations != "float" and known != "int8":
-        raise PunaError(f"quantize {known} has no {activations} activations: give int8, or leave them out")
     return known
 
 
@@ -210,6 +207,20 @@ def _grid_codes() -> np.ndarray:
 def inverse(absmax: Array) -> Array:
     """1 / absmax, finite where absmax is 0."""
     return 1 / jnp.maximum(absmax, 1e-38)
+
+
+def rounded_groups(x: Array, block: int) -> tuple[Array, Array]:
+    """x rounded to 127 steps of the largest magnitude in each group of `block` neighbours.
+
+    Args:
+        x: [M, K], K a multiple of `block`.
+
+    Returns:
+        Codes int8 [M, K / block, block], and what one step is, float32 [M, K / block].
+    """
+    groups = x.astype(jnp.float32).reshape(len(x), -1, block)
+    absmax = jnp.abs(groups).max(axis=-1)
+    return jnp.round(groups * (inverse(absmax) * 127)[..., None]).astype(jnp.int8), absmax * INT8_UNIT
 
 
 def _nearest(x: Array, table: np.ndarray) -> Array:

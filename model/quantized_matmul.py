@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from model import cpu
-from model.quantize import INT8_UNIT, QuantizedArray, block_scales, chunk_rows, decode_codes, inverse
+from model.quantize import INT8_UNIT, QuantizedArray, block_scales, chunk_rows, decode_codes, rounded_groups
 
 
 class _Form(NamedTuple):
@@ -48,8 +48,11 @@ def quantized_matmul(x: Array, q: QuantizedArray) -> Array:
     Returns:
         Float32 [M, out].
     """
-    if q.activations == "int8":
+    if q.activations == "int8" and q.format == "int8":
         return _int8_product(x, q)
+    if q.activations == "int8":
+        codes, scale = rounded_groups(x, q.block if q.joined == 1 else q.in_features)
+        x = (codes.astype(jnp.float32) * scale[..., None]).reshape(x.shape)
     return lax.platform_dependent(x, q, cpu=partial(_product, _CPU), default=partial(_product, _DEFAULT))
 
 
@@ -117,13 +120,11 @@ def _sum(products: Iterable[Array]) -> Array:
 
 
 def _int8_product(x: Array, q: QuantizedArray) -> Array:
-    """int8 times int8: activations rounded to 127 steps of their row's largest. Four rows at least: XLA on CPU
-    strength-reduces a product of fewer to a loop over a widened copy of the weight."""
-    wide = jnp.pad(x.astype(jnp.float32), ((0, max(0, 4 - len(x))), (0, 0)))
-    scale = jnp.abs(wide).max(axis=1, keepdims=True)
-    codes = jnp.round(wide * (inverse(scale) * 127)).astype(jnp.int8)
-    y = lax.dot_general(codes, q.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return (y.astype(jnp.float32) * (scale * INT8_UNIT) * (q.absmax * INT8_UNIT))[: len(x)]
+    """int8 times int8: activations rounded to 127 steps of their row's largest. Two rows at least: XLA on CPU
+    strength-reduces a product of one to a loop over a widened copy of the weight."""
+    codes, scale = rounded_groups(jnp.pad(x, ((0, max(0, 2 - len(x))), (0, 0))), q.in_features)
+    y = lax.dot_general(codes[:, 0], q.codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    return (y.astype(jnp.float32) * scale * (q.absmax * INT8_UNIT))[: len(x)]
 
 
 class _Chunks:

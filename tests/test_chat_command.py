@@ -356,7 +356,7 @@ def test_a_failing_step_is_an_error_and_the_conversation_goes_on(source, monkeyp
         (["m", "--endpoint", "http://localhost"], "MODEL and --endpoint each"),
         (["m", "--model", "a", "--api-key", "b"], "--model, --api-key: of --endpoint alone"),
         (["--endpoint", "http://localhost", "--mesh", "tensor=2", "--template", "a"], "--template, --mesh: of MODEL"),
-        (["m", "--block", "32"], "--block, --double-quant and --int8-activations are of --quantize"),
+        (["m", "--block", "32"], "--block and --double-quant are of --quantize"),
     ],
 )
 def test_options_that_do_not_go_together_are_named(arguments, error):

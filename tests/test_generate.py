@@ -393,14 +393,16 @@ def test_the_gguf_file_that_is_named_is_the_one_that_speaks(data_dir, command, s
 
 
 @pytest.mark.parametrize(
-    "flags", [("int4", "--block", "32"), ("nf4", "--double-quant"), ("int8", "--int8-activations")], ids=str
+    "flags", [("int4", "--block", "32"), ("nf4", "--double-quant"), ("int8", "--activations", "int8")], ids=str
 )
 def test_quantized_weights_have_their_settings(data_dir, command, flags):
     folder = data_dir / "stories260k-derived" / "hf_sharded"
     text = command(folder, "--prompt", "Once upon a time", "--max-new-tokens", "4", "--quantize", *flags)
     assert text.startswith("Once upon a time")
-    with pytest.raises(PunaError, match="quantize nf4 has no int8 activations"):
-        command(folder, "--prompt", "a", "--quantize", "nf4", "--int8-activations")
+    with pytest.raises(PunaError, match="the codes of nf4 are no integers; give --quantize int8 or int4"):
+        command(folder, "--prompt", "a", "--quantize", "nf4", "--activations", "int8")
+    with pytest.raises(PunaError, match="no weight of the model is quantized; quantize it"):
+        command(folder, "--prompt", "a", "--activations", "int8")
 
 
 def test_float_types_are_named_as_the_flag_has_them(data_dir, command):

@@ -12,11 +12,11 @@ from infer.batch_kinds import Settings, check_settings, choose_template
 from infer.engine import Engine
 from infer.load import LONGEST, find_model, load_engine, start_mesh
 from infer.options import (
+    ActivationsOption,
     AdapterOption,
     BlockOption,
     DoubleQuantOption,
     DtypeOption,
-    Int8ActivationsOption,
     MeshOption,
     MinPOption,
     ModelArgument,
@@ -64,7 +64,7 @@ def batch(
     quantize: QuantizeOption = None,
     block: BlockOption = None,
     double_quant: DoubleQuantOption = False,
-    int8_activations: Int8ActivationsOption = False,
+    activations: ActivationsOption = None,
     adapter: AdapterOption = None,
     mesh: MeshOption = None,
 ) -> None:
@@ -80,7 +80,7 @@ def batch(
     any sort goes on where the job stood, and ends with the same bytes. Shards together hold the lines of the whole:
     `cat` puts them into one file.
     """
-    form = quantization(quantize, block, double_quant, int8_activations)
+    form = quantization(quantize, block, double_quant, activations)
     files = Files(lines, out, rejects, parse_shard(shard))
     files.check()
     found = survey(lines, kind, files.shard)
@@ -128,6 +128,6 @@ def batch(
         "seed": seed,
         "stop": list(settings.stop),
         "dtype": dtype,
-        "quantize": [quantize, block, double_quant, int8_activations],
+        "quantize": [quantize, block, double_quant, activations],
     }
     print(run_job(files, found, settings, header, rows, make_engine, overwrite))

@@ -12,12 +12,12 @@ from cli.files import at_home
 from infer.conversation import Conversation, load_conversation
 from infer.load import find_model, load_engine, sampling, speculation, start_mesh
 from infer.options import (
+    ActivationsOption,
     AdapterOption,
     BlockOption,
     DoubleQuantOption,
     DraftOption,
     DtypeOption,
-    Int8ActivationsOption,
     MeshOption,
     MinPOption,
     QuantizeOption,
@@ -66,7 +66,7 @@ def chat(
     quantize: QuantizeOption = None,
     block: BlockOption = None,
     double_quant: DoubleQuantOption = False,
-    int8_activations: Int8ActivationsOption = False,
+    activations: ActivationsOption = None,
     adapter: AdapterOption = None,
     mesh: MeshOption = None,
     speculate: SpeculateOption = None,
@@ -89,7 +89,7 @@ def chat(
         others = {
             "--template": template, "--context": context, "--tokenizer": tokenizer, "--dtype": dtype, "--mesh": mesh,
             "--quantize": quantize, "--block": block, "--double-quant": double_quant,
-            "--int8-activations": int8_activations, "--adapter": adapter, "--speculate": speculate, "--draft": draft,
+            "--activations": activations, "--adapter": adapter, "--speculate": speculate, "--draft": draft,
         }  # fmt: skip
     else:
         others = {"--model": served, "--api-key": api_key}
@@ -107,7 +107,7 @@ def chat(
 
             speaker = stack.enter_context(connect(endpoint, served, api_key, max_new_tokens, options))
         else:
-            form = quantization(quantize, block, double_quant, int8_activations)
+            form = quantization(quantize, block, double_quant, activations)
             source = find_model(cast(str, model), tokenizer, adapter or [])
             settings = sampling(source.generation, **options)
             template = choose_template(template or conversation.template, source.tokenizer, conversation.system)

@@ -11,12 +11,12 @@ from infer.engine import run_all
 from infer.generate import check_room
 from infer.load import ModelSource, find_model, load_engine, sampling, speculation, start_mesh
 from infer.options import (
+    ActivationsOption,
     AdapterOption,
     BlockOption,
     DoubleQuantOption,
     DraftOption,
     DtypeOption,
-    Int8ActivationsOption,
     MeshOption,
     MinPOption,
     ModelArgument,
@@ -60,7 +60,7 @@ def generate(
     quantize: QuantizeOption = None,
     block: BlockOption = None,
     double_quant: DoubleQuantOption = False,
-    int8_activations: Int8ActivationsOption = False,
+    activations: ActivationsOption = None,
     adapter: AdapterOption = None,
     mesh: MeshOption = None,
     speculate: SpeculateOption = None,
@@ -72,7 +72,7 @@ def generate(
     one form feed between two. Settings not given come from the model's generation_config.json; without `do_sample` in
     it, and without --temperature, --top-k, --top-p or --min-p, the likeliest token is taken each time.
     """
-    form = quantization(quantize, block, double_quant, int8_activations)
+    form = quantization(quantize, block, double_quant, activations)
     source = find_model(model, tokenizer, adapter or [])
     settings = sampling(
         source.generation,

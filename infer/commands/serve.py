@@ -7,11 +7,11 @@ import typer
 from infer.engine import Engine
 from infer.load import LONGEST, chat_template, find_model, load_engine, named_adapters, speculation, start_mesh
 from infer.options import (
+    ActivationsOption,
     BlockOption,
     DoubleQuantOption,
     DraftOption,
     DtypeOption,
-    Int8ActivationsOption,
     MeshOption,
     ModelArgument,
     QuantizeOption,
@@ -47,7 +47,7 @@ def serve(
     quantize: QuantizeOption = None,
     block: BlockOption = None,
     double_quant: DoubleQuantOption = False,
-    int8_activations: Int8ActivationsOption = False,
+    activations: ActivationsOption = None,
     mesh: MeshOption = None,
     speculate: SpeculateOption = None,
     draft: DraftOption = None,
@@ -64,7 +64,7 @@ def serve(
     source = find_model(model, tokenizer)
     adapters = named_adapters(adapter or [])
     devices = start_mesh(mesh)
-    form = quantization(quantize, block, double_quant, int8_activations)
+    form = quantization(quantize, block, double_quant, activations)
     if context is not None and context > source.config.max_position_embeddings:
         raise PunaError(
             f"context={context} is more than the model's {source.config.max_position_embeddings}: give less"
