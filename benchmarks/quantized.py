@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from benchmarks.gguf import serve
 from model import PRESETS, LlamaConfig, forward, init_cache
+from model.layout import round_activations
 from model.linear import linear
 from model.params import LINEARS, Params, param_specs
 from model.quantize import FORMATS, quantize
@@ -103,9 +104,9 @@ def product(shape: tuple[int, int], batches: list[int], seconds: float) -> list[
     return rows
 
 
-def random_params(config: LlamaConfig, make: Callable[[jax.Array], Any], dtype: Any = jnp.float32) -> Params:
-    """Random parameters as decoding holds them, each linear quantized as soon as it is made: never a float model."""
-    key = jax.random.key(0)
+def random_params(config: LlamaConfig, kind: str, dtype: Any = jnp.float32) -> Params:
+    """Random parameters as decoding holds them, each linear a `kind` of QUANTIZERS as soon as it is made."""
+    key, make = jax.random.key(0), QUANTIZERS[kind.removesuffix(" x int8")]
     specs = param_specs(config)
 
     def array(shape: tuple[int, ...], init: str) -> jax.Array:
@@ -117,8 +118,9 @@ def random_params(config: LlamaConfig, make: Callable[[jax.Array], Any], dtype: 
 
     outer = {name: array(spec.shape, spec.init) for name, spec in specs.items() if name != "layers"}
     layers = tuple(layer() for _ in range(config.num_hidden_layers))
-    head = {"lm_head": TransposedArray(outer["lm_head"].T)} if "lm_head" in outer else {}
-    return {**outer, **head, "layers": layers}
+    head = TransposedArray(outer.pop("lm_head").T)
+    params = {**outer, "lm_head": head, "layers": layers}
+    return round_activations(params) if kind.endswith(" x int8") else params
 
 
 def decoder(params: Params, config: LlamaConfig, batch: int) -> Callable[[], Any]:
@@ -139,8 +141,8 @@ def decoder(params: Params, config: LlamaConfig, batch: int) -> Callable[[], Any
 
 
 def decode(config: LlamaConfig, batches: list[int], seconds: float) -> list[dict[str, Any]]:
-    """Tokens a second of a whole model, embeddings and head in float32."""
-    models = {name: random_params(config, make) for name, make in QUANTIZERS.items()}
+    """Tokens a second of a whole model, embeddings and head in float32 (the head in int8 with 8-bit activations)."""
+    models = {name: random_params(config, name) for name in QUANTIZERS}
     rows = []
     for batch in batches:
         times = best_times({name: decoder(params, config, batch) for name, params in models.items()}, seconds)
@@ -161,9 +163,9 @@ def decode_large(preset: str, layers: int | None, format: str, seconds: float) -
     """A preset's shape with random weights, embeddings in bfloat16; or all of it in 16 bits."""
     config = replace(PRESETS[preset], num_hidden_layers=layers or PRESETS[preset].num_hidden_layers)
     if format in ("bfloat16", "float16"):
-        params = random_params(config, QUANTIZERS["float32"], jnp.dtype(format))
+        params = random_params(config, "float32", jnp.dtype(format))
     else:
-        params = random_params(config, QUANTIZERS["nf4, double" if format == "nf4" else format], jnp.bfloat16)
+        params = random_params(config, "nf4, double" if format == "nf4" else format, jnp.bfloat16)
     times = best_times({format: decoder(params, config, 1)}, seconds)
     weights = nbytes(params) / 2**30
     what = f"decode {preset}{f', {layers} layers' if layers else ''}, batch 1"

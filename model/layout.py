@@ -13,7 +13,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.lora import LoraArray, lora_shardings
 from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
-from model.quantize import QuantizedArray, quantized_shardings
+from model.quantize import QuantizedArray, quantize, quantized_shardings
 from model.selected import SelectedLora
 from model.sharding import named_sharding
 from model.tiles import TiledArray, can_tile, tiled
@@ -45,12 +45,13 @@ def _transposed(w: Weight) -> Weight:
 
 
 def round_activations(params: Params, mesh: Mesh | None = None) -> Params:
-    """The quantized weights of unstacked layers, to be multiplied with activations of 8 bits.
+    """The quantized weights of unstacked layers, and the head, to be multiplied with activations of 8 bits.
 
-    On one CPU int4 weights take the layout of `TiledArray`, where their groups divide their inputs.
+    On one CPU int4 weights take the layout of `TiledArray`, where their groups divide their inputs. A head of floats
+    becomes int8: in small models it takes longer than all layers.
 
     Args:
-        params: taken over, so that no layer is held twice.
+        params: as `per_layer` gives them; taken over, so that no layer is held twice.
         mesh: over which they lie.
 
     Raises:
@@ -72,10 +73,17 @@ def round_activations(params: Params, mesh: Mesh | None = None) -> Params:
 
     for i, layer in enumerate(layers):
         layers[i] = jax.block_until_ready(jax.tree.map(one, layer, is_leaf=_is_quantized))
-    return params | {"layers": tuple(layers)}
+    head = params["lm_head"]
+    head = _int8_head(head) if isinstance(head, TransposedArray) else head  # under an adapter it stays
+    return params | {"layers": tuple(layers), "lm_head": head}
 
 
 _tiled = jax.jit(tiled)
+
+
+@jax.jit
+def _int8_head(head: TransposedArray) -> QuantizedArray:
+    return replace(quantize(head.rows.T, "int8"), activations="int8")
 
 
 def _is_quantized(node: Any) -> bool:

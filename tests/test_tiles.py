@@ -8,10 +8,10 @@ import pytest
 from convert import load_model
 from model import LlamaConfig, forward, init_params
 from model.errors import PunaError
-from model.layout import round_activations
+from model.layout import per_layer, round_activations
 from model.linear import linear
 from model.lora import LoraArray, add
-from model.params import LINEARS, unstack
+from model.params import LINEARS
 from model.quantize import dequantize, quantize, rounded_groups
 from model.sharding import make_mesh
 from model.tiles import FEW_ROWS, TiledArray, tiled
@@ -63,7 +63,7 @@ def model(format, lora=False):
         moved = [w for w in params["layers"].values() if isinstance(w, LoraArray)]
         layers = {k: w.replace(b=w.b + 0.1) if any(w is m for m in moved) else w for k, w in params["layers"].items()}
         params = {**params, "layers": layers}
-    return unstack(params)
+    return per_layer(params)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "under an adapter"])
