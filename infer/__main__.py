@@ -1,10 +1,12 @@
-"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, and chat, serve and batch."""
+"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, and chat, serve, batch and
+eval."""
 
 import typer
 
 from cli.command import main
 from infer.commands.batch import batch
 from infer.commands.chat import chat
+from infer.commands.eval import evaluate
 from infer.commands.generate import generate
 from infer.commands.serve import serve
 
@@ -18,6 +20,7 @@ def commands() -> None:
 
 for command in (generate, chat, serve, batch):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Endpoint:
         if "seed" in settings:
             settings["seed"] += attempt
         finish = None
-        with _one_line(self.client):
+        with one_line(self.client):
             asked = cast(Any, list(messages))
             with self.client.chat.completions.create(
                 model=self.model, messages=asked, stream=True, **settings
@@ -84,7 +84,7 @@ def connect(
 
 
 def _only_model(client: openai.OpenAI) -> str:
-    with _one_line(client):
+    with one_line(client):
         models = sorted(model.id for model in client.models.list())
     if len(models) != 1:
         there = f"has {len(models)} models ({', '.join(models)})" if models else "names no model"
@@ -93,7 +93,7 @@ def _only_model(client: openai.OpenAI) -> str:
 
 
 @contextmanager
-def _one_line(client: openai.OpenAI) -> Iterator[None]:
+def one_line(client: openai.OpenAI) -> Iterator[None]:
     """Errors of the client, and of the connection while a reply streams, as one line for people."""
     try:
         yield

@@ -23,7 +23,9 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 from serving import WEATHER, Server, chat_model
 from test_server import Offline
+from typer.testing import CliRunner
 
+from infer.__main__ import app
 from infer.engine import Engine
 from infer.evaluation import Evaluated, for_lm_eval
 from infer.load import find_model, load
@@ -269,7 +271,7 @@ DOCS = [
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
+def tasks_folder(tmp_path_factory):
     """The three kinds of task that lm-eval has, over files."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
@@ -283,7 +285,12 @@ def tasks(tmp_path_factory):
             "metadata": {"version": 1},
         }
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task | about))
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tasks_folder):
+    return TaskManager(include_path=str(tasks_folder), include_defaults=False)
 
 
 def evaluated(lm, tasks, *names, **settings):
@@ -343,6 +350,27 @@ def assert_close(ours, theirs):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     else:
         assert ours == theirs
+
+
+def test_the_command_finds_the_same_of_a_model_and_of_its_server(server, model, tasks, tasks_folder, tmp_path):
+    asked = [f"Which word?\nA. {doc['question']}\nB. {WORDS[i]}\nC. 2\nD. 4\nAnswer:" for i, doc in enumerate(DOCS)]
+    records = [{"subject": "puna", "input": text, "output": "A"} for text in asked]
+    (tmp_path / "mmlu.json").write_text(json.dumps(records))
+    ours, theirs = f"ours={model}", f"theirs={server.url}"
+
+    def results(task, *settings):
+        command = ["eval", ours, theirs, "--api-key", KEY, "--output", str(tmp_path / task), "--task", task, *settings]
+        found = CliRunner().invoke(app, command)
+        assert found.exit_code == 0, (found.output, found.exception)
+        return json.loads((tmp_path / task / "results.json").read_text())["models"]
+
+    results("mmlu", "--shots", "0", "--data", str(tmp_path / "mmlu.json"))
+    first, second = ((tmp_path / "mmlu" / f"{name}.jsonl").read_text() for name in ("ours", "theirs"))
+    assert first == second and len(set(first.splitlines())) > 1
+    found = results(CHOICE["task"], "--include", str(tasks_folder), "--context", str(LENGTH))
+    expected = evaluated(transformers_own(model), tasks, CHOICE["task"])[0][CHOICE["task"]]
+    assert found["ours"]["scores"]["acc"] == expected["acc,none"] and found["ours"]["questions"] == len(DOCS)
+    assert found["theirs"]["scores"].keys() == found["ours"]["scores"].keys()
 
 
 def test_conversations_and_special_tokens_are_those_of_transformers(model, engine, tasks):
