@@ -148,9 +148,9 @@ def checked(
 
 def _shapes(result: Any) -> Any:
     """What can be compared of a result: structure, shapes and dtypes."""
-    if isinstance(result, tuple) and type(result) is tuple:
+    if type(result) is tuple:
         return tuple(map(_shapes, result))
-    if hasattr(result, "shape") and hasattr(result, "dtype"):
+    if not isinstance(result, tuple) and hasattr(result, "shape") and hasattr(result, "dtype"):
         return f"{result.dtype}{list(result.shape)}"
     return type(result).__name__
 

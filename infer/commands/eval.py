@@ -20,11 +20,11 @@ from infer.evaluate.task import Task
 from infer.evaluation import Evaluated
 from infer.load import LONGEST, chat_template, find_model, load_engine, start_mesh
 from infer.options import (
+    ActivationsOption,
     AdapterOption,
     BlockOption,
     DoubleQuantOption,
     DtypeOption,
-    Int8ActivationsOption,
     MeshOption,
     QuantizeOption,
     TokenizerOption,
@@ -80,7 +80,7 @@ def evaluate(
     quantize: QuantizeOption = None,
     block: BlockOption = None,
     double_quant: DoubleQuantOption = False,
-    int8_activations: Int8ActivationsOption = False,
+    activations: ActivationsOption = None,
     adapter: AdapterOption = None,
     mesh: MeshOption = None,
 ) -> None:
@@ -93,7 +93,7 @@ def evaluate(
     With --output every answer is kept as it comes, the same command goes on after an interruption, and models that the
     folder already holds stand in the table beside the new ones.
     """
-    form = quantization(quantize, block, double_quant, int8_activations)
+    form = quantization(quantize, block, double_quant, activations)
     _check(task, {
         "--data": data, "--shots": shots, "--split": split, "--decode": decode, "--window": window,
         "--stride": stride, "--max-new-tokens": max_new_tokens, "--include": include,
@@ -133,7 +133,7 @@ def evaluate(
             "tokenizer": None if tokenizer is None else str(tokenizer),
             "context": length,
             "dtype": dtype,
-            "quantize": [quantize, block, double_quant, int8_activations],
+            "quantize": [quantize, block, double_quant, activations],
         }
         return Local(evaluated, devices), header
 
