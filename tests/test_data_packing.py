@@ -281,6 +281,18 @@ def test_an_eval_path_is_read_with_the_same_settings(tokenizer, config, tmp_path
     assert found.evaluation is not None and len(found.evaluation) == 5 and len(found.train[0]) == 50
 
 
+def test_an_eval_path_that_is_trained_on_is_refused(tokenizer, config, tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / "clone").mkdir(exist_ok=True)
+        write(tmp_path / f"clone/{name}.jsonl", RECORDS[:5])
+    clone = str(tmp_path / "clone")
+    for path in (clone, f"{clone}:train+test", f"{clone}/train.jsonl", f"{clone}/../clone"):
+        with pytest.raises(PunaError, match=r"is trained on too .*train.jsonl.: name other data or another split, as"):
+            load_dataset(config(path=clone, eval_path=path), tokenizer)
+    found = load_dataset(config(path=clone, eval_path=f"{clone}:test"), tokenizer)
+    assert found.evaluation is not None and found.evaluation.where(0) == [f"{clone}/test.jsonl:1"]
+
+
 # --- the sampler
 
 

@@ -16,6 +16,7 @@ from train.data.config import DataConfig, DataSource, check, complete, sources
 from train.data.encode import IGNORE_INDEX
 from train.data.packing import PackedRows, select
 from train.data.permute import mix_key, permute
+from train.data.readers import source_files
 
 HostBatch = dict[str, NDArray[np.int32]]
 
@@ -150,6 +151,8 @@ def load_dataset(
         write_once(folder, lambda temporary: tokenize_into(temporary, config, source, tokenizer, alive), wait_seconds)
         return open_dataset(folder, 0 if tokenizer.pad_id is None else tokenizer.pad_id)
 
+    if config.eval_path:
+        _check_apart(config.eval_path, listed)
     train = tuple(open(source) for source in listed)
     weights = tuple(source.weight for source in listed if source.weight is not None) or None
     if config.eval_path:
@@ -160,6 +163,18 @@ def load_dataset(
         kept, held_out = hold_out(train[0], config)
         return Datasets((kept,), weights, held_out)
     return Datasets(train, weights)
+
+
+def _check_apart(path: str, trained: Sequence[DataSource]) -> None:
+    """Refuses a data.eval_path of which a file, or the very Hub data set, is trained on."""
+    for source in trained:
+        files = {file.resolve() for file in source_files(source.path)}
+        shared = sorted(files & {file.resolve() for file in source_files(path)})
+        if shared or path == source.path:
+            raise PunaError(
+                f"data.eval_path {path!r} is trained on too ({shared[0] if shared else path}): name other data or "
+                f"another split, as {path.partition(':')[0]}:test, or hold out data.validation_split of it"
+            )
 
 
 def hold_out(dataset: PackedDataset, config: DataConfig) -> tuple[PackedDataset, PackedDataset]:
