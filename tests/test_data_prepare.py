@@ -3,16 +3,16 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 import sentencepiece
 from small_tokenizer import small_tokenizer
+from typer.testing import CliRunner
 
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
+from train.__main__ import app
 from train.data.markdown import html_to_markdown
 from train.data.prepare import held_out, prepare
 from train.data.prepare_steps import (
@@ -271,7 +271,6 @@ def test_a_report_says_what_became_of_the_records(tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_the_command(tmp_path):
     small_tokenizer(tmp_path)
     (tmp_path / "a.json").write_text(
@@ -280,15 +279,15 @@ def test_the_command(tmp_path):
         )
     )
     (tmp_path / "phrases.txt").write_text("ANSWER 3\n\n")
-    command = [sys.executable, "-m", "train", "prepare", tmp_path / "a.json", tmp_path / "out.jsonl", "--clean"]
+    command = ["prepare", tmp_path / "a.json", tmp_path / "out.jsonl", "--clean"]
     command += ["--phrases", tmp_path / "phrases.txt", "--max-length", "120", "--tokenizer", tmp_path, "--dedupe"]
     command += ["--identity", "Paco", "the herd", "--test", tmp_path / "test.jsonl", "--test-fraction", "0.25"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
     kept, test = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("out", "test"))
     written = [json.loads(line) for line in [*kept, *test]]
     assert done.stdout.splitlines()[0] == "read: 20" and "dropped: contains a listed phrase: 1" in done.stdout
     assert f"held out: {len(test)}" in done.stdout
     assert not any("<p>" in value for record in written for value in values(record))
     assert {part["id"] for part in written} >= {"0_0", "0_2", "identity_0"}
-    refused = subprocess.run(command[:-2], capture_output=True, text=True)
-    assert refused.returncode == 2 and "exists" in refused.stderr
+    with pytest.raises(PunaError, match="out.jsonl exists"):
+        CliRunner().invoke(app, list(map(str, command[:-2])), catch_exceptions=False)

@@ -12,8 +12,10 @@ import pytest
 
 from convert import load_model
 from model.errors import PunaError
+from model.tokenizer import load_tokenizer
 from train import distributed, loop
 from train.config import Config, read_config
+from train.data import load_dataset
 from train.data.toy import make_examples, write_tokenizer
 from train.metrics import flops_per_token, read_metrics
 from train.metrics_logger import NonFinite
@@ -113,6 +115,25 @@ def test_resumes_on_another_mesh_and_goes_on(settings, monkeypatch):
     curve, other = (np.array([line[1] for line in losses(c.run.output_dir)]) for c in (whole, moved))
     np.testing.assert_array_equal(curve[:3], other[:3])
     np.testing.assert_allclose(other, curve, rtol=1e-6)
+
+
+def test_epochs_go_through_every_row_once_though_the_run_stops_and_the_devices_change(settings, monkeypatch):
+    epochs = {"run__batch_size": 32, "run__max_steps": 0, "run__num_train_epochs": 2.0}
+    config = settings("run", **epochs)
+    counts = load_dataset(config.data, load_tokenizer(config.model.tokenizer)).train[0].counts
+    steps = -(-counts.rows // 32)
+    assert counts.rows % 32 and steps > 1
+    stop_at(monkeypatch, steps - 1)
+    with pytest.raises(SystemExit):
+        loop.train(config)
+    stop_at(monkeypatch, -1)
+    loop.train(settings("run", **epochs, mesh={"data": 8, "fsdp": 1}, run__gradient_accumulation_steps=4))
+    lines = read_metrics(config.run.output_dir)
+    assert [line["epoch"] for line in lines][steps - 1 :: steps] == [1.0, 2.0] and len(lines) == 2 * steps
+    for of_epoch in (lines[:steps], lines[steps:]):
+        assert sum(line["num_tokens"] for line in of_epoch) == counts.tokens
+        seen = sum(line["trained_tokens"] for line in of_epoch)
+        assert seen == counts.trained_tokens  # of prompts and answers: no first token of an example is trained
 
 
 def test_what_a_run_leaves(settings):
