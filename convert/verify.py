@@ -1,5 +1,5 @@
-"""Whether two models are one and the same: their configs, every tensor, the logits at the highest matrix product
-precision, and their tokenizers."""
+"""Whether two models are one and the same: their configs, how they ask to be sampled, every tensor, the logits at the
+highest matrix product precision, and their tokenizers."""
 
 import gc
 from dataclasses import fields
@@ -11,6 +11,7 @@ import numpy as np
 from cli.progress import progress
 from convert.checkpoint import Checkpoint
 from convert.formats import FORMATS, open_model
+from convert.generation import IDS, asked, id_list
 from convert.lazy import LazyTensor, contiguous
 from convert.load import load_params
 from convert.names import parameters
@@ -38,6 +39,7 @@ def compare(a: str | Path, b: str | Path, tokens: int = 32, atol: float = 0.0) -
     """
     first, second = open_model(a), open_model(b)
     same = _compare_configs(first, second)
+    same = _compare_generation(first, second) and same
     same = _compare_tensors(first, second, atol) and same
     if tokens and first.config.vocab_size == second.config.vocab_size:
         difference = float(np.abs(_logits(first, tokens) - _logits(second, tokens)).max())
@@ -59,6 +61,23 @@ def _compare_configs(first: Checkpoint, second: Checkpoint) -> bool:
         print(f"config {field.name}: {one} and {other}{f' ({why})' if why else ''}")
         same = same and why is not None
     return same
+
+
+def _compare_generation(first: Checkpoint, second: Checkpoint) -> bool:
+    """Print where the two ask otherwise to be sampled or to stop; formats of one file say neither."""
+    if any(FORMATS[x.format].is_file for x in (first, second)):
+        return True
+    asks = [asked(x.folder) for x in (first, second)]
+    for key in IDS:  # the file that leaves one out means its config's
+        for own, x in zip(asks, (first, second), strict=True):
+            if key not in own and any(key in other for other in asks) and key not in FORMATS[x.format].unsaid:
+                own[key] = id_list(getattr(x.config, key))
+    silent = {key for key in IDS if any(key not in own for own in asks)}
+    one, other = asks
+    different = [key for key in sorted((one.keys() | other.keys()) - silent) if one.get(key) != other.get(key)]
+    for key in different:
+        print(f"generation_config {key}: {one.get(key)} and {other.get(key)}")
+    return not different
 
 
 def _harmless(field: str, first: LlamaConfig, second: LlamaConfig) -> str | None:

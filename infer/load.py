@@ -9,9 +9,11 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from cli.said import say_once
 from convert.adapter_fit import adapted_config
 from convert.adapters import apply_adapters
 from convert.checkpoint import Checkpoint
+from convert.generation import read_generation
 from convert.load import Quantize, load_params
 from convert.peft import Adapter, read_adapter
 from convert.run import COMPANIONS
@@ -24,7 +26,6 @@ from infer.sample import Sampling
 from model.chat import Template, get_template
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.json_file import read_json
 from model.layout import round_activations
 from model.linear import product
 from model.params import Params
@@ -112,7 +113,20 @@ def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequen
     folders = (*(adapter.folder for adapter in reversed(origin.adapters)), checkpoint.folder)
     files = (folder / "generation_config.json" for folder in folders)
     defaults = next((file for file in files if file.exists()), None)
-    return ModelSource(checkpoint, config, own, {} if defaults is None else read_json(defaults), found)
+    source = ModelSource(checkpoint, config, own, {} if defaults is None else read_generation(defaults), found)
+    _say_other_ends(source)
+    return source
+
+
+def _say_other_ends(source: ModelSource) -> None:
+    """Says which file names an end that generation does not stop at; of three, transformers' choice is taken."""
+    taken, folder = source.eos_ids, source.checkpoint.folder
+    own = source.tokenizer.eos_id
+    others = {"config.json": source.config.eos_token_id, "the tokenizer": () if own is None else (own,)}
+    left = [f"{name} {', '.join(map(str, ids))}" for name, ids in others.items() if not {*ids} <= {*taken}]
+    if left:
+        ends = ", ".join(map(str, taken))
+        say_once(f"{folder}: texts end at token {ends}, as transformers ends them; another end: {'; '.join(left)}")
 
 
 def load(

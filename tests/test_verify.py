@@ -1,6 +1,7 @@
 """`convert verify` says which tensors differ, by how much, and exits 1 exactly where they do."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import ml_dtypes
@@ -249,3 +250,25 @@ def test_differences_count_nan_and_infinity():
     assert difference([1, np.nan, 2], [1, 3, 2]) == np.inf
     assert difference([1, np.inf], [1, -np.inf]) == np.inf
     assert difference([0.0, 2.0], [-0.0, 2.5]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"do_sample": True, "temperature": 0.6}, "generation_config temperature: None and 0.6"),
+        ({"eos_token_id": [2, 5]}, "generation_config eos_token_id: [2] and [2, 5]"),
+        ({"pad_token_id": 0}, "generation_config pad_token_id: None and [0]"),
+        ({"top_k": 40}, "generation_config top_k: None and 40"),
+        ({"suppress_tokens": [3]}, "generation_config suppress_tokens: None and [3]"),
+        ({"max_new_tokens": 9, "temperature": 1.0, "bos_token_id": 1, "transformers_version": "5"}, None),
+        ({"eos_token_id": [2], "num_beams": 1, "use_cache": False}, None),
+    ],
+)
+def test_how_two_models_ask_to_be_sampled_and_to_stop(folders, tmp_path, command, said, line):  # noqa: F811
+    shutil.copytree(folders / "hf", tmp_path / "other")
+    file = tmp_path / "other" / "generation_config.json"
+    file.write_text(json.dumps(said))
+    code, output, _ = command("verify", folders / "hf", tmp_path / "other", "--tokens", "0")
+    assert (code, line is None or line in output) == (int(line is not None), True)
+    file.unlink()  # where the file says nothing, config.json does
+    assert command("verify", folders / "hf", tmp_path / "other", "--tokens", "0")[0] == 0
