@@ -1,5 +1,5 @@
-"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, and chat, serve, batch and
-eval."""
+"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, and chat, serve, batch, eval
+and judge."""
 
 import typer
 
@@ -8,6 +8,7 @@ from infer.commands.batch import batch
 from infer.commands.chat import chat
 from infer.commands.eval import evaluate
 from infer.commands.generate import generate
+from infer.commands.judge import judge
 from infer.commands.serve import serve
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
@@ -18,7 +19,7 @@ def commands() -> None:
     """Text out of a model."""
 
 
-for command in (generate, chat, serve, batch):
+for command in (generate, chat, serve, batch, judge):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -51,6 +51,21 @@ class Endpoint:
         if finish is None:
             raise JobFailed(f"{self.client.base_url}: the reply broke off")
 
+    def answer(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """The whole answer to the last message, and how many tokens the server read and wrote for it (0 if unsaid).
+
+        Raises:
+            JobFailed: the server cannot be asked, or does not answer.
+        """
+        with one_line(self.client):
+            asked = cast(Any, list(messages))
+            found = self.client.chat.completions.create(model=self.model, messages=asked, **self.settings)
+            if not found.choices:
+                raise ValueError("an answer without choices")
+            usage = found.usage
+            counts = [0, 0] if usage is None else [usage.prompt_tokens, usage.completion_tokens]
+            return found.choices[0].message.content or "", counts
+
 
 @contextmanager
 def connect(
