@@ -12,6 +12,7 @@ from typing import Any
 from model.errors import PunaError
 from model.json_file import read_json
 from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer_sources import main_file
 from model.vocabulary import LLAMA3_SPLIT, SPACE, byte_level_alphabet, is_ranks, parse_sentencepiece
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # as in SentencePiece, whose numbers GGUF took
@@ -43,8 +44,9 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     Raises PunaError for a tokenizer that llama.cpp could not run as it is: it knows no normalization of text, and we
     know some of its ways to cut text before merging.
     """
-    main = [folder / name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).is_file()]
-    if not main:
+    names = ("tokenizer.model", "tokenizer.json")
+    main = main_file({name: folder / name for name in names if (folder / name).is_file()})
+    if main is None:
         writer.add_tokenizer_model("none")
         return
     tokenizer = load_tokenizer(folder)
@@ -75,14 +77,13 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _read(main: list[Path], tokenizer: Tokenizer) -> Tokens:
+def _read(path: Path, tokenizer: Tokenizer) -> Tokens:
     """The trained vocabulary, from the file that `load_tokenizer` takes it from."""
-    path = main[0]
+    if path.name == "tokenizer.json":
+        return _merges(path)
     data = path.read_bytes()
-    if path.name == "tokenizer.model" and not is_ranks(data):
+    if not is_ranks(data):
         return _sentencepiece(parse_sentencepiece(data, path), path)
-    if main[-1].name == "tokenizer.json":
-        return _merges(main[-1])
     ranks = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
     return _ranks(ranks[: ranks.index(b"")] if b"" in ranks else ranks)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from model.errors import PunaError
 from model.json_file import read_json
-from model.vocabulary import ROLES, AddedToken, Vocabulary, added_token, is_ranks, read_vocabulary
+from model.tokenizer_sources import chat_template, main_file
+from model.vocabulary import ROLES, AddedToken, Vocabulary, added_token, read_vocabulary
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -202,20 +203,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
         return _assemble(vocabulary, Companions(), {name: path})
     files = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
-    main = _main_file(files)
+    main = main_file(files)
     if main is None:
         raise PunaError(f"{path} has no tokenizer: looked for tokenizer.model and tokenizer.json")
-    return _assemble(read_vocabulary(main), _companions(files), files)
-
-
-def _main_file(files: Mapping[str, Path]) -> Path | None:
-    model, converted = files.get("tokenizer.model"), files.get("tokenizer.json")
-    if model and converted and not is_ranks(model.read_bytes()):
-        # The SentencePiece model is what the weights were trained with. A LLaMA tokenizer.json is converted from it,
-        # and transformers' conversion is not equal to it: it differs in leading spaces and in runs of spaces.
-        return model
-    # Beside tiktoken ranks, tokenizer.json merges alike and also says what the special tokens of its release are named.
-    return converted or model
+    return _assemble(read_vocabulary(main), _companions(files, path), files)
 
 
 @dataclass(frozen=True)
@@ -254,7 +245,7 @@ def _assemble(vocabulary: Vocabulary, companions: Companions, files: Mapping[str
     return Tokenizer(vocabulary, tokens.values(), roles, companions.chat_template, files)
 
 
-def _companions(files: Mapping[str, Path]) -> Companions:
+def _companions(files: Mapping[str, Path], folder: Path) -> Companions:
     said = {name: read_json(path) for name, path in files.items() if path.suffix == ".json"}
     config = said.get("tokenizer_config.json", {})
     names = {key: value for key, value in said.get("special_tokens_map.json", {}).items() if value}
@@ -271,19 +262,8 @@ def _companions(files: Mapping[str, Path]) -> Companions:
         added=added,
         roles={role: _content(declared[role]) for role in ROLES if declared.get(role)},
         specials=[_content(token) for token in others if token],
-        chat_template=_chat_template(files, config),
+        chat_template=chat_template(files, config, folder),
     )
-
-
-def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, str | None):
-        raise PunaError(f"{files['tokenizer_config.json']}: chat_template is no text, and no list of named ones")
-    return template
 
 
 def _content(token: str | dict[str, Any]) -> str:

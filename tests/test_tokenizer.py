@@ -309,14 +309,14 @@ def test_no_merge_spells_a_special_token(tmp_path):
     assert tokenizer.encode("</s>") == [5, 6] and tokenizer.eos_id == tokenizer.special_id("</s>") == 0
 
 
-def test_sentencepiece_goes_before_json_and_json_before_ranks(folders, tmp_path):
+def test_json_goes_before_another_sentencepiece_model_and_before_ranks(folders, tmp_path):
     shutil.copytree(folders["json"], tmp_path, dirs_exist_ok=True)
     shutil.copy(folders["ranks"] / "tokenizer.model", tmp_path)
     write_json(tmp_path / "added_tokens.json", {"<more>": 700})
     assert load_tokenizer(tmp_path).vocab_size == 701
     shutil.copy(folders["sentencepiece"] / "tokenizer.model", tmp_path)
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=trained_sentencepiece())
-    assert [load_tokenizer(tmp_path).encode(text) for text in TEXTS] == theirs.encode(TEXTS)
+    ours, theirs = load_tokenizer(tmp_path), load_tokenizer(folders["json"])
+    assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
 
 
 def test_the_chat_template_file_goes_before_the_configuration(folders, tmp_path):
