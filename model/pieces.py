@@ -150,9 +150,8 @@ def _shapes(result: Any) -> Any:
     """What can be compared of a result: structure, shapes and dtypes."""
     if type(result) is tuple:
         return tuple(map(_shapes, result))
-    if not isinstance(result, tuple) and hasattr(result, "shape") and hasattr(result, "dtype"):
-        return f"{result.dtype}{list(result.shape)}"
-    return type(result).__name__
+    shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
+    return type(result).__name__ if shape is None else f"{dtype}{list(shape)}"
 
 
 def _in_words(shapes: Any) -> str:

@@ -36,7 +36,7 @@ learning_rate = 1e-3
 [run]
 batch_size = 8
 max_steps = 40
-save_steps = 5
+save_steps = 8
 keep_last = 100
 """
 
@@ -77,7 +77,7 @@ def start(
 
 
 def launch(
-    config: Path, run_dir: Path, *more: object, processes: int = 2, devices: int = 4, optimize: bool = False
+    config: Path, run_dir: Path, *more: object, processes: int = 2, devices: int = 1, optimize: bool = False
 ) -> subprocess.Popen:
     """`train launch` of `processes` with `devices` each, with patience: the tests bring many deaths in a row."""
     options = ("-n", processes, "--cpu-devices", devices, "--max-restarts", 10)
@@ -159,6 +159,17 @@ def hit(run_dir: Path, index: int, number: signal.Signals, process: subprocess.P
     except ProcessLookupError:
         return False
     return True
+
+
+def wait_for_line(words: str, process: subprocess.Popen) -> str:
+    """Return what the run said up to the line with these words."""
+    assert process.stderr
+    said = ""
+    while words not in said:
+        line = process.stderr.readline()
+        assert line, f"the run has ended, without {words!r}:\n{said[-4000:]}"
+        said += line
+    return said
 
 
 def wait_for_save(run_dir: Path, process: subprocess.Popen) -> None:

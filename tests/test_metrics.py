@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from model.errors import PunaError
 from train.metrics import MetricsFile
-from train.plot import plot
+from train.plot import names_of, plot, smooth
 from train.reporters import TensorBoard
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,17 @@ def test_a_picture_of_no_kind_is_refused_by_name(tmp_path):
     with pytest.raises(PunaError, match=r"loss.v2: .v2 is no kind of picture; choose .*png"):
         plot([tmp_path / "run"], tmp_path / "loss.v2")
     assert not (tmp_path / "loss.v2").exists()
+
+
+def test_runs_of_one_name_are_told_apart_and_noise_is_smoothed(tmp_path):
+    assert names_of([tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "other"]) == ["a/run", "b/run", "other"]
+    assert names_of([tmp_path / "run"]) == ["run"]
+    line, noise = np.linspace(3.0, 1.0, 400), np.tile([0.1, -0.1], 200)
+    np.testing.assert_allclose(smooth(line.tolist()), line)  # a straight line is its own average
+    assert np.abs(smooth((line + noise).tolist()) - line)[8:-8].max() < 0.01
+    assert smooth([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
+    expected = np.convolve(line + noise, np.ones(17) / 17, "valid")
+    np.testing.assert_allclose(smooth((line + noise).tolist())[8:-8], expected)
 
 
 def leveldb_records(path: Path) -> list[bytes]:

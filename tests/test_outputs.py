@@ -173,7 +173,7 @@ def config(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_checkpoint_that_has_no_room_does_not_cost_the_weights(config, tmp_path, monkeypatch, capfd):
     """Nor does the picture; the exit code is that of a failed job."""
-    monkeypatch.setattr(loop, "plot", full)
+    monkeypatch.setattr("train.plot.plot", full)
     usage = shutil.disk_usage
     with monkeypatch.context() as patch:
         free = {"checkpoints": 10}

@@ -4,12 +4,13 @@ import json
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from faulty_runs import finish, launch, run
+from faulty_runs import finish, launch
 from safetensors.numpy import load_file
 
 from convert import load_model, save_model
@@ -17,9 +18,10 @@ from convert.checkpoint import WriteOptions
 from convert.merge import merge_adapters
 from model.llama import forward
 from model.quantize import quantize
+from model.sharding import make_mesh
 from model.tokenizer import load_tokenizer
 from train import distributed, loop
-from train.config import read_config
+from train.config import load_config, read_config
 from train.data.encode import encode
 from train.metrics import read_metrics
 
@@ -101,13 +103,15 @@ def test_stories260k_learns_to_summarize_dialogues(data_dir, tmp_path, monkeypat
     np.testing.assert_allclose(forward(params, jnp.array(ids), config)[0], theirs.detach().numpy(), atol=1e-4)
 
 
-def test_two_processes_write_the_adapter_of_one(data_dir, tmp_path):
+def test_two_processes_write_the_adapter_of_one(data_dir, tmp_path, monkeypatch):
     """Quantized, DoRA and a saved table, each split over both. Sums of two terms do not depend on their order."""
+    monkeypatch.setattr(distributed, "reached_preemption", lambda step: False)
+    monkeypatch.setattr(loop, "mesh_of", lambda config: make_mesh(fsdp=2, devices=jax.devices()[:2]))
     lines = (json.dumps({"prompt": f"One day {name}", "completion": " went home."}) for name in "ABCDEFGHIJKLMNOP")
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     config = tmp_path / "run.toml"
     config.write_text(SMALL.format(base=data_dir / "stories260k-derived" / "hf_sharded", folder=tmp_path))
-    finish(run(config, tmp_path / "one", devices=2))
+    loop.train(load_config(config, [f"run.output_dir={tmp_path / 'one'}"]))
     finish(launch(config, tmp_path / "two", processes=2, devices=1))
     one, two = tmp_path / "one" / "final", tmp_path / "two" / "final"
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}

@@ -81,7 +81,8 @@ def stop_at(monkeypatch, step: int) -> None:
 
 
 def losses(run: Path | str) -> list[tuple]:
-    return [(line["step"], line["loss"], line["grad_norm"], line.get("eval_loss")) for line in read_metrics(run)]
+    lines = [line for line in read_metrics(run) if line["step"]]
+    return [(line["step"], line["loss"], line["grad_norm"], line.get("eval_loss")) for line in lines]
 
 
 def final(run: Path | str):
@@ -140,10 +141,12 @@ def test_what_a_run_leaves(settings):
     config = settings("run")
     loop.train(config)
     folder = Path(config.run.output_dir)
-    lines = read_metrics(folder)
+    start, *lines = read_metrics(folder)
     named = "step loss learning_rate grad_norm num_tokens trained_tokens tokens_per_second_per_device mfu"
     assert {*named.split(), "peak_memory_gib", "epoch"} <= lines[0].keys()
+    assert start.keys() == {"step", "eval_loss"} and start["step"] == 0
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
+    assert start["eval_loss"] > lines[3]["eval_loss"] > lines[7]["eval_loss"]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [3, 6, 8]
     assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
@@ -154,6 +157,28 @@ def test_what_a_run_leaves(settings):
     transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "final")
     assert tokenizer.decode(tokenizer("sort cab = ").input_ids) == "sort cab = "
+
+
+def test_the_best_checkpoint_is_kept_and_exported(settings, monkeypatch):
+    """It gets worse on: the rate is far too high after the second step. Also where the run is cut in two."""
+    worse = {"optim": {"learning_rate": 0.3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}}
+    changes = worse | {"run__keep_best": True, "run__keep_last": 1, "run__eval_steps": 1, "run__max_steps": 6}
+    whole, parts = settings("whole", **changes), settings("parts", **changes)
+    loop.train(whole)
+    held_out = {line["step"]: line["eval_loss"] for line in read_metrics(whole.run.output_dir) if line["step"]}
+    best = min(held_out, key=held_out.__getitem__)
+    assert best < 6
+    folder = Path(whole.run.output_dir)
+    assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == [best, 6]
+    jax.tree.map(np.testing.assert_array_equal, final(folder), load_model(folder / "checkpoints" / str(best))[1])
+    stop_at(monkeypatch, best + 1)
+    with pytest.raises(SystemExit):
+        loop.train(parts)
+    monkeypatch.setattr(distributed, "reached_preemption", lambda step: False)
+    loop.train(parts)
+    jax.tree.map(np.testing.assert_array_equal, final(folder), final(parts.run.output_dir))
+    with pytest.raises(PunaError, match="run.keep_best is True, which nothing reads with data.eval_path"):
+        settings("none", data__eval_path=None, run__eval_steps=0, run__keep_best=True)
 
 
 def test_an_incompatible_change_is_refused_by_name(settings, files):
@@ -211,7 +236,7 @@ def test_adapters_train_and_resume(settings, monkeypatch, quantized):
     adapter = Path(whole) / "final" / "adapter_model.safetensors"
     assert adapter.read_bytes() == (Path(parts) / "final" / "adapter_model.safetensors").read_bytes()
     load_model(base, adapters=[Path(whole) / "final"])
-    assert read_metrics(whole)[-1]["loss"] < read_metrics(whole)[0]["loss"]
+    assert losses(whole)[-1][1] < losses(whole)[0][1]
 
 
 def test_flops_are_those_of_the_formula(settings):

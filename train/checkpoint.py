@@ -36,6 +36,9 @@ class Checkpoints:
         every_minutes: a save is due so long after the last one; None or 0: never.
         keep_last: how many of the newest steps stay; None or 0: all.
         keep_every: the steps divisible by it stay too; None or 0: none.
+
+    Attributes:
+        kept: other steps that stay.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Checkpoints:
     ):
         self.directory = Path(directory).absolute()
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.kept: set[int] = set()
         self._schedule = _Schedule(every_steps, every_minutes)
         self._held: int | None = None
         self._writing: tuple[int, Any, Any] | None = None
@@ -225,7 +229,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = manifest.steps(self.directory)
-        kept = set(steps[-self.keep_last :] if self.keep_last else steps)
+        kept = self.kept | set(steps[-self.keep_last :] if self.keep_last else steps)
         if self.keep_every:
             kept |= {step for step in steps if step % self.keep_every == 0}
         self._remove(step for step in steps if step not in kept)

@@ -87,7 +87,8 @@ class OptimConfig:
 
     Attributes:
         optimizer: "adamw", "adafactor", or a "module:function" that makes an optax transformation (train.optim).
-        learning_rate: the highest rate of the schedule. [transformers]
+        learning_rate: the highest rate of the schedule; 2e-4 under [lora] where it is not given. [transformers; QLoRA,
+            arXiv:2305.14314]
         lr_scheduler_type: how the rate falls after warming up; wsd holds it and decays it over the last decay_ratio of
             the steps. [transformers; WSD, arXiv:2404.06395]
         warmup_ratio: the part of all steps in which the rate rises from 0. [transformers]
@@ -195,7 +196,8 @@ class RunConfig:
         save_minutes: a save is due so long after the last one; 0 turns it off.
         keep_last: how many of the newest checkpoints stay.
         keep_every: beside them the checkpoints of its multiples stay; 0: none.
-        eval_steps: steps between two evaluations; 0 evaluates at the end only. [transformers]
+        keep_best: the checkpoint of the lowest held-out loss stays too, and is what final/ holds.
+        eval_steps: steps between two evaluations, beside those at the start and the end; 0: none. [transformers]
         max_skipped_steps: so many non-finite updates in a row end the run.
         report_to: where metrics go beside metrics.jsonl. [transformers]
         deterministic: asks the backend for bitwise repeatable kernels.
@@ -214,6 +216,7 @@ class RunConfig:
     save_minutes: float = 0.0
     keep_last: int = 3
     keep_every: int = 0
+    keep_best: bool = False
     eval_steps: int = 0
     max_skipped_steps: int = 10
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -235,6 +238,7 @@ class Config:
     run: RunConfig = RunConfig()
 
 
+LORA_LEARNING_RATE = 2e-4  # QLoRA's (arXiv:2305.14314), for models of up to 13 billion parameters
 OPTIMIZERS = ("adamw", "adafactor")
 
 # What may lie elsewhere when a run resumes: that it is the same is told by fingerprints of its content.
@@ -256,6 +260,7 @@ MAY_CHANGE = (
     "run.save_minutes",
     "run.keep_last",
     "run.keep_every",
+    "run.keep_best",
     "run.eval_steps",
     "run.max_skipped_steps",
     "run.report_to",
@@ -291,6 +296,8 @@ def read_config(table: dict[str, Any]) -> Config:
     Raises:
         PunaError: see `load_config`.
     """
+    if "lora" in table and isinstance(optim := table.get("optim", {}), dict):
+        table = table | {"optim": {"learning_rate": LORA_LEARNING_RATE} | optim}
     config = read(Config, {"model": {}, "data": {}} | table)
     _check(config)
     return config
@@ -410,6 +417,7 @@ def _refuse_unread(config: Config) -> None:
         ("optim.decay_ratio", "optim.lr_scheduler_type", optim.lr_scheduler_type != "wsd"),
         ("optim.min_lr_ratio", "optim.lr_scheduler_type", optim.lr_scheduler_type == "constant"),
         ("run.eval_steps", "data.eval_path", data.eval_path is None and not data.validation_split),
+        ("run.keep_best", "data.eval_path", data.eval_path is None and not data.validation_split),
         ("data.seed", "data.validation_split", not data.validation_split),
         ("data.on_overlong", "data.packing_strategy", data.packing_strategy == "wrapped"),
         ("mesh.sequence_parallel", "mesh.tensor", config.mesh.tensor == 1),

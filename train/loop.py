@@ -1,10 +1,10 @@
 """The training loop, which is a table of contents: what a run is made of, in the order in which it happens."""
 
 import importlib.metadata
+import math
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,9 +19,9 @@ from cli.files import atomic_path
 from model.errors import PunaError
 from train import distributed, resume
 from train.checkpoint import Checkpoints
-from train.config import Config
+from train.config import LORA_LEARNING_RATE, Config
 from train.data import Datasets, Sampler, in_order, load_dataset
-from train.export import Exporter
+from train.export import Exporter, export_step
 from train.integrity import CheckpointError
 from train.loader import prefetch, to_devices
 from train.metrics import MFU_FORMULA, MetricsFile, flops_per_token, peak_flops
@@ -29,7 +29,7 @@ from train.metrics_logger import MetricsLogger, NonFinite, ProgressDisplay
 from train.objective import Batch
 from train.optim import make_schedule
 from train.outputs import Outputs
-from train.plot import plot
+from train.plot import Painter
 from train.profile import Profile
 from train.reporters import REPORTERS, Reporter
 from train.schema import dump, flat
@@ -106,7 +106,7 @@ def train(config: Config) -> None:
             del start
         if before is None:
             assert state is not None
-            done, inputs = 0, inputs | {"base": weights}
+            done, best, inputs = 0, None, inputs | {"base": weights}
         else:
             frozen = None if state is None else state.frozen
             del state
@@ -114,6 +114,7 @@ def train(config: Config) -> None:
             resume.check_inputs(config, saved, inputs)
             resume.check_weights(config, saved, weights)
             state, inputs = replace(state, frozen=frozen), inputs | {"base": saved.get("base")}
+            best = saved.get("best")
         resume.check_steps(config, done, total)
         exporter = Exporter(config, model, base, tokenizer, datasets, display.say)
         if first:
@@ -128,6 +129,8 @@ def train(config: Config) -> None:
         display.say(
             f"{devices}; mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}"
         )
+        if config.lora is not None and config.optim.learning_rate == LORA_LEARNING_RATE:
+            display.say(f"optim.learning_rate is {LORA_LEARNING_RATE:g}, as under [lora] where it is not given")
         display.say(f"step {done} of {total}; {MFU_FORMULA}")
         display.begin(done)
         record = MetricsLogger(
@@ -140,7 +143,7 @@ def train(config: Config) -> None:
             sampler.epoch,
             partial(_name_rows, sampler),
         )
-        painter = stack.enter_context(ThreadPoolExecutor(1))
+        painter = stack.enter_context(closing(Painter(run_dir, outputs)))
 
         # --- the functions
         step = make_step(config, model, mesh, make_schedule(config.optim, total), shardings_of(abstract))
@@ -150,7 +153,12 @@ def train(config: Config) -> None:
         profile = stack.enter_context(Profile(run.profile_steps, run_dir / "profile"))
 
         def save(number: int, state: TrainState) -> None:
-            checkpoints.save(number, replace(state, frozen=None), inputs | {"step": number}, asdict(config))
+            checkpoints.kept = {best["step"]} if best else set()
+            data = inputs | {"step": number, "best": best}
+            checkpoints.save(number, replace(state, frozen=None), data, asdict(config))
+
+        if done == 0 and datasets.evaluation:
+            record.begin(eval_loss=evaluation_loss(evaluate, state, datasets, config, sharding))
 
         # --- the loop
         try:
@@ -158,14 +166,18 @@ def train(config: Config) -> None:
                 with profile.step(number):
                     state, metrics = step(state, rows)
                 record.push(number, metrics)
+                is_best = False
                 if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
-                    record.add(eval_loss=evaluation_loss(evaluate, state, datasets, config, sharding))
+                    loss = evaluation_loss(evaluate, state, datasets, config, sharding)
+                    record.add(eval_loss=loss)
+                    if is_best := run.keep_best and loss < (best["eval_loss"] if best else math.inf):
+                        best = {"step": number, "eval_loss": loss}
                 stopping = distributed.reached_preemption(number)
-                if checkpoints.due(number) or stopping or number == total:
+                if checkpoints.due(number) or is_best or stopping or number == total:
                     record.flush()
                     save(number, state)
                     if first:
-                        painter.submit(_paint, run_dir, outputs)
+                        painter.paint(last=stopping or number == total)
                 profile.after(number, state)
                 if stopping:
                     checkpoints.wait()
@@ -182,11 +194,18 @@ def train(config: Config) -> None:
             checkpoints.wait()
         except CheckpointError as error:  # the weights are here: final/ may yet be written
             failure = error
-        exporter.export(state, run_dir / "final")
+        if best is None or not run.keep_best or best["step"] == total or failure is not None:
+            exporter.export(state, run_dir / "final")
+        else:
+            display.say(
+                f"step {best['step']} has the lowest held-out loss, {best['eval_loss']:.4f}: final/ is that one"
+            )
+            if first:
+                export_step(run_dir, run_dir / "final", best["step"], overwrite=True)
         display.say(f"done: {run_dir / 'final'}")
         if failure is not None:
             raise failure
-        painter.shutdown()
+        painter.close()
         outputs.check()
 
 
@@ -244,11 +263,6 @@ def _metrics_writer(
         with outputs.spared(name):
             reporters[name] = REPORTERS[name](run_dir, dict(flat(config)), done)
     return stack.enter_context(closing(MetricsFile(run_dir, done, reporters, outputs))).write
-
-
-def _paint(run_dir: Path, outputs: Outputs) -> None:
-    with outputs.spared(run_dir / "training_loss.png"):
-        plot([run_dir], run_dir / "training_loss.png")
 
 
 def _name_rows(sampler: Sampler, steps: range) -> str:

@@ -48,6 +48,12 @@ class MetricsLogger:
         self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
         self._tokens, self._since = 0, time.monotonic()
 
+    def begin(self, **values: float) -> None:
+        """Writes what is known before the first step, as the line of step 0."""
+        self._write({"step": 0, **values})
+        self._display.say("step 0  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self._since = time.monotonic()
+
     def push(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step and finishes the step before.
 
