@@ -1,5 +1,5 @@
-"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, and chat, serve, batch, eval
-and judge."""
+"""The commands that make text: `python -m infer generate MODEL --prompt TEXT`, and chat, serve, batch, eval,
+judge and synthesize."""
 
 import typer
 
@@ -10,6 +10,7 @@ from infer.commands.eval import evaluate
 from infer.commands.generate import generate
 from infer.commands.judge import judge
 from infer.commands.serve import serve
+from infer.commands.synthesize import synthesize
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -22,6 +23,7 @@ def commands() -> None:
 for command in (generate, chat, serve, batch, judge):
     app.command()(command)
 app.command("eval")(evaluate)
+app.add_typer(synthesize, name="synthesize")
 
 
 if __name__ == "__main__":

@@ -51,20 +51,24 @@ class Endpoint:
         if finish is None:
             raise JobFailed(f"{self.client.base_url}: the reply broke off")
 
-    def answer(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        """The whole answer to the last message, and how many tokens the server read and wrote for it (0 if unsaid).
+    def complete(self, messages: Sequence[Message], attempt: int = 0) -> tuple[str, list[int], str]:
+        """The whole answer to the last message, how many tokens the server read and wrote for it (0 if unsaid), and
+        why it ended, as "stop" or "length".
 
         Raises:
             JobFailed: the server cannot be asked, or does not answer.
         """
+        settings = dict(self.settings)
+        if "seed" in settings:
+            settings["seed"] += attempt
         with one_line(self.client):
             asked = cast(Any, list(messages))
-            found = self.client.chat.completions.create(model=self.model, messages=asked, **self.settings)
+            found = self.client.chat.completions.create(model=self.model, messages=asked, **settings)
             if not found.choices:
                 raise ValueError("an answer without choices")
-            usage = found.usage
+            usage, choice = found.usage, found.choices[0]
             counts = [0, 0] if usage is None else [usage.prompt_tokens, usage.completion_tokens]
-            return found.choices[0].message.content or "", counts
+            return choice.message.content or "", counts, choice.finish_reason or "stop"
 
 
 @contextmanager

@@ -2,73 +2,26 @@
 
 import json
 import re
-import threading
 from collections import Counter
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from chat_server import chat_server
 from typer.testing import CliRunner
 
 from infer.__main__ import app
 from infer.evaluate.judge import read_pairs, verdict, win_rates, winner
 from model.errors import PunaError
 
-KEYS = {"vicuna": ("text", "text"), "mt_bench": ("turns", "choices")}
 
-
-@contextmanager
 def a_judge(decide, dies_after=None):
-    """A server of OpenAI's API whose verdict on two answers is that of `decide`; yields its URL and what was asked."""
-    asked, lock = [], threading.Lock()
+    """A server whose verdict on two answers is that of `decide`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def reply(body):
+        found = re.search(r"# Answer A\n(.*)\n\n# Answer B\n(.*)", body["messages"][-1]["content"], re.DOTALL)
+        assert found is not None
+        return f"Well: {decide(*found.groups())}"
 
-        def log_message(self, format, *arguments):
-            pass
-
-        def send(self, status, value):
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self):
-            self.send(
-                200, {"object": "list", "data": [{"id": "wise", "object": "model", "created": 0, "owned_by": "x"}]}
-            )
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                asked.append(body)
-                dead = dies_after is not None and len(asked) > dies_after
-            if dead:
-                self.send(400, {"error": {"message": "no credit left"}})
-                return
-            text = body["messages"][-1]["content"]
-            found = re.search(r"# Answer A\n(.*)\n\n# Answer B\n(.*)", text, re.DOTALL)
-            assert found is not None
-            one, other = found.groups()
-            said = {"role": "assistant", "content": f"Well: {decide(one, other)}"}
-            self.send(200, {
-                "id": "1", "object": "chat.completion", "created": 0, "model": "wise",
-                "choices": [{"index": 0, "message": said, "finish_reason": "stop"}],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
-            })  # fmt: skip
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return chat_server(reply, dies_after)
 
 
 def longer(one, other):

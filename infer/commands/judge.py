@@ -61,7 +61,7 @@ def judge(
     win rate counts a tie as half a win; its 95 % interval is a bootstrap over the questions. Judgments that end
     without a verdict are counted and left out.
     """
-    prices = _prices(price)
+    costs = prices(price)
     pairs = read_pairs(questions, first, second, references)
     path = output / "judgments.jsonl"
     header = {
@@ -85,15 +85,15 @@ def judge(
         "rates": {name: asdict(one) for name, one in rates.items()},
         "without verdict": unread, "position bias": position_bias(judged), "tokens": [read, written],
     }  # fmt: skip
-    if prices is not None:
-        results["cost"] = (read * prices[0] + written * prices[1]) / 1e6
+    if costs is not None:
+        results["cost"] = (read * costs[0] + written * costs[1]) / 1e6
     with atomic_path(output / "results.json", overwrite=True) as temporary:
         write_json(temporary, results)
     with atomic_path(output / "results.png", overwrite=True) as temporary:
         draw(temporary, first.stem, second.stem, rates)
     console = Console()
     console.print(table(first.stem, second.stem, rates))
-    cost = f", cost {results['cost']:.2f}" if prices is not None else ""
+    cost = f", cost {results['cost']:.2f}" if costs is not None else ""
     console.print(
         f"{len(judged)} questions, {unread} without a verdict; the same place preferred in both orders: "
         f"{results['position bias']:.0%}; {read:,} tokens read, {written:,} written{cost}"
@@ -105,7 +105,8 @@ def _judge(
 ) -> None:
     def ask(both: tuple[Pair, bool]) -> tuple[str, list[int]]:
         pair, swapped = both
-        return server.answer(pair.messages(swapped))
+        text, tokens, _ = server.complete(pair.messages(swapped))
+        return text, tokens
 
     with Output(path, path.with_suffix(".rejects.jsonl"), header, overwrite) as out:
         if out.complete:
@@ -134,7 +135,12 @@ def _said(output: Path) -> Any:
         return None
 
 
-def _prices(text: str | None) -> tuple[float, float] | None:
+def prices(text: str | None) -> tuple[float, float] | None:
+    """What `--price` says a million tokens cost, read and written; None where it is not given.
+
+    Raises:
+        PunaError: it is not two numbers.
+    """
     if text is None:
         return None
     try:
