@@ -82,9 +82,20 @@ class LlamaConfig:
         ):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise PunaError(f"{name} is {value!r}; it must be a positive integer")
-        for name, value in (("rope_theta", self.rope_theta), ("rms_norm_eps", self.rms_norm_eps)):
-            if not 0 < value < math.inf:
-                raise PunaError(f"{name} is {value}; it must be a positive number")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not is_number(value := getattr(self, name)) or not 0 < value < math.inf:
+                raise PunaError(f"{name} is {value!r}; it must be a positive number")
+        if not is_number(self.initializer_range) or not 0 <= self.initializer_range < math.inf:
+            raise PunaError(f"initializer_range is {self.initializer_range!r}; it must be a number from 0 on")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if type(value := getattr(self, name)) is not bool:  # the text "false" is true to Python
+                raise PunaError(f"{name} is {value!r}; it must be true or false")
+        for name, ids in (
+            ("eos_token_id", self.eos_token_id),
+            *((name, (getattr(self, name),)) for name in ("bos_token_id", "pad_token_id")),
+        ):
+            if wrong := [one for one in ids if one is not None and type(one) is not int]:
+                raise PunaError(f"{name} is {wrong[0]!r}; it must be a token's number")
         if self.num_hidden_layers > MOST_LAYERS:
             raise PunaError(f"num_hidden_layers is {self.num_hidden_layers}; no LLaMA has more than {MOST_LAYERS}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -127,7 +138,7 @@ class LlamaConfig:
         kept["eos_token_id"] = _as_tuple(config.get("eos_token_id", (2,)))
         kept["bos_token_id"] = config.get("bos_token_id", 1)
         if theta is not None:
-            kept["rope_theta"] = float(theta)
+            kept["rope_theta"] = float(theta) if is_number(theta) else theta
         if pieces is not None:
             kept["pieces"] = Pieces.from_hf(pieces)
         others = {key: value for key, value in given.items() if key not in known}
@@ -247,10 +258,15 @@ class LlamaConfig:
         return params | ({"use_scaled_rope": True} if scaling else {})
 
 
+def is_number(value: Any) -> bool:
+    """Whether JSON's value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _as_tuple(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 # The published LLaMAs, by lower-case name.

@@ -1,6 +1,7 @@
 """Configurations: honoured or refused, in the spellings of transformers 4 and 5 and of Meta."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -202,3 +203,27 @@ def test_other_keys_of_params_json():
     assert config == replace(PRESETS["llama2-7b"], intermediate_size=14336) and not said
     assert LlamaConfig.from_meta(meta | {"note": "x"}, say=said.append) == PRESETS["llama2-7b"]
     assert said == ["unknown keys, not used: note"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"attention_bias": 0}, "attention_bias is 0; it must be true or false"),
+        ({"mlp_bias": "no"}, "mlp_bias is 'no'; it must be true or false"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a positive number"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; it must be a positive number"),
+        ({"rope_theta": True}, "rope_theta is True; it must be a positive number"),
+        ({"initializer_range": "0.02"}, "initializer_range is '0.02'; it must be a number from 0 on"),
+        ({"bos_token_id": "1"}, "bos_token_id is '1'; it must be a token's number"),
+        ({"eos_token_id": [2, "3"]}, "eos_token_id is '3'; it must be a token's number"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token's number"),
+    ],
+)
+def test_values_of_another_type_are_refused_as_transformers_does(change, said):
+    own = PRESETS["llama-7b"].to_hf()
+    with pytest.raises(PunaError, match=re.escape(said)):
+        LlamaConfig.from_hf(own | change)
+    if "token" not in next(iter(change)) and "rope_theta" not in change:  # which it looks at when RoPE is made
+        with pytest.raises(Exception):  # noqa: B017
+            HFConfig(**(own | change))

@@ -247,6 +247,10 @@ def test_frozen_inputs_that_changed_are_named(copied, folder, monkeypatch):
             loop.train(longer)
         for path, data in kept.items():
             path.write_bytes(data)
+    other = copied / "other.jsonl"
+    other.write_text("".join((copied / "data.jsonl").read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(PunaError, match=r"on other data: data.path was '.*/data.jsonl' and is '.*/other.jsonl'; take"):
+        loop.train(replace(longer, data=replace(longer.data, path=str(other))))
     (copied / "base").rename(copied / "moved")
     (copied / "data.jsonl").rename(copied / "moved.jsonl")
     places = {"model": replace(longer.model, path=str(copied / "moved"))}

@@ -111,7 +111,7 @@ def train(config: Config) -> None:
             frozen = None if state is None else state.frozen
             del state
             state, saved, done = checkpoints.restore(replace(abstract, frozen=None))
-            resume.check_inputs(config, saved, inputs)
+            resume.check_inputs(config, before, saved, inputs)
             resume.check_weights(config, saved, weights)
             state, inputs = replace(state, frozen=frozen), inputs | {"base": saved.get("base")}
             best = saved.get("best")

@@ -64,27 +64,45 @@ def check_settings(config: Config) -> Config:
     return before
 
 
-def check_inputs(config: Config, saved: Inputs, now: Inputs) -> None:
+def check_inputs(config: Config, started: Config, saved: Inputs, now: Inputs) -> None:
     """Raises PunaError naming what of a run's inputs is not what it was. What an older checkpoint does not tell is not
-    compared."""
+    compared.
+
+    Args:
+        config: the run's, now.
+        started: the one that it was started with.
+        saved: the inputs of its checkpoint.
+        now: the inputs as they are.
+    """
     where, remedy = config.run.output_dir, "take it back, or give another run.output_dir"
     if saved["key"] != now["key"]:
         raise PunaError(
-            f"{where} holds a run on other data: what data.path names has changed since; restore it, "
-            "or give another run.output_dir"
+            f"{where} holds a run on other data: {_change('data.path', started.data.path, config.data.path)}; {remedy}"
         )
-    places = {"tokenizer": "model.tokenizer" if config.model.tokenizer else "model.path", "template": "data.template"}
-    for name, setting in places.items():
+    own = config.model.tokenizer
+    model = (
+        ("model.tokenizer", started.model.tokenizer, own)
+        if own
+        else ("model.path", started.model.path, config.model.path)
+    )
+    for name, changed in (
+        ("tokenizer", model),
+        ("template", ("data.template", started.data.template, config.data.template)),
+    ):
         if saved.get(name, now[name]) != now[name]:
-            raise PunaError(
-                f"{where} holds a run with another {name}: what {setting} names has changed since; {remedy}"
-            )
+            raise PunaError(f"{where} holds a run with another {name}: {_change(*changed)}; {remedy}")
     before, code = saved.get("code", {}), now["code"]
     once = {"run.prepare"}  # what it made is the data, which was compared: it need not be there any more
     if changed := [name for name in before if before[name] != code.get(name) and name not in once - code.keys()]:
         raise PunaError(
             f"{where} holds a run on other code: what {', '.join(changed)} names has changed since; {remedy}"
         )
+
+
+def _change(setting: str, before: Any, now: Any) -> str:
+    if before == now:
+        return f"what {setting} names has changed since"
+    return f"{setting} was {before!r} and is {now!r}"
 
 
 def check_weights(config: Config, saved: Inputs, now: dict[str, int] | None) -> None:
