@@ -8,9 +8,11 @@ import os
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from small_tokenizer import small_tokenizer
 
@@ -207,6 +209,15 @@ def test_mixed_schemas_nulls_and_wrong_types_are_named_by_line(tokenizer, config
         f"{tmp_path}/a.jsonl:5: key 'text': expected text, got a list",
         f"{tmp_path}/a.jsonl:6: key 'text' is missing; the record has 'instruction', 'output'",
     ]
+
+
+def test_what_tables_hold_beside_json_is_named_by_its_type(tokenizer, config, tmp_path):
+    rows = {"text": [b"x", b"y"], "when": [datetime(2026, 1, 1)] * 2}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    assert fault(config(path=path), tokenizer).startswith(f"{path}:1: key 'text': expected text, got bytes b'x'\n")
+    said = fault(config(path=path, columns={"text": "when"}), tokenizer)
+    assert "key 'text': expected text, got datetime datetime.datetime(2026, 1, 1, 0, 0)" in said
 
 
 def test_files_of_another_schema_are_named(tokenizer, config, tmp_path):

@@ -199,6 +199,11 @@ def test_a_hub_id_goes_to_the_datasets_library(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = [{"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}]  # the table says null for the second row's c
+    assert list(map(dict, datasets.Dataset.from_list(rows))) != rows
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+        assert records("org/name") == rows
     assert [row[:2] for row in read("org/name@v1:test[:10%]")] == [("org/name@v1:test[:10%]", n) for n in (1, 2, 3)]
     assert records("org/name") == ROWS
     assert asked == [("org/name", "v1", "test[:10%]"), ("org/name", None, "train")]

@@ -119,6 +119,7 @@ UNREAD = [  # the value, what makes that nothing reads it, and the remedy
     ("run.keep_every", 5, {"run": {"save_steps": 0}}),
     ("data.seed", 5, {}),
     ("data.on_overlong", "error", {"data": {"packing": True, "packing_strategy": "wrapped"}}),
+    ("data.on_overlong", "error", {"data": {"format": "text"}}),
     ("mesh.sequence_parallel", True, {}),
 ]
 
@@ -313,7 +314,7 @@ def test_a_setting_of_data_changes_the_rows(folder, name):
     assert rows(config_of(folder, needs, {"data": {name: value}})) != rows(config_of(folder, needs))
 
 
-@pytest.mark.parametrize(("setting", "value", "because"), UNREAD, ids=[setting for setting, *_ in UNREAD])
+@pytest.mark.parametrize(("setting", "value", "because"), UNREAD, ids=str)
 def test_a_setting_that_nothing_reads_is_refused_by_name(folder, setting, value, because):
     section, _, name = setting.partition(".")
     with pytest.raises(PunaError, match=rf"{setting} is .*, which nothing reads with .*: leave it out, or change"):

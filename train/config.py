@@ -14,7 +14,7 @@ from typing import Any, Literal
 from model.errors import PunaError
 from model.lora import check_saved_modules, target_weights
 from model.quantize import quantizer
-from train.data.config import DataConfig
+from train.data.config import DataConfig, sources
 from train.data.config import check as check_data
 from train.hints import meant
 from train.schema import PathText, flat, read, settings
@@ -420,6 +420,7 @@ def _refuse_unread(config: Config) -> None:
         ("run.keep_best", "data.eval_path", data.eval_path is None and not data.validation_split),
         ("data.seed", "data.validation_split", not data.validation_split),
         ("data.on_overlong", "data.packing_strategy", data.packing_strategy == "wrapped"),
+        ("data.on_overlong", "data.format", all(source.format == "text" for source in sources(data))),
         ("mesh.sequence_parallel", "mesh.tensor", config.mesh.tensor == 1),
         ("run.keep_every", "run.save_steps", not run.save_steps and not run.save_minutes),
     )

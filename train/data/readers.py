@@ -184,9 +184,10 @@ def _check_record(value: Any, written: str) -> dict[str, Any]:
 
 
 def kind(value: Any) -> str:
-    """The JSON name of a value's type."""
-    names = {dict: "an object", list: "a list", type(None): "null", bool: "a boolean"}
-    return names.get(type(value), "text" if isinstance(value, str) else f"the number {value!r}")
+    """The JSON name of a value's type; of what tables hold beside, the type's own."""
+    names = {dict: "an object", list: "a list", type(None): "null", bool: "a boolean", str: "text"}
+    number = f"the number {value!r}" if isinstance(value, int | float) else f"{type(value).__name__} {value!r}"
+    return names.get(type(value), number)
 
 
 def read_jsonl(file: Path, faults: Faults) -> Iterator[SourceRecord]:
@@ -334,7 +335,7 @@ def read_hub(path: str) -> Iterator[SourceRecord]:
         PunaError: it cannot be loaded.
     """
     for number, record in enumerate(load_hub(path), start=1):
-        yield SourceRecord(path, number, dict(record))
+        yield SourceRecord(path, number, {key: _without_nulls(value) for key, value in dict(record).items()})
 
 
 def load_hub(path: str) -> Any:
