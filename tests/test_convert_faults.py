@@ -164,9 +164,47 @@ def garbage_pickle(folder):
     return "pytorch_model.bin is truncated or no file of PyTorch weights"
 
 
+def pickle_weights(folder, weights):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def nested_pickle(folder):
+    pickle_weights(folder, {"state_dict": {"lm_head.weight": torch.zeros(99, 64)}, "epoch": 3})
+    return r"'state_dict' is a dict, no tensor; .* take them out: torch.save\(torch.load\('pytorch_model.bin'\)\['sta"
+
+
+def pickled_list(folder):
+    pickle_weights(folder, [torch.zeros(3)])
+    return "holds a list, no dict of tensors by name"
+
+
+def pickled_float8(folder):
+    pickle_weights(folder, {"lm_head.weight": torch.zeros(99, 64).to(torch.float8_e4m3fn)})
+    return "lm_head.weight has dtype float8_e4m3fn; weights are float64, float32"
+
+
+def huge_header(folder):
+    with first_shard(folder).open("wb") as file:  # sparse: no byte of it is on the disk
+        file.write((3 << 30).to_bytes(8, "little"))
+        file.truncate(4 << 30)
+    return "model-00001-of-00006.safetensors is truncated or not a safetensors file"
+
+
+def unknown_quantization(folder):
+    change_config(folder, quantization_config={"bits": 4, "group_size": 64})
+    return "quantized by a method that quant_method does not name are not read .*: give the unquantized model"
+
+
 @pytest.mark.parametrize(
     "break_it",
     [
+        nested_pickle,
+        pickled_list,
+        pickled_float8,
+        huge_header,
+        unknown_quantization,
         lose_shard,
         truncate,
         truncate_header,
