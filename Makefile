@@ -53,7 +53,7 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
 
 bench: $(VENV)/.dev
-	for name in decode train quantized lora checkpoint convert; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in decode train quantized lora checkpoint convert speculative serve; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 # docs/figures.md, from what the benchmarks wrote.
 figures:

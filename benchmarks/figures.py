@@ -16,9 +16,9 @@ PAGE = ROOT / "docs" / "figures.md"
 HEAD = """# Figures
 
 Written by `make figures` from `benchmarks/results/*.json`; edit those by running their benchmark, never this page.
-All were measured on 2 cores of an AMD EPYC without a GPU: `gguf.py`, `lora.py` and `quantized.py` on one with AVX-512,
-the rest on one without it. A ratio "of X" is our figure divided by X's. Times vary by a few percent from run to run;
-the two sides of a ratio were measured in turn, in the same run.
+All were measured on 2 cores of an AMD EPYC without a GPU: `gguf.py`, `lora.py`, `quantized.py`, `serve.py` and
+`speculative.py` on one with AVX-512, the rest on one without it. A ratio "of X" is our figure divided by X's. Times
+vary by a few percent from run to run; the two sides of a ratio were measured in turn, in the same run.
 """
 MALLOC = {
     "default": "as glibc has it",
@@ -127,6 +127,61 @@ def quantized_7b(result: dict[str, Any]) -> str:
     )
 
 
+def serve(result: dict[str, Any]) -> str:
+    rows, notes = [], []
+    for part, measured in result["parts"].items():
+        speeds = {(row["side"], row["requests"]): row for row in measured["rows"]}
+
+        def speed(side: str, count: int, speeds: dict[Any, Any] = speeds) -> float:
+            return median(speeds[side, count]["tokens_per_second"])
+
+        for (side, count), row in speeds.items():
+            if side == "read":
+                continue
+            others = [f"{speed('puna', count) / speed(side, count):.2f}" if side != "puna" else ""]
+            rows.append(
+                [part, side, count, f"{speed(side, count):.0f}", *others, f"{median(row['first_token_ms']):.0f}"]
+            )
+        if ("read", 1) in speeds:
+            read = median(speeds["read", 1]["gb_per_second"])
+            share = speed("engine", 1) * result["weights_gb"] / read
+            notes.append(
+                f"At batch 1 the engine makes {speed('engine', 1) / speed('generate', 1):.2f} of `generate`'s tokens a "
+                f"second. Its weights are {result['weights_gb']:.2f} GB, read for every token: {share:.0%} of the "
+                f"{read:.0f} GB/s that both cores read together in the same run."
+            )
+    setting = next(iter(result["parts"].values()))["setting"]
+    return section(
+        "Serving a 110M LLaMA beside llama.cpp's server and transformers",
+        setting["command"],
+        setting,
+        f"Output tokens a second of all requests together, each {setting['prompt']} tokens and {setting['new']} new "
+        "ones, and the median milliseconds to a first token. `puna` is `infer serve` over HTTP, `engine` and "
+        "`generate` are ours in process. In int8, `puna` is `--quantize int8 --activations int8` and llama.cpp's file is Q8_0.",
+        *notes,
+        table(["weights", "side", "requests", "tokens/s", "puna's of its", "first token, ms"], rows),
+    )
+
+
+def speculative(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["text"],
+            *(f"{median(row[side]):.0f}" for side in ("plain", "lookup")),
+            f"{row['ratio']:.2f}",
+            row["passes"],
+        ]
+        for row in result["rows"]
+    ]
+    return section(
+        "Speculative decoding by prompt lookup, 110M, float32, batch 1",
+        result["setting"]["command"],
+        result["setting"],
+        "Tokens a second; both sides make the same tokens. Passes are how often the model ran.",
+        table(["text", "plain", "lookup", "ratio", f"passes for {result['tokens']} tokens"], rows),
+    )
+
+
 def gguf(result: dict[str, Any]) -> str:
     rows = []
     for kind in dict.fromkeys(row["type"] for row in result["continuations"]):
@@ -201,6 +256,8 @@ def page() -> str:
         lora([results["lora"], results["lora_huge"]]),
         quantized(results["quantized"]),
         quantized_7b(results["quantized_7b"]),
+        serve(results["serve"]),
+        speculative(results["speculative"]),
         gguf(results["gguf"]),
         convert(results["convert"]),
         checkpoint(results["checkpoint"]),

@@ -1,6 +1,6 @@
 """Many requests on one model at once: continuous batching over the rows of one cache.
 
-The engine is a loop of steps. A step takes requests from the queue into free rows, writes one piece of one prompt,
+The engine is a loop of steps. A step takes requests from the queue into free rows, writes pieces of their prompts,
 starts one token for every live row, and only then reads the tokens that the step before started: the device computes
 while the host looks at text.
 """
@@ -63,7 +63,7 @@ class Engine:
         tokenizer: the model's; None where only tokens are wanted, and no text.
         rows: requests that are worked on at once.
         length: tokens of the longest request, prompt and text; None for the model's context, which is the most.
-        chunk: prompt tokens written in one step; bounds how long others wait for their next token.
+        chunk: prompt tokens written in one step, at most; bounds how long others wait for their next token.
         queue: requests that may wait.
         speculate: where proposals for the next tokens come from while few rows are live; the texts stay the same.
 
@@ -265,7 +265,7 @@ class Engine:
         """One turn: see the module's first lines."""
         self._drop_ended()
         self._take_waiting()
-        self._read_prompt()
+        self._read_prompts()
         if self._must_read_first():
             self._finish_tokens()
         started = self._start_tokens()
@@ -294,11 +294,16 @@ class Engine:
                 progress = self._waiting.popleft()
             self._rows.place(progress, self.tokenizer)
 
-    def _read_prompt(self) -> None:
-        """One piece of one prompt, each row in its turn; the last piece makes its row live."""
-        row = self._rows.next_to_read()
-        if row is None:
-            return
+    def _read_prompts(self) -> None:
+        """Pieces of prompts, each row in its turn, as long as another may fit into `chunk`."""
+        room = self.chunk
+        while room > 0 and (row := self._rows.next_to_read()):
+            before = len(row.cached) if row.begun else 0
+            self._read_prompt(row)
+            room -= max(len(row.cached) - before, 1)
+
+    def _read_prompt(self, row: Row) -> None:
+        """One piece of a prompt; the last makes its row live."""
         assert row.progress is not None
         if not row.begun:
             source, row.progress.reused = self._rows.begin(row)

@@ -1,39 +1,29 @@
-"""The engine makes what the uncached model makes, for every request of a storm, and compiles nothing on the way."""
+"""The engine makes what the uncached model makes, and compiles nothing on the way."""
 
 import threading
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from uncached import CONFIG, OPENINGS, adapted, recomputed
 
 from infer.engine import Engine, run_all
 from infer.generate import generate
 from infer.request import Full, Request
-from infer.sample import Sampling, sample, stack_sampling
-from model import LlamaConfig, forward, init_params
+from infer.sample import Sampling
+from model import forward, init_params
 from model.errors import PunaError
 from model.layout import per_layer, place
 from model.linear import product
 from model.llama import hidden
-from model.lora import LoraArray, add
 from model.params import LINEARS
 from model.quantize import quantize
 from model.selected import side_by_side
 from model.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
-
-CONFIG = LlamaConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4, eos_token_id=(),
-)  # fmt: skip
-STOP = 7
-OPENINGS = np.random.default_rng(0).integers(8, 96, (3, 40)).tolist()  # what prompts have in common
 
 
 @pytest.fixture(scope="module")
@@ -44,67 +34,6 @@ def params():
 @pytest.fixture
 def engine(params):
     return Engine(per_layer(params), CONFIG, rows=4, chunk=16, least_window=64)
-
-
-@partial(jax.jit, static_argnames="vocab")
-def choices(params, tokens, sampling, seen, counts, vocab):
-    """What each position of one text [T] makes of the next token, without a cache."""
-    logits = forward(params, tokens[None], CONFIG)[0][0]
-    rows = jax.tree.map(lambda x: jnp.broadcast_to(x[0], (len(tokens), *x.shape[1:])), sampling)
-    return sample(logits, rows, seen, jnp.arange(len(tokens)) + 1, counts)
-
-
-def recomputed(params, request, tokens):
-    """The tokens that follow the prompt, each computed from all before it at once."""
-    text = [*request.prompt, *tokens]
-    counts = np.zeros((128, CONFIG.vocab_size), np.int32)
-    for i, token in enumerate(tokens, len(request.prompt)):
-        counts[i:, token] += 1
-    seen = counts > 0
-    seen[:, list(request.prompt)] = True
-    padded = np.zeros(128, np.int32)
-    padded[: len(text)] = text
-    new = choices(params, padded, stack_sampling([request.sampling]), seen, counts, CONFIG.vocab_size)
-    return np.asarray(new)[len(request.prompt) - 1 : len(text) - 1].tolist()
-
-
-def random_request(rng):
-    sampling = Sampling(
-        temperature=rng.choice([0.0, 0.0, 0.7, 1.3]),
-        top_k=rng.choice([0, 5]),
-        top_p=rng.choice([1.0, 0.9]),
-        min_p=rng.choice([0.0, 0.05]),
-        repetition_penalty=rng.choice([1.0, 1.2]),
-        presence_penalty=rng.choice([0.0, 0.5]),
-        frequency_penalty=rng.choice([0.0, -0.3]),
-        logit_bias=rng.choice([(), ((11, 3.0), (12, -100.0))]),
-        seed=rng.randrange(2**40),
-    )
-    rest = [rng.randrange(8, 96) for _ in range(rng.randrange(1, 20))]
-    prompt = rng.choice(OPENINGS)[: rng.choice([0, 17, 30, 40])] + rest
-    return Request(prompt, rng.randrange(1, 40), sampling, stop_ids=rng.choice([(), (STOP,)]))
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.randoms(use_true_random=False))
-def test_a_storm_of_requests_gets_what_the_uncached_model_makes(params, rng):
-    """Fifty requests come at any time, some are cancelled, rows and prefixes are used again."""
-    engine = Engine(per_layer(params), CONFIG, rows=4, chunk=16, least_window=64)
-    submitted = []
-    for _ in range(50):
-        submitted.append(engine.submit(random_request(rng)))
-        for _ in range(rng.randrange(4)):
-            engine.step()
-        if rng.random() < 0.1:
-            rng.choice(submitted).cancel()
-    while engine.busy:
-        engine.step()
-    for progress in submitted:
-        request, tokens = progress.request, progress.tokens
-        assert tokens == recomputed(params, request, tokens), request
-        ended = bool(tokens) and tokens[-1] in request.stop_ids
-        assert progress.finish in ("cancelled", "stop" if ended else "length")
-        assert progress.finish == "cancelled" or ended or len(tokens) == request.max_new_tokens
 
 
 def test_a_common_prefix_is_read_once(params, engine):
@@ -221,12 +150,7 @@ def test_after_warming_up_nothing_compiles(params, engine):
 @pytest.mark.parametrize("form", [None, "nf4"])
 def test_rows_of_one_batch_use_their_own_adapters(params, form):
     base = params if form is None else quantized_linears(params)
-    trees = []
-    for seed, dora in enumerate([False, True, False]):
-        _, tree = add(
-            base, CONFIG, jax.random.key(seed), rank=2 + seed, alpha=8, dora=dora, targets=["q_proj", "down_proj"]
-        )
-        trees.append(jax.tree.map(partial(trained, seed), tree, is_leaf=lambda node: isinstance(node, LoraArray)))
+    trees = [adapted(base, seed, rank=2 + seed, dora=seed == 1) for seed in range(3)]
     apart = [per_layer(tree) for tree in trees]
     engine = Engine(side_by_side(apart, product), CONFIG, rows=4, chunk=16, least_window=64)
     asked = [Request(OPENINGS[0][:20], 15, Sampling(), adapter=i) for i in (-1, 0, 1, 2)]
@@ -239,13 +163,6 @@ def test_rows_of_one_batch_use_their_own_adapters(params, form):
     assert len(set(texts)) == 4
     again = list(run_all(engine, asked[::-1]))[-1]  # prefixes are used again only under the same adapter
     assert [progress.tokens for progress in again[::-1]] == [progress.tokens for progress in together]
-
-
-def trained(seed, leaf):
-    """An adapter that does something."""
-    if not isinstance(leaf, LoraArray):
-        return leaf
-    return replace(leaf, b=jax.random.normal(jax.random.key(seed + 9), leaf.b.shape))
 
 
 def quantized_linears(params):
