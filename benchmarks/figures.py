@@ -157,7 +157,8 @@ def serve(result: dict[str, Any]) -> str:
         setting,
         f"Output tokens a second of all requests together, each {setting['prompt']} tokens and {setting['new']} new "
         "ones, and the median milliseconds to a first token. `puna` is `infer serve` over HTTP, `engine` and "
-        "`generate` are ours in process. In int8, `puna` is `--quantize int8 --activations int8` and llama.cpp's file is Q8_0.",
+        "`generate` are ours in process. In int8, `puna` is `--quantize int8 --activations int8` and llama.cpp's file "
+        "is Q8_0.",
         *notes,
         table(["weights", "side", "requests", "tokens/s", "puna's of its", "first token, ms"], rows),
     )
