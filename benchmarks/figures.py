@@ -142,7 +142,7 @@ def serve(result: dict[str, Any]) -> str:
             rows.append(
                 [part, side, count, f"{speed(side, count):.0f}", *others, f"{median(row['first_token_ms']):.0f}"]
             )
-        if ("read", 1) in speeds:
+        if ("read", 1) in speeds:  # a part that has the engine and `generate` too
             read = median(speeds["read", 1]["gb_per_second"])
             share = speed("engine", 1) * result["weights_gb"] / read
             notes.append(
@@ -248,6 +248,9 @@ def checkpoint(result: dict[str, Any]) -> str:
     )
 
 
+NEW = {"serve": serve, "speculative": speculative}  # benchmarks that may not have run yet
+
+
 def page() -> str:
     """The text of docs/figures.md."""
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
@@ -257,8 +260,7 @@ def page() -> str:
         lora([results["lora"], results["lora_huge"]]),
         quantized(results["quantized"]),
         quantized_7b(results["quantized_7b"]),
-        serve(results["serve"]),
-        speculative(results["speculative"]),
+        *(show(results[name]) for name, show in NEW.items() if name in results),
         gguf(results["gguf"]),
         convert(results["convert"]),
         checkpoint(results["checkpoint"]),

@@ -1,13 +1,13 @@
 """Serving on the CPU beside llama.cpp's server and transformers: tokens a second and time to the first token.
 
-    python benchmarks/serve.py [--parts float32,int8] [--rounds 2]
+    python benchmarks/serve.py [--parts float32,in process,int8] [--rounds 2]
 
 1, 8 and 32 requests at once, each 32 random tokens continued by 128 greedily, on a LLaMA of 110M parameters (dim 768,
 12 layers, 12 heads, vocabulary 32,000) with random weights. Each side runs in a process of its own, alone, and is warm
-before the clock starts; sides take turns, `--rounds` times. The part float32 also measures the engine and `generate`
-without HTTP, transformers' `generate` of the same batch (its first token's time is that of a batch of one new token),
-and how fast this machine reads memory. In int8 our side is `--quantize int8 --activations int8`, llama.cpp's Q8_0.
-llama.cpp comes as xllamacpp, a wheel.
+before the clock starts; sides take turns, `--rounds` times. The part "in process" measures, in float32 too, the engine
+and `generate` without HTTP, transformers' `generate` of the same batch (its first token's time is that of a batch of
+one new token), and how fast this machine reads memory. In int8 our side is `--quantize int8 --activations int8`,
+llama.cpp's file Q8_0. llama.cpp comes as xllamacpp, a wheel.
 
 Prints a table and writes benchmarks/results/serve.json, where a part that is not run stays as it was.
 """
@@ -43,7 +43,8 @@ PROMPT, NEW, VOCABULARY = 32, 128, 32_000
 LEVELS = (1, 8, 32)
 RESULT = ROOT / "benchmarks" / "results" / "serve.json"
 PARTS = {
-    "float32": ("puna", "llama.cpp", "transformers", "engine", "generate", "read"),
+    "float32": ("puna", "llama.cpp"),
+    "in process": ("puna", "engine", "generate", "transformers", "read"),
     "int8": ("puna", "llama.cpp"),
 }
 Figures = tuple[float, float]  # tokens a second, and the median seconds to a first token
@@ -286,7 +287,7 @@ def setting(rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="of float32 and int8")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of float32, in process and int8")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
