@@ -281,4 +281,4 @@ def skip(x, layer, config, context, cache):
 
 
 def count(x, head, targets):
-    return jnp.sum(targets != IGNORE_INDEX)
+    return jnp.sum(targets != IGNORE_INDEX, dtype=jnp.float32)

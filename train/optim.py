@@ -147,9 +147,10 @@ def global_norm(tree: Any) -> Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
-def all_finite(tree: Any) -> Array:
-    """Whether every number of every leaf is finite: bool []."""
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]).all()
+def stays_finite(new: Any, old: Any) -> Array:
+    """Whether every number of every leaf that was finite still is: bool []."""
+    same = jax.tree.map(lambda after, before: jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)), new, old)
+    return jnp.stack(jax.tree.leaves(same)).all()
 
 
 def clip(grads: Any, norm: Array, max_norm: float) -> Any:
