@@ -16,7 +16,7 @@ from typing import Any
 from model.errors import PunaError
 from model.json_file import read_json
 from model.tokenizer_sources import chat_template, main_file
-from model.vocabulary import ROLES, AddedToken, Vocabulary, added_token, read_vocabulary
+from model.vocabulary import ROLES, AddedToken, Vocabulary, added_token, read_vocabulary, readable
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -36,7 +36,8 @@ class Tokenizer:
 
     Special tokens written in text are text: their ids come from `special_id`, `add_bos` and `add_eos` alone. Every call
     of `encode` stands for itself, so SentencePiece prefixes each piece of a template with its dummy space (as
-    transformers' legacy LlamaTokenizer does, on which the published templates rely).
+    transformers' legacy LlamaTokenizer does, on which the published templates rely); a tokenizer.json whose Metaspace
+    has the scheme "first" puts it before the first text alone.
 
     Args:
         added: tokens beside the trained vocabulary, each with its id.
@@ -60,6 +61,7 @@ class Tokenizer:
         ids = {token.content: token.id for token in added if token.id is not None}
         self._special_ids = {token.content: ids[token.content] for token in added if token.special}
         self._special_text = {id: content.encode() for content, id in self._special_ids.items()}
+        self._strips = {token.content: (token.lstrip, token.rstrip) for token in added if token.lstrip or token.rstrip}
         ordinary = [token for token in added if not token.special]
         self._ordinary_ids = {token.content: ids[token.content] for token in ordinary}
         longest_first = sorted(ordinary, key=lambda token: len(token.content), reverse=True)
@@ -70,18 +72,30 @@ class Tokenizer:
         for content, id in ids.items():
             self._pieces[id] = b"" if content in self._special_ids else content.encode()
         self._encode = vocabulary.encoder(self._special_ids.keys())
+        later = vocabulary.later_encoder
+        self._encode_later = self._encode if later is None else later(self._special_ids.keys())
         self._dummy_prefix, self._errors = vocabulary.dummy_prefix, vocabulary.errors
 
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self._special_ids.get(roles.get(r, "")) for r in ROLES)
         self.chat_template = chat_template
         self._files = files
 
-    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        add_bos: bool = False,
+        add_eos: bool = False,
+        *,
+        follows: bool = False,
+        literal: Collection[str] = (),
+    ) -> list[int]:
         """The ids of `text`, which never hold a special one but those asked for.
 
         Args:
             add_bos: put the beginning-of-text token before them.
             add_eos: put the end-of-text token after them.
+            follows: the text comes after a token, and begins no conversation or document.
+            literal: added tokens that are read as text here, though they are not special.
 
         Raises:
             PunaError: for a lone surrogate, and where the tokenizer has no such token to add.
@@ -94,10 +108,13 @@ class Tokenizer:
         ids = [self._required("bos", self.bos_id)] if add_bos else []
         start = 0
         for match in self._ordinary.finditer(text):
-            ids += self._encode(text[start : match.start()])
-            ids += [self._ordinary_ids[content] for content in match.groups() if content is not None]
+            found = next(content for content in match.groups() if content is not None)
+            if found in literal:
+                continue
+            ids += (self._encode_later if follows or start else self._encode)(text[start : match.start()])
+            ids.append(self._ordinary_ids[found])
             start = match.end()
-        ids += self._encode(text[start:])
+        ids += (self._encode_later if follows or start else self._encode)(text[start:])
         return [*ids, self._required("eos", self.eos_id)] if add_eos else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -119,6 +136,19 @@ class Tokenizer:
     def special_id(self, text: str) -> int | None:
         """The id of the special token written `text`, as in `special_id("<|eot_id|>")`; None if there is no such."""
         return self._special_ids.get(text)
+
+    def added_id(self, text: str) -> int | None:
+        """The id of the added token written `text`, special or not; None if there is no such."""
+        return self._special_ids.get(text, self._ordinary_ids.get(text))
+
+    def strips(self, text: str) -> tuple[bool, bool]:
+        """Whether the added token written `text` takes the blanks to its left, and those to its right."""
+        return self._strips.get(text, (False, False))
+
+    @property
+    def ordinary_tokens(self) -> Mapping[str, int]:
+        """The id of every added token that is not special, by its text."""
+        return self._ordinary_ids
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
@@ -199,14 +229,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.exists():
         raise PunaError(f"{path}: no such tokenizer file or folder")
     if path.is_file():
-        vocabulary = read_vocabulary(path)
         name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-        return _assemble(vocabulary, Companions(), {name: path})
+        return _assembled(path, Companions(), {name: path})
     files = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
-    main = main_file(files)
+    with readable(path):
+        main = main_file(files)
     if main is None:
         raise PunaError(f"{path} has no tokenizer: looked for tokenizer.model and tokenizer.json")
-    return _assemble(read_vocabulary(main), _companions(files, path), files)
+    return _assembled(main, _companions(files, path), files)
+
+
+def _assembled(main: Path, companions: "Companions", files: Mapping[str, Path]) -> Tokenizer:
+    vocabulary = read_vocabulary(main)
+    with readable(main):
+        return _assemble(vocabulary, companions, files)
 
 
 @dataclass(frozen=True)
@@ -246,25 +282,43 @@ def _assemble(vocabulary: Vocabulary, companions: Companions, files: Mapping[str
 
 
 def _companions(files: Mapping[str, Path], folder: Path) -> Companions:
-    said = {name: read_json(path) for name, path in files.items() if path.suffix == ".json"}
+    said: dict[str, dict[str, Any]] = {}
+    for name, path in files.items():
+        if path.suffix == ".json":
+            with readable(path):
+                said[name] = read_json(path)
     config = said.get("tokenizer_config.json", {})
     names = {key: value for key, value in said.get("special_tokens_map.json", {}).items() if value}
+    added: list[AddedToken] = []
+    if path := files.get("added_tokens.json"):
+        with readable(path):
+            added += [AddedToken(content, id) for content, id in said[path.name].items()]
+    if path := files.get("tokenizer.json"):
+        with readable(path):
+            added += map(added_token, said[path.name].get("added_tokens", []))
     # transformers: the map overrides the configuration of old checkpoints; a table of added tokens marks a new one.
     declared = names | config if "added_tokens_decoder" in config else config | names
-    added = [AddedToken(content, id) for content, id in said.get("added_tokens.json", {}).items()]
-    added += map(added_token, said.get("tokenizer.json", {}).get("added_tokens", []))
-    added += [added_token(t | {"id": int(id)}) for id, t in config.get("added_tokens_decoder", {}).items()]
-    others = [declared.get(key) for key in ("sep_token", "cls_token", "mask_token")]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = declared.get(key) or []
-        others += listed.values() if isinstance(listed, dict) else listed
-    return Companions(
-        added=added,
-        roles={role: _content(declared[role]) for role in ROLES if declared.get(role)},
-        specials=[_content(token) for token in others if token],
-        chat_template=chat_template(files, config, folder),
-    )
+    with readable(folder):
+        template = chat_template(files, config, folder)
+    # Both may say a token: the one that is read last names the file of an error.
+    with readable(files.get("tokenizer_config.json") or files.get("special_tokens_map.json") or Path("tokenizer")):
+        added += [added_token(t | {"id": int(id)}) for id, t in config.get("added_tokens_decoder", {}).items()]
+        others = [declared.get(key) for key in ("sep_token", "cls_token", "mask_token")]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            listed = declared.get(key) or []
+            if not isinstance(listed, list | dict):
+                raise PunaError(f"{key} is {listed!r:.80}: expected a list of tokens")
+            others += listed.values() if isinstance(listed, dict) else listed
+        return Companions(
+            added=added,
+            roles={role: _content(declared[role]) for role in ROLES if declared.get(role)},
+            specials=[_content(token) for token in others if token],
+            chat_template=template,
+        )
 
 
-def _content(token: str | dict[str, Any]) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _content(token: object) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise PunaError(f"a special token is {token!r:.80}: expected its text, or an object with its content")
+    return content

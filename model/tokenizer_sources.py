@@ -9,7 +9,7 @@ from typing import Any
 
 from model.errors import PunaError
 from model.json_file import read_json
-from model.vocabulary import is_ranks, parse_sentencepiece
+from model.vocabulary import is_ranks, parse_sentencepiece, readable
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def chat_template(files: Mapping[str, Path], config: Mapping[str, Any], folder: 
     if not isinstance(template, str | None):
         raise PunaError(f"{files['tokenizer_config.json']}: chat_template is no text, and no list of named ones")
     if (jinja := files.get("chat_template.jinja")) is not None:
-        own = jinja.read_text(encoding="utf-8")
+        with readable(jinja):
+            own = jinja.read_text(encoding="utf-8")
         if template not in (None, own):
             _say(f"{jinja} is read, as transformers does; tokenizer_config.json beside it has another chat_template")
         template = own

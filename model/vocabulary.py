@@ -6,7 +6,8 @@ Three readers, one for each kind of file: SentencePiece models, tiktoken ranks a
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ USUAL_ROLES = {
     "<|begin_of_text|>": "bos_token",
     "<|end_of_text|>": "eos_token",
 }
+MAX_VOCABULARY = 1 << 24  # far above any model's; each id below the largest takes memory
 SPACE = "▁"  # SentencePiece's mark for a space
 
 # Meta's Llama 3 tokenizer: how text is cut before merging, the special tokens after the ranks, and the longest text
@@ -70,6 +72,9 @@ class AddedToken:
     rstrip: bool = False
     single_word: bool = False
 
+    def __post_init__(self):
+        check_token(self.content, self.id)
+
     @property
     def pattern(self) -> str:
         """A regular expression that finds the token in text, with its content as the one group."""
@@ -88,6 +93,8 @@ class Vocabulary:
         added: tokens beside the trained vocabulary.
         roles: the special token's text by role, one of ROLES.
         encoder: makes, from the special tokens' texts, a function from text to ids that cannot yield them.
+        later_encoder: the same for text that follows a token, where that differs: Metaspace's scheme "first" puts a
+            space before the first text alone.
         dummy_prefix: whether encoding puts a space before a text, which decoding takes away.
         errors: the codec error handler for invalid UTF-8.
     """
@@ -99,6 +106,7 @@ class Vocabulary:
     encoder: Callable[[Set[str]], Callable[[str], list[int]]]
     dummy_prefix: bool
     errors: str
+    later_encoder: Callable[[Set[str]], Callable[[str], list[int]]] | None = None
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -107,15 +115,53 @@ def read_vocabulary(path: Path) -> Vocabulary:
     Raises:
         PunaError: the file is of no kind we know, or damaged.
     """
-    data = path.read_bytes()
-    if data.lstrip()[:1] == b"{":
-        return _read_merges(path)
-    return _read_ranks(data, path) if is_ranks(data) else _read_sentencepiece(data, path)
+    with readable(path):
+        data = path.read_bytes()
+        if data.lstrip()[:1] == b"{":
+            return _read_merges(path)
+        return _read_ranks(data, path) if is_ranks(data) else _read_sentencepiece(data, path)
 
 
-def added_token(entry: dict[str, Any]) -> AddedToken:
-    """The token of an entry of `added_tokens` in tokenizer.json, or of `added_tokens_decoder` with its id."""
-    return AddedToken(**{name: entry[name] for name in AddedToken.__dataclass_fields__ if name in entry})
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises PunaError, naming `path`, for what breaks while what it holds is interpreted."""
+    try:
+        yield
+    except PunaError as error:
+        raise error if str(path) in str(error) else PunaError(f"{path}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # the libraries that parse tokenizers raise every kind, Exception itself among them
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise PunaError(f"{path} is damaged, or says something no tokenizer says ({reason}): fetch it again") from error
+
+
+def added_token(entry: Any) -> AddedToken:
+    """The token of an entry of `added_tokens` in tokenizer.json, or of `added_tokens_decoder` with its id.
+
+    Raises:
+        PunaError: a value is of the wrong type.
+    """
+    if not isinstance(entry, dict):
+        raise PunaError(f"an added token is {entry!r:.80}, which is no JSON object")
+    token = AddedToken(**{name: entry[name] for name in AddedToken.__dataclass_fields__ if name in entry})
+    flags = {name: value for name, value in vars(token).items() if name not in ("content", "id")}
+    for name, value in {"normalized": entry.get("normalized", False), **flags}.items():
+        if not isinstance(value, bool):
+            raise PunaError(
+                f"the added token {token.content!r:.80} has {name} {value!r:.80}, which is not true or false"
+            )
+    return token
+
+
+def check_token(content: object, id: object) -> None:
+    """Raises PunaError for a token that is no text, or an id that is no number below MAX_VOCABULARY."""
+    if not isinstance(content, str) or not content or any(0xD800 <= ord(letter) < 0xE000 for letter in content):
+        raise PunaError(f"the token {content!r:.80} is no text")
+    if id is not None and (not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < MAX_VOCABULARY):
+        raise PunaError(
+            f"the token {content!r:.80} has the id {id!r:.80}: ids are whole numbers below {MAX_VOCABULARY}"
+        )
 
 
 # SentencePiece: LLaMA 1 and 2, and the vocabularies merged from them.
@@ -193,6 +239,10 @@ def _read_ranks(data: bytes, path: Path) -> Vocabulary:
         raise PunaError(f"{path}: a line is not a base64 token and its rank ({error}): the file is damaged") from None
     if sorted(ranks.values()) != list(range(len(lines))):
         raise PunaError(f"{path}: the {len(lines)} ranks do not count up from 0: the file is damaged")
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise PunaError(
+            f"{path} has no token for the byte 0x{missing[0]:02x}, which texts may hold: the file is damaged"
+        )
     library = tiktoken.Encoding(path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
     return Vocabulary(
         pieces=sorted(ranks, key=ranks.__getitem__),
@@ -227,6 +277,10 @@ def _read_merges(path: Path) -> Vocabulary:
         raise PunaError(f"{path}: a tokenizer model of type {model.get('type')!r} is not supported: LLaMA's are BPE")
     steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
     vocab: dict[str, int] = model["vocab"]
+    for piece, id in vocab.items():
+        check_token(piece, id)
+    if model.get("dropout"):
+        raise PunaError(f"{path} has dropout {model['dropout']!r}, which merges at random: set it to null")
     added = [added_token(entry) for entry in spec.get("added_tokens", [])]
     if "ByteLevel" in steps:
         spell, dummy_prefix, errors = partial(_spell_byte_level, byte_level_alphabet()), False, "replace"
@@ -237,18 +291,21 @@ def _read_merges(path: Path) -> Vocabulary:
     else:
         raise PunaError(f"{path}: a decoder of {sorted(steps)} is not supported: expected ByteLevel or byte fallback")
 
-    def encoder(specials: Set[str]) -> Callable[[str], list[int]]:
+    pre_tokenizer = spec.get("pre_tokenizer")
+
+    def encoder(specials: Set[str], cut: Any = pre_tokenizer) -> Callable[[str], list[int]]:
         # A special token leaves the vocabulary and the merges, so that no text can spell it. Added tokens, which this
         # library would look for in text, are Tokenizer's; truncation and post-processing are nobody's here.
         kept = {piece: id for piece, id in vocab.items() if piece not in specials or piece == model.get("unk_token")}
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         merges = [pair for pair in pairs if specials.isdisjoint((*pair, "".join(pair)))]
-        plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        plain = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None, "pre_tokenizer": cut}
         stripped = spec | plain | {"model": model | {"vocab": kept, "merges": merges}}
         library = tokenizers.Tokenizer.from_str(json.dumps(stripped))
         # A batch, though of one: it alone lets other threads run, and "fast" leaves out the offsets in the text.
         return lambda text: library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
+    later = _without_first_space(pre_tokenizer)
     pieces = [b""] * (max(vocab.values(), default=-1) + 1)
     for piece, id in vocab.items():
         pieces[id] = spell(piece)
@@ -261,7 +318,19 @@ def _read_merges(path: Path) -> Vocabulary:
         encoder=encoder,
         dummy_prefix=dummy_prefix,
         errors=errors,
+        later_encoder=None if later == pre_tokenizer else partial(encoder, cut=later),
     )
+
+
+def _without_first_space(cut: Any) -> Any:
+    """The pre-tokenizer for text that is not the first."""
+    if isinstance(cut, list):
+        return [_without_first_space(step) for step in cut]
+    if not isinstance(cut, dict):
+        return cut
+    if cut.get("type") == "Metaspace" and cut.get("prepend_scheme") == "first":
+        return cut | {"prepend_scheme": "never"}
+    return {key: _without_first_space(value) for key, value in cut.items()}
 
 
 def byte_level_alphabet() -> dict[str, int]:
