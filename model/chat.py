@@ -9,7 +9,8 @@ import bisect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from functools import partial
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,13 @@ BOS, EOS = "bos_token", "eos_token"  # special pieces that stand for the tokeniz
 
 
 class Piece(NamedTuple):
-    """Text, or one special token by name (`BOS`, `EOS`, or its text); `trained` where a loss is taken on it."""
+    """Text, or one token by name (`BOS`, `EOS`, or its text); `trained` where a loss is taken on it; `literal` are
+    added tokens that are not special and yet not looked for in the text."""
 
     text: str
     trained: bool = False
     special: bool = False
+    literal: frozenset[str] = frozenset()
 
 
 # --- from pieces to token ids
@@ -70,35 +73,57 @@ def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode_runs(
-    runs: Iterable[list[Piece]], tokenizer: Tokenizer, boundary: Callable[[list[int], str, str, Tokenizer], int]
+    runs: Iterable[list[Piece]], tokenizer: Tokenizer, boundary: Callable[..., int]
 ) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     trained: list[bool] = []
+    runs = _stripped(list(runs), tokenizer)
+    # What the template writes as a token, text of this conversation cannot spell, special or not.
+    written = {run[0].text for run in runs if run[0].special}
     for run in runs:
         text = "".join(piece.text for piece in run)
-        new = special_ids(text, tokenizer) if run[0].special else tokenizer.encode(text)
+        encode = partial(tokenizer.encode, follows=bool(ids), literal=written.union(*(piece.literal for piece in run)))
+        new = special_ids(text, tokenizer) if run[0].special else encode(text)
         start, prefix = len(ids), ""
         for piece, following in zip(run, run[1:], strict=False):
             prefix += piece.text
             if piece.trained != following.trained:
-                end = start + min(boundary(new, text, prefix, tokenizer), len(new))
+                end = start + min(boundary(new, text, prefix, tokenizer, encode), len(new))
                 trained.extend([piece.trained] * (end - len(trained)))
         ids.extend(new)
         trained.extend([run[-1].trained] * (len(ids) - len(trained)))
     return ids, trained
 
 
-def _count(ids: list[int], text: str, prefix: str, tokenizer: Tokenizer) -> int:
+def _stripped(runs: list[list[Piece]], tokenizer: Tokenizer) -> list[list[Piece]]:
+    """`runs` without the blanks that special tokens beside them take (lstrip and rstrip, as Phi-3's roles have)."""
+    for before, run in pairwise(runs):
+        if before[0].special and not run[0].special and tokenizer.strips(before[0].text)[1]:
+            _strip(run, range(len(run)), str.lstrip)
+    for run, after in pairwise(runs):
+        if after[0].special and not run[0].special and tokenizer.strips(after[0].text)[0]:
+            _strip(run, reversed(range(len(run))), str.rstrip)
+    return runs
+
+
+def _strip(run: list[Piece], order: Iterable[int], strip: Callable[[str], str]) -> None:
+    for number in order:
+        run[number] = run[number]._replace(text=strip(run[number].text))
+        if run[number].text:
+            return
+
+
+def _count(ids: list[int], text: str, prefix: str, tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> int:
     """How many tokens `prefix` has by itself."""
-    return len(tokenizer.encode(prefix))
+    return len(encode(prefix))
 
 
-def _align(ids: list[int], text: str, prefix: str, tokenizer: Tokenizer) -> int:
+def _align(ids: list[int], text: str, prefix: str, tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> int:
     """How many of `ids`, the tokens of `text`, end within `prefix`; counted where they do not spell the text."""
     ends = list(accumulate(len(tokenizer.token_bytes(id)) for id in ids))
     added = (ends[-1] if ends else 0) - len(text.encode())
     if added not in (0, 1):  # 1 is SentencePiece's dummy space
-        return _count(ids, text, prefix, tokenizer)
+        return _count(ids, text, prefix, tokenizer, encode)
     return bisect.bisect_right(ends, len(prefix.encode()) + added)
 
 
@@ -110,7 +135,7 @@ def special_ids(name: str, tokenizer: Tokenizer) -> list[int]:
     """
     if name == BOS:
         return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    found = tokenizer.eos_id if name == EOS else tokenizer.special_id(name)
+    found = tokenizer.eos_id if name == EOS else tokenizer.added_id(name)
     if found is None:
         wanted = "an EOS token" if name == EOS else f"the special token {name!r}"
         raise PunaError(f"the template writes {wanted}, which the tokenizer lacks: choose another template")
@@ -150,7 +175,7 @@ def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: To
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that end a reply under `template`: those of its stop tokens that the tokenizer has, and of EOS."""
-    own = [tokenizer.special_id(name) for name in template.stop_tokens if name != EOS]
+    own = [tokenizer.added_id(name) for name in template.stop_tokens if name != EOS]
     return tuple(dict.fromkeys(found for found in (*own, tokenizer.eos_id) if found is not None))
 
 
@@ -358,6 +383,7 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
         PunaError: the template does not compile, or refuses one exchange of user and assistant.
     """
     render = jinja_render(source, tokenizer)
+    own = frozenset(text for text in tokenizer.ordinary_tokens if text in source)
     reads = frozenset(re.findall(r"\w+", source))
 
     def template(
@@ -368,7 +394,8 @@ def jinja_template(source: str, tokenizer: Tokenizer) -> Template:
                 {**message, "content": _asked(message)} if isinstance(message.get("content"), str) else message
                 for message in messages
             ]
-            return [Piece(*piece) for piece in render(asked, add_generation_prompt, not add_generation_prompt, tools)]
+            rendered = render(asked, add_generation_prompt, not add_generation_prompt, tools)
+            return [Piece(*piece, literal=frozenset() if piece[2] else own) for piece in rendered]
 
         return Template(
             "chat_template", pieces, encode_aligned, stop_tokens=stop_tokens, reads=reads, with_tools=with_tools

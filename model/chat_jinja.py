@@ -1,14 +1,16 @@
 """A checkpoint's own jinja chat template, rendered in a sandbox, with what users wrote kept apart from what it writes.
 
 Before rendering, every special token that a message *contains* is broken by a mark that no message holds; after
-rendering, the special tokens that are still whole are the template's own, and the marks are taken out.
+rendering, the special tokens that are still whole are the template's own, and the marks are taken out. A template that
+looks for special tokens in messages (it splits an answer at `</think>`) would not find them so: where the text differs
+from what it writes of the messages as they are, the marks go before the special tokens that the template itself writes.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -65,6 +67,44 @@ class _Specials:
         return f"{before}{mark * core.startswith(self.tails)}{core}{mark * core.endswith(self.heads)}{after}"
 
 
+_ROLE_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class _Marker:
+    """Puts `mark` before the special tokens that a template writes, and not before those that it looks for."""
+
+    def __init__(self, specials: _Specials, mark: str):
+        self._pattern, self._mark = specials.pattern, mark
+        self.written = re.compile(f"{mark}(?:{specials.pattern.pattern})")
+
+    def text(self, value: str) -> str:
+        return self._pattern.sub(lambda found: self._mark + found[0], value)
+
+    def tree(self, node: nodes.Node, sought: bool = False) -> None:
+        """Change a parsed template; `sought` for what it compares a text with, splits it at or replaces in it."""
+        if isinstance(node, nodes.Const) and isinstance(node.value, str) and not sought:
+            node.value = self.text(node.value)
+        elif isinstance(node, nodes.TemplateData):
+            node.data = self.text(node.data)
+        elif isinstance(node, nodes.Name) and node.name in _ROLE_NAMES and node.ctx == "load" and not sought:
+            node.name = f"written_{node.name}"
+        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr):
+            self._sides(node.node, node.args, node.node.attr == "replace", sought)
+            return
+        if isinstance(node, nodes.Filter) and node.name == "replace":
+            self._sides(node.node, node.args, True, sought)
+            return
+        for child in node.iter_child_nodes():
+            self.tree(child, sought or isinstance(node, nodes.Compare | nodes.Test))
+
+    def _sides(self, text: nodes.Node | None, arguments: list[nodes.Expr], replacing: bool, sought: bool) -> None:
+        """A method of a text, or the filter `replace`: what it is given is sought, save what `replace` puts there."""
+        if text is not None:
+            self.tree(text, sought)
+        for number, argument in enumerate(arguments):
+            self.tree(argument, sought or not (replacing and number == 1))
+
+
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
@@ -100,20 +140,33 @@ def jinja_render(source: str, tokenizer: Tokenizer) -> Callable[..., list[tuple[
         compiled = environment.from_string(source)
     except TemplateError as error:
         raise PunaError(f"the chat template does not compile: {error}") from error
-    specials = _Specials(tokenizer.special_tokens)
+    # Added tokens that are not special are the template's too where it writes them, as DeepSeek-R1-Distill's roles are.
+    # Those in tag form, such as <think>, the model writes itself: in an answer they are tokens, as for transformers.
+    own = {text for text in tokenizer.ordinary_tokens if text in source}
+    specials = _Specials({*tokenizer.special_tokens, *own})
+    in_answers = _Specials({*tokenizer.special_tokens, *(text for text in own if not re.fullmatch(r"</?\w+>", text))})
     names: dict[int | None, str] = {number: text for text, number in tokenizer.special_tokens.items()}
-    constants: dict[str, Any] = {
-        "documents": None,
-        "bos_token": names.get(tokenizer.bos_id, ""),
-        "eos_token": names.get(tokenizer.eos_id, ""),
-        "pad_token": names.get(tokenizer.pad_id, ""),
-        "unk_token": names.get(tokenizer.unk_id, ""),
-    }
+    roles = dict(
+        zip(_ROLE_NAMES, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id), strict=True)
+    )
+    constants: dict[str, Any] = {"documents": None, **{role: names.get(id, "") for role, id in roles.items()}}
 
-    def text_of(messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, tools: Any = None) -> str:
+    @cache
+    def marked(mark: str) -> tuple[Any, _Marker]:
+        marker, tree = _Marker(specials, mark), environment.parse(source)
+        marker.tree(tree)
+        return environment.from_string(tree), marker
+
+    def text_of(
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Any = None,
+        template: Any = compiled,
+        **more: str,
+    ) -> str:
         try:
-            return compiled.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **constants
+            return template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **constants, **more
             )
         except Exception as error:  # a template is foreign code: whatever it does wrong, it refuses
             raise PunaError(f"the chat template refuses these messages: {error}") from error
@@ -125,14 +178,32 @@ def jinja_render(source: str, tokenizer: Tokenizer) -> Callable[..., list[tuple[
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[tuple[str, bool, bool]]:
         mark = _unused_mark([*messages, *(tools or [])])
-        protected = [specials.protect(message, mark) for message in messages]
-        written = partial(text_of, tools=None if tools is None else specials.protect(tools, mark))
-        text = written(protected, add_generation_prompt)
+
+        def protect(message: Mapping[str, Any]) -> Any:
+            return (in_answers if message.get("role") == "assistant" else specials).protect(message, mark)
+
+        given, pattern = [protect(message) for message in messages], specials.pattern
+        given_tools = None if tools is None else specials.protect(tools, mark)
+        written = partial(text_of, tools=given_tools)
+        text = written(given, add_generation_prompt)
+        if given != list(messages) or given_tools != tools:
+            plain = text_of(messages, add_generation_prompt, tools)
+            if text.replace(mark, "") != plain:  # the template looks for special tokens
+                template, marker = marked(mark)
+                more = {f"written_{role}": marker.text(constants[role]) for role in _ROLE_NAMES}
+                given, pattern = list(messages), marker.written
+                written = partial(text_of, tools=tools, template=template, **more)
+                text = written(given, add_generation_prompt)
+                if text.replace(mark, "") != plain:
+                    raise PunaError(
+                        "a message holds a special token that the chat template looks for in a way in which its own "
+                        "cannot be told from the message's: take special tokens out of the messages"
+                    )
         if _OPEN in text:
             text, spans = _tagged_spans(text)
         else:
-            spans = _assistant_spans(protected, text, written, specials) if masked else []
-        return _split(text, spans, specials, mark)
+            spans = _assistant_spans(given, text, written, pattern) if masked else []
+        return _split(text, spans, pattern, mark)
 
     return render
 
@@ -173,7 +244,7 @@ def _assistant_spans(
     messages: Sequence[Mapping[str, Any]],
     text: str,
     text_of: Callable[[Sequence[Mapping[str, Any]], bool], str],
-    specials: _Specials,
+    pattern: re.Pattern[str],
 ) -> list[tuple[int, int]]:
     """What each assistant message adds to its generation prompt, through the special token that ends it."""
     spans = []
@@ -186,15 +257,17 @@ def _assistant_spans(
                 "the chat template rewrites earlier turns, so the tokens of an answer cannot be told: "
                 "enclose them in {% generation %} in the template, or choose a named template"
             )
-        ends = [found.end() for found in specials.pattern.finditer(replied, len(prompt))]
+        ends = [found.end() for found in pattern.finditer(replied, len(prompt))]
         closed = bool(ends) and not replied[ends[-1] :].strip()
         spans.append((len(prompt), ends[-1] if closed else len(replied)))
     return spans
 
 
-def _split(text: str, spans: Sequence[tuple[int, int]], specials: _Specials, mark: str) -> list[tuple[str, bool, bool]]:
+def _split(
+    text: str, spans: Sequence[tuple[int, int]], pattern: re.Pattern[str], mark: str
+) -> list[tuple[str, bool, bool]]:
     """Cut `text` at special tokens and at the ends of trained spans, and take the marks out."""
-    found = {match.start(): match.end() for match in specials.pattern.finditer(text)}
+    found = {match.start(): match.end() for match in pattern.finditer(text)}
     cuts = sorted({0, len(text), *found, *found.values(), *(end for span in spans for end in span)})
     pieces = []
     for start, end in zip(cuts, cuts[1:], strict=False):
