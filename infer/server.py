@@ -43,6 +43,7 @@ from infer.served import Served
 from infer.tools import Form
 from model.errors import PunaError
 
+MAX_TOKENIZE = 1 << 20  # bytes of text that /tokenize takes: about a second of work
 HEADERS = {  # of answers by status
     413: {"Connection": "close"},  # the body may not be read to its end: the connection is of no more use
     429: {"Retry-After": "1"},
@@ -322,6 +323,10 @@ class Api:
             )
         else:
             assert body.prompt is not None
+            if (size := len(body.prompt.encode(errors="surrogatepass"))) > MAX_TOKENIZE:
+                raise ApiError(
+                    400, f"prompt has {size:,} bytes; at most {MAX_TOKENIZE:,} at once: send parts", "prompt"
+                )
             special = tokenizer.special_id(body.prompt)
             add_bos = body.add_special_tokens is not False and tokenizer.bos_id is not None
             ids = [special] if special is not None else await asyncio.to_thread(tokenizer.encode, body.prompt, add_bos)
