@@ -134,8 +134,9 @@ class _Locked:
         return path in ("/health", "/") or path.startswith("/page/")
 
     def _knows(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-        return any([hmac.compare_digest(given, key) for key in self._keys])  # all of them, whichever fits
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        fits = [hmac.compare_digest(given.strip(), key) for key in self._keys]  # all of them, whichever fits
+        return scheme.lower() == b"bearer" and any(fits)  # schemes are of either case: RFC 9110, section 11.1
 
 
 class Api:

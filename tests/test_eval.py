@@ -282,6 +282,13 @@ def test_dialogsum_is_rouge_over_all_references(data_dir):
         (["--task", "no_such_task"], "--task no_such_task: neither one of ours nor one of lm-eval's"),
         (["--task", "perplexity", "--data", "{mmlu}/none.txt"], "none.txt is missing"),
         (["--task", "perplexity", "--data", "{mmlu}/a.txt", "--window", "9", "--stride", "9"], "--stride 9"),
+        (["--task", "perplexity", "--data", "{mmlu}"], "is a folder: give a file of it"),
+        (["--task", "perplexity", "--data", "{mmlu}/a.txt", "--template", "llama3"], "does not read --template"),
+        (["--task", "perplexity", "--data", "{mmlu}/a.txt", "--api-key", "x"], "no MODEL is the URL of one"),
+        (["--task", "perplexity", "--data", "{mmlu}/a.txt", "--output", "{mmlu}/a.txt"], "is a file: give a folder"),
+        (["--task", "mmlu", "--data", "{mmlu}/a.txt", "--shots", "0", "--split", "val"], "is one file, without splits"),
+        (["--task", "mmlu", "--data", "{mmlu}/a.txt", "--shots", "0"], "a.txt:1: not valid JSON"),
+        (["=x", "--task", "mmlu", "--data", "{mmlu}"], "=x: give a model, or NAME=MODEL"),
         (["{model}", "--task", "mmlu", "--data", "{mmlu}"], "a second model named 'model'"),
     ],
 )
@@ -306,5 +313,5 @@ def test_a_fault_of_the_data_is_said_with_its_line(tmp_path):
     with pytest.raises(PunaError, match=r"formal_logic_test.csv:2: column answer is missing"):
         Mmlu(tmp_path, 0)
     (tmp_path / "bad.jsonl").write_text('{"dialogue": "a", "summary": "b"}\n{"dialogue": 3}\n')
-    with pytest.raises(PunaError, match=r"bad.jsonl:2: dialogue is missing, or no str"):
+    with pytest.raises(PunaError, match=r"bad.jsonl:2: dialogue is 3, which is no text"):
         DialogSum(tmp_path / "bad.jsonl")

@@ -103,6 +103,13 @@ def evaluate(
         "window": window, "stride": stride, "max_new_tokens": max_new_tokens, "limit": limit, "template": template,
     }  # fmt: skip
     results = Results(output, {name: value for name, value in settings.items() if value is not None}, overwrite)
+    named = _named(models)
+    if not any(map(_is_url, named.values())) and (served or api_key):
+        raise PunaError("--model and --api-key are of servers, and no MODEL is the URL of one")
+    if task == "perplexity" and template is not None:
+        raise PunaError("--task perplexity does not read --template: a text is no conversation")
+    if output is not None and output.exists() and not output.is_dir():
+        raise PunaError(f"--output {output} is a file: give a folder")
     devices = start_mesh(mesh)
 
     def questions(evaluated: Evaluated | None) -> Task:
@@ -111,7 +118,7 @@ def evaluate(
             case "perplexity":
                 return Perplexity(data, evaluated, window, stride)
             case "mmlu":
-                return Mmlu(data, 5 if shots is None else shots, split or "test")
+                return Mmlu(data, 5 if shots is None else shots, split)
             case "ceval":
                 chosen = decode or "constrained"
                 return CEval(data, 5 if shots is None else shots, split or "val", chosen, template is not None)
@@ -137,7 +144,7 @@ def evaluate(
         }
         return Local(evaluated, devices), header
 
-    for name, place in _named(models).items():
+    for name, place in named.items():
         with ExitStack() as stack:
             if _is_url(place):
                 from infer.endpoint import connect
@@ -175,7 +182,9 @@ def _named(models: list[str]) -> dict[str, str]:
             place = text
             path = Path(text.rstrip("/")) if _is_url(text) else Path(text).expanduser().resolve()
             name = path.parent.name if path.name == "final" else path.name
-        if not name or name in found:
+        if not name or not place:
+            raise PunaError(f"{text}: give a model, or NAME=MODEL")
+        if name in found:
             raise PunaError(f"{text}: a second model named {name!r}: name it, as other={place}")
         found[name] = place
     return found

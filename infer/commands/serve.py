@@ -25,7 +25,7 @@ from model.errors import PunaError
 def serve(
     model: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     name: Annotated[
         str | None, typer.Option(help="What requests call the model; its folder's name if not given.")
     ] = None,
@@ -60,6 +60,10 @@ def serve(
     from infer.serve import serve as run_server
     from infer.served import Served
 
+    if wrong := [key for key in api_key or [] if not (key and key.isascii() and key.isprintable() and " " not in key)]:
+        raise PunaError(
+            f"--api-key {wrong[0]!r}: give a key of ASCII characters without spaces, or none to ask for none"
+        )
     keep_programs()
     source = find_model(model, tokenizer)
     adapters = named_adapters(adapter or [])

@@ -48,7 +48,7 @@ class Mmlu:
             file whose records have `subject`, `input` (the whole prompt) and `output` (the letter), as QLoRA's.
         shots: examples before each question, from `dev`. As in the paper's code, fewer where the model's context has
             no room for all.
-        split: which of the folder's splits to ask.
+        split: which of the folder's splits to ask; None for its test.
 
     Raises:
         PunaError: no such files, or `path:line: reason`.
@@ -56,14 +56,17 @@ class Mmlu:
 
     name = "mmlu"
 
-    def __init__(self, data: Path, shots: int = 5, split: str = "test"):
+    def __init__(self, data: Path, shots: int = 5, split: str | None = None):
         self.questions: list[tuple[str, list[str], str]] = []  # subject, prompts with fewer and fewer examples, letter
         if data.is_dir():
+            split = split or "test"
             if not 0 <= shots <= MOST_SHOTS:
                 raise PunaError(f"--shots is {shots}: MMLU has 0 to {MOST_SHOTS} examples for each subject")
             for path in sorted((data / split).glob(f"*_{split}.csv")):
                 self._read_subject(data, path, path.name.removesuffix(f"_{split}.csv"), shots)
         else:
+            if split is not None:
+                raise PunaError(f"{data} is one file, without splits: leave out --split, or give the folder")
             if shots:
                 raise PunaError(
                     f"{data} holds whole prompts and no examples: give --shots 0, or the folder of CSV files"
@@ -71,7 +74,9 @@ class Mmlu:
             for record in read_records(data, {"subject": str, "input": str, "output": str}):
                 self.questions.append((record["subject"], [record["input"]], record["output"].strip()))
         if not self.questions:
-            raise PunaError(f"{data}: no questions; give MMLU's folder with {split}/SUBJECT_{split}.csv")
+            raise PunaError(
+                f"{data}: no questions; give MMLU's folder with {split or 'test'}/SUBJECT_{split or 'test'}.csv"
+            )
         if wrong := next((letter for *_, letter in self.questions if letter not in LETTERS), None):
             raise PunaError(f"{data}: an answer is {wrong!r}, which is none of {', '.join(LETTERS)}")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infer.evaluate.subject import Local, Subject
-from infer.evaluate.task import Answer, Scores, read_records
+from infer.evaluate.task import Answer, Scores, check_file, read_records
 from infer.evaluation import Evaluated
 from model.errors import PunaError
 
@@ -97,8 +97,7 @@ def windows(ids: Sequence[int], prefix: int, window: int, stride: int) -> list[W
 def _documents(path: Path) -> list[str]:
     if path.suffix in (".jsonl", ".json"):
         return [record["text"] for record in read_records(path, {"text": str}) if record["text"]]
-    if not path.is_file():
-        raise PunaError(f"{path} is missing")
+    check_file(path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -46,6 +46,14 @@ class Task(Protocol):
         ...
 
 
+def check_file(path: Path) -> None:
+    """Raises PunaError where `path` is no file."""
+    if path.is_dir():
+        raise PunaError(f"{path} is a folder: give a file of it")
+    if not path.exists():
+        raise PunaError(f"{path} is missing")
+
+
 def read_csv(path: Path, columns: Sequence[str], header: bool) -> list[dict[str, str]]:
     """The rows of a CSV file.
 
@@ -85,19 +93,27 @@ def read_records(path: Path, columns: Mapping[str, type]) -> Iterator[dict[str, 
             text = file.read()
         except UnicodeDecodeError as error:
             raise PunaError(f"{path}: {error}") from None
-    lines = [line for line in text.split("\n") if line.strip()] if not text.lstrip().startswith("[") else None
+    if text.lstrip().startswith("["):
+        records = list(enumerate(_decoded(text, str(path)), 1))
+    else:
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        records = [(number, _decoded(line, f"{path}:{number}")) for number, line in lines]
+    for number, record in records:
+        for name, kind in columns.items():
+            if not isinstance(record, dict) or name not in record:
+                raise PunaError(f"{path}:{number}: {name} is missing")
+            if not isinstance(record[name], kind):
+                raise PunaError(f"{path}:{number}: {name} is {record[name]!r}, which is no text")
+        yield record
+
+
+def _decoded(text: str, where: str) -> Any:
     try:
-        records = json.loads(text) if lines is None else map(json.loads, lines)
-        for number, record in enumerate(records, 1):
-            for name, kind in columns.items():
-                if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-                    raise PunaError(f"{path}:{number}: {name} is missing, or no {kind.__name__}")
-            yield record
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PunaError(f"{path} is not valid JSON: {error}") from None
+        raise PunaError(f"{where}: not valid JSON: {error}") from None
 
 
 def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise PunaError(f"{path} is missing")
+    check_file(path)
     return path.open(encoding="utf-8-sig", newline="")
