@@ -19,7 +19,7 @@ from convert.names import hf_name, parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.json_file import read_json
-from model.lora import module_value
+from model.lora import SAVED_MODULES, module_value
 
 COMPANIONS = "model"  # the folder of a run that says what is trained
 _PARAMS = "params."
@@ -103,7 +103,7 @@ def adapter_tensors(folder: Path, settings: Mapping[str, Any]) -> dict[str, Lazy
                     tensor = tensor.narrow(1 if part == "a" else 0, 0, rank).transposed()
                 found[f"base_model.model.{module}.{name}"] = tensor
     for module in settings.get("modules_to_save") or ():
-        name = {"embed_tokens": "embed", "lm_head": "lm_head"}[module]
+        name = SAVED_MODULES[module]
         tensor = _tensor(folder, arrays, name)
         found[f"base_model.model.{hf_name(name)}"] = tensor.transposed() if name == "lm_head" else tensor
     return found

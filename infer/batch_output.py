@@ -171,6 +171,11 @@ class Output:
         self._header.unlink()
 
 
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """The objects of a whole file of answers."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 

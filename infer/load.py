@@ -13,6 +13,7 @@ from cli.said import say_once
 from convert.adapter_fit import adapted_config
 from convert.adapters import apply_adapters
 from convert.checkpoint import Checkpoint
+from convert.generation import NAME as GENERATION
 from convert.generation import read_generation
 from convert.load import Quantize, load_params
 from convert.peft import Adapter, read_adapter
@@ -111,7 +112,7 @@ def find_model(model: str, tokenizer: str | Path | None = None, adapters: Sequen
     except PunaError as error:
         raise PunaError(f"{error}; name another place with --tokenizer") from None
     folders = (*(adapter.folder for adapter in reversed(origin.adapters)), checkpoint.folder)
-    files = (folder / "generation_config.json" for folder in folders)
+    files = (folder / GENERATION for folder in folders)
     defaults = next((file for file in files if file.exists()), None)
     source = ModelSource(checkpoint, config, own, {} if defaults is None else read_generation(defaults), found)
     _say_other_ends(source)

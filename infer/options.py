@@ -37,6 +37,12 @@ DraftOption = Annotated[
     str | None, typer.Option(help="A smaller model of the same tokenizer that proposes tokens; the same text, sooner.")
 ]
 
+# --- what a server costs
+
+PriceOption = Annotated[
+    str | None, typer.Option(metavar="IN,OUT", help="Of a million tokens read and written, to say the cost.")
+]
+
 # --- how tokens are chosen
 
 TemperatureOption = Annotated[float | None, typer.Option(help="0 takes the likeliest token.")]
@@ -61,3 +67,20 @@ def quantization(
         raise PunaError("--activations int8: the codes of nf4 are no integers; give --quantize int8 or int4")
     make = None if quantize is None else quantizer(quantize, block or 64, double_quant)
     return Quantization(make, activations or "float")
+
+
+def prices(text: str | None) -> tuple[float, float] | None:
+    """What `--price` says a million tokens cost, read and written; None where it is not given.
+
+    Raises:
+        PunaError: it is not two numbers.
+    """
+    if text is None:
+        return None
+    try:
+        read, written = map(float, text.split(","))
+        if not (0 <= read < 1e9 and 0 <= written < 1e9):
+            raise ValueError
+        return read, written
+    except ValueError:
+        raise PunaError(f"--price {text}: give two numbers, as 2.5,10") from None

@@ -10,6 +10,7 @@ import jax
 from cli.files import atomic_path, copy_files, write_json
 from convert import manifest
 from convert.checkpoint import WriteOptions
+from convert.generation import NAME as GENERATION
 from convert.peft import adapter_settings, save_adapter, write_adapter
 from convert.run import COMPANIONS, adapter_tensors, companions, is_adapter_step, read_step
 from convert.save import save_model, write_model
@@ -23,8 +24,6 @@ from model.tokenizer import TOKENIZER_FILES, Tokenizer
 from train.config import Config
 from train.data import Datasets
 from train.state import TrainState, join
-
-_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Companions:
                 if said.pop("chat_template", None) is not None:  # two templates that differ would be one too many
                     write_json(file, said)
         if self.generation:
-            write_json(folder / _GENERATION, dict(self.generation))
+            write_json(folder / GENERATION, dict(self.generation))
 
 
 class Exporter:
@@ -109,7 +108,7 @@ def _companions(
     model: LlamaConfig, base: Source | None, tokenizer: Tokenizer, datasets: Datasets, say: Callable[[str], None]
 ) -> Companions:
     folders = [] if base is None else [*(a.folder for a in reversed(base.adapters)), base.checkpoint.folder]
-    file = next((folder / _GENERATION for folder in folders if (folder / _GENERATION).is_file()), None)
+    file = next((folder / GENERATION for folder in folders if (folder / GENERATION).is_file()), None)
     generation = {} if file is None else read_json(file)
     names = {dataset.template for dataset in datasets.train}
     if len(names) > 1:
@@ -135,7 +134,7 @@ class _Files:
         self.folder = folder
 
     def save(self, folder: Path) -> None:
-        copy_files((*TOKENIZER_FILES, _GENERATION), self.folder, folder)
+        copy_files((*TOKENIZER_FILES, GENERATION), self.folder, folder)
 
 
 def export_step(run_dir: Path, destination: Path, step: int | None = None, overwrite: bool = False) -> int:

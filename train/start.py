@@ -13,6 +13,7 @@ from convert.tokenizer_files import find_tokenizer
 from model.attention import ATTENTIONS
 from model.config import PRESETS, LlamaConfig, RopeScaling
 from model.errors import PunaError
+from model.lora import SAVED_MODULES
 from model.pieces import Pieces, load_function
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer
@@ -112,7 +113,7 @@ def with_adapter_settings(config: Config, base: Source | None) -> Config:
 def _lora_of(adapter: Adapter) -> LoraConfig:
     """What [lora] would say of an adapter. Raises PunaError for parts that do not train here."""
     said = adapter.settings
-    tables = {"embed": "embed_tokens", "lm_head": "lm_head"}
+    tables = {name: module for module, name in SAVED_MODULES.items()}
     others = [name for name in (*adapter.factors, *adapter.tokens) if name in tables]
     others += [name for name in adapter.saved if name not in tables]
     others += [f"the bias of {name}" for name, factors in adapter.factors.items() if factors.bias is not None]

@@ -12,20 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.files import at_home, atomic_path, sha256_of, write_json
+from cli.picture import picture
 from cli.progress import progress
-from infer.batch_output import Output
+from infer.batch_output import Output, read_answers
 from infer.endpoint import Endpoint, connect
 from infer.evaluate.judge import (
     Pair,
     Rate,
     position_bias,
-    read_judged,
     read_pairs,
     tokens_of,
     verdict,
     win_rates,
     winner,
 )
+from infer.options import PriceOption, prices
 from model.errors import JobFailed, PunaError
 
 STEP = 8  # questions between two writes
@@ -49,9 +50,7 @@ def judge(
         typer.Option(parser=at_home, metavar="PATH", help="JSONL of correct answers, shown to the judge."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a judgment.")] = 1024,
-    price: Annotated[
-        str | None, typer.Option(metavar="IN,OUT", help="Of a million tokens read and written, to say the cost.")
-    ] = None,
+    price: PriceOption = None,
     parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests at once.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Judge again what DIR holds.")] = False,
 ) -> None:
@@ -75,7 +74,7 @@ def judge(
                 raise PunaError(f"{path} holds judgments of other answers or settings: give another --output")
         else:
             _judge(pairs, server, path, header, parallel, overwrite)
-    judged = read_judged(path)
+    judged = read_answers(path)
     rates, (read, written) = win_rates(judged), tokens_of(judged)
     unread = sum(one["winner"] is None for one in judged)
     if not rates:
@@ -135,23 +134,6 @@ def _said(output: Path) -> Any:
         return None
 
 
-def prices(text: str | None) -> tuple[float, float] | None:
-    """What `--price` says a million tokens cost, read and written; None where it is not given.
-
-    Raises:
-        PunaError: it is not two numbers.
-    """
-    if text is None:
-        return None
-    try:
-        read, written = map(float, text.split(","))
-        if not (0 <= read < 1e9 and 0 <= written < 1e9):
-            raise ValueError
-        return read, written
-    except ValueError:
-        raise PunaError(f"--price {text}: give two numbers, as 2.5,10") from None
-
-
 def table(first: str, second: str, rates: dict[str, Rate]) -> Table:
     """One row for each category."""
     shown = Table(title=f"{first} against {second}", box=box.SIMPLE)
@@ -165,22 +147,17 @@ def table(first: str, second: str, rates: dict[str, Rate]) -> Table:
 
 def draw(path: Path, first: str, second: str, rates: dict[str, Rate]) -> None:
     """Wins, ties and losses of each category as one bar."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.5 + 0.35 * len(rates)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    start = [0.0] * len(rates)
-    for label, field, colour in (
-        (f"{first} wins", "wins", "#2a78b5"), ("tie", "ties", "#bbbbbb"), (f"{second} wins", "losses", "#d1682e"),
-    ):  # fmt: skip
-        shares = [getattr(one, field) / (one.wins + one.ties + one.losses) for one in rates.values()]
-        axes.barh(range(len(rates)), shares, left=start, label=label, color=colour)
-        start = [a + b for a, b in zip(start, shares, strict=True)]
-    axes.set_yticks(range(len(rates)), list(rates))
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share of questions")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15 + 0.3 / len(rates)), ncols=3, frameon=False)
-    figure.savefig(path, format="png", dpi=100)
+    with picture(path, 8, 1.5 + 0.35 * len(rates)) as figure:
+        axes = figure.subplots()
+        start = [0.0] * len(rates)
+        for label, field, colour in (
+            (f"{first} wins", "wins", "#2a78b5"), ("tie", "ties", "#bbbbbb"), (f"{second} wins", "losses", "#d1682e"),
+        ):  # fmt: skip
+            shares = [getattr(one, field) / (one.wins + one.ties + one.losses) for one in rates.values()]
+            axes.barh(range(len(rates)), shares, left=start, label=label, color=colour)
+            start = [a + b for a, b in zip(start, shares, strict=True)]
+        axes.set_yticks(range(len(rates)), list(rates))
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of questions")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15 + 0.3 / len(rates)), ncols=3, frameon=False)

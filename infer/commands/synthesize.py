@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from cli.files import at_home, atomic_path, sha256_of
+from cli.picture import picture
 from cli.progress import progress
-from infer.commands.judge import prices
 from infer.endpoint import connect
+from infer.options import PriceOption, prices
 from infer.synthesize import requests
 from infer.synthesize.evol_instruct import EvolInstruct
 from infer.synthesize.requests import Reply
@@ -26,9 +27,6 @@ ServedOption = Annotated[str | None, typer.Option("--model", metavar="NAME", hel
 KeyOption = Annotated[str | None, typer.Option(help="Else in the variable OPENAI_API_KEY.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Of a reply.")]
 SeedOption = Annotated[int, typer.Option(help="Of every choice; requests have seeds of their own that follow from it.")]
-PriceOption = Annotated[
-    str | None, typer.Option(metavar="IN,OUT", help="Of a million tokens read and written, to say the cost.")
-]
 ParallelOption = Annotated[int, typer.Option(min=1, max=256, help="Requests at once.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or begin a changed job anew.")]
 
@@ -97,24 +95,28 @@ def evol_instruct(
 
 
 def _make(
-    maker: Any, out: Path, header: dict[str, Any], total: int, parallel: int, overwrite: bool, price: str | None
+    maker: SelfInstruct | EvolInstruct,
+    out: Path,
+    header: dict[str, Any],
+    total: int,
+    parallel: int,
+    overwrite: bool,
+    price: str | None,
 ) -> None:
     costs, kept = prices(price), out.with_suffix(".requests.jsonl")
     requests.check_free(out, kept, overwrite)
     tokens = [0, 0]
     with progress(header["kind"], total, "made") as advance:
-        take, shown = maker.take, 0
+        shown = 0
 
         def count(reply: Reply) -> None:
             nonlocal shown
-            take(reply)
             tokens[0] += reply["tokens"][0]
             tokens[1] += reply["tokens"][1]
             advance(len(maker.made) - shown)
             shown = len(maker.made)
 
-        maker.take = count
-        requests.run(maker, kept, header, lambda: _write(maker, out), parallel, overwrite)
+        requests.run(maker, kept, header, lambda: _write(maker, out), parallel, overwrite, count)
     print(f"{out}: {len(maker.made):,} made, {len(maker.rejected):,} left out")
     for reason, times in reasons(maker.rejected).most_common():
         print(f"  {times:,} {reason}")
@@ -122,7 +124,7 @@ def _make(
     print(f"{tokens[0]:,} tokens read, {tokens[1]:,} written{cost}")
 
 
-def _write(maker: Any, out: Path) -> None:
+def _write(maker: SelfInstruct | EvolInstruct, out: Path) -> None:
     for path, rows in ((out, maker.made), (out.with_suffix(".rejects.jsonl"), maker.rejected)):
         with atomic_path(path, overwrite=True) as temporary:
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -145,9 +147,6 @@ def verb_and_object(instruction: str) -> tuple[str, str]:
 
 def draw(path: Path, instructions: Sequence[str], verbs: int = 20, objects: int = 4) -> None:
     """The most frequent first words of instructions, and within each its most frequent objects, as two rings."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     pairs = Counter(map(verb_and_object, instructions))
     first = Counter[str]()
     for (verb, _), times in pairs.items():
@@ -157,11 +156,11 @@ def draw(path: Path, instructions: Sequence[str], verbs: int = 20, objects: int 
     for verb, times in inner:
         own = Counter({object_: n for (other, object_), n in pairs.items() if other == verb}).most_common(objects)
         outer += [*own, ("", times - sum(n for _, n in own))]
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    ring = {"wedgeprops": {"width": 0.35, "edgecolor": "white"}, "rotatelabels": True, "textprops": {"fontsize": 7}}
-    axes.pie([n for _, n in outer], labels=[name for name, _ in outer], radius=1.0, labeldistance=1.02, **ring)
-    axes.pie([n for _, n in inner], labels=[name for name, _ in inner], radius=0.65, labeldistance=0.55, **ring)
-    axes.set_title(f"{len(instructions):,} instructions: the {len(inner)} most frequent first words, and their objects")
-    figure.savefig(path, format="png", dpi=100)
+    with picture(path, 8, 8) as figure:
+        axes = figure.subplots()
+        ring = {"wedgeprops": {"width": 0.35, "edgecolor": "white"}, "rotatelabels": True, "textprops": {"fontsize": 7}}
+        axes.pie([n for _, n in outer], labels=[name for name, _ in outer], radius=1.0, labeldistance=1.02, **ring)
+        axes.pie([n for _, n in inner], labels=[name for name, _ in inner], radius=0.65, labeldistance=0.55, **ring)
+        axes.set_title(
+            f"{len(instructions):,} instructions: the {len(inner)} most frequent first words and their objects"
+        )

@@ -4,7 +4,6 @@ An answer wins a question where the judge prefers it in both orders; where its v
 question is a tie (MT-bench, arXiv:2306.05685, section 3.4).
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,8 +164,3 @@ def position_bias(judged: Sequence[Mapping[str, Any]]) -> float:
 def tokens_of(judged: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """Tokens that the judge read and wrote, as the server counted them."""
     return sum(one["tokens"][0] for one in judged), sum(one["tokens"][1] for one in judged)
-
-
-def read_judged(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of judgments."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

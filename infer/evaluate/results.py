@@ -9,8 +9,9 @@ from rich import box
 from rich.table import Table
 
 from cli.files import atomic_path, write_json
+from cli.picture import picture
 from cli.progress import progress
-from infer.batch_output import Output
+from infer.batch_output import Output, read_answers
 from infer.evaluate.subject import Subject
 from infer.evaluate.task import Answer, Scores, Task
 from model.errors import PunaError
@@ -87,10 +88,10 @@ class Results:
             if known["model"] != header:
                 raise PunaError(
                     f"{path} holds the answers of another model, or of the same with other settings: give another "
-                    "--output, or overwrite=True to replace them"
+                    "folder, or overwrite=True to replace them"
                 )
             advance(count)
-            return _read(path)
+            return read_answers(path)
         said = {"task": self._task, "model": header}
         with Output(path, path.with_suffix(".rejects.jsonl"), said, self._overwrite) as output:
             if not output.complete:
@@ -100,7 +101,7 @@ class Results:
                     for one in ask(first):
                         output.answer(one)
                 output.finish()
-        return _read(path)
+        return read_answers(path)
 
     def add(self, name: str, header: Any, scores: Scores) -> None:
         """Writes a model's scores into results.json, the picture, and the files that the task's publishers ask for."""
@@ -122,10 +123,6 @@ class Results:
             write_json(path, {"task": self._task, "models": self._models})
         with atomic_path(self.folder / PICTURE, overwrite=True) as path:
             draw(path, self._task["task"], self.scores)
-
-
-def _read(path: Path) -> list[Answer]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def table(task: str, found: Mapping[str, Scores]) -> Table:
@@ -153,9 +150,6 @@ def _number(value: float | None) -> str:
 
 def draw(path: Path, task: str, found: Mapping[str, Scores]) -> None:
     """A picture of the parts of a task, or of its first score where it has none: one bar for each model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     first = next(iter(next(iter(found.values())).overall), "")
     rows = list(dict.fromkeys(row for scores in found.values() for row in scores.groups))[:BARS]
     values = [
@@ -163,15 +157,13 @@ def draw(path: Path, task: str, found: Mapping[str, Scores]) -> None:
         for scores in found.values()
     ]
     names = rows or [first]
-    figure = Figure(figsize=(8, 1.5 + 0.22 * len(names) * (1 + len(found))), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    width = 0.8 / len(found)
-    for number, (name, own) in enumerate(zip(found, values, strict=True)):
-        places = [row + (number - (len(found) - 1) / 2) * width for row in range(len(names))]
-        axes.barh(places, own, height=width, label=name)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_title(f"{task}: {first}")
-    axes.legend()
-    figure.savefig(path, format="png", dpi=100)
+    with picture(path, 8, 1.5 + 0.22 * len(names) * (1 + len(found))) as figure:
+        axes = figure.subplots()
+        width = 0.8 / len(found)
+        for number, (name, own) in enumerate(zip(found, values, strict=True)):
+            places = [row + (number - (len(found) - 1) / 2) * width for row in range(len(names))]
+            axes.barh(places, own, height=width, label=name)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_title(f"{task}: {first}")
+        axes.legend()

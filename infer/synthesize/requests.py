@@ -29,7 +29,13 @@ class Maker(Protocol):
 
 
 def run(
-    maker: Maker, kept: Path, header: dict[str, Any], write: Callable[[], None], parallel: int, overwrite: bool
+    maker: Maker,
+    kept: Path,
+    header: dict[str, Any],
+    write: Callable[[], None],
+    parallel: int,
+    overwrite: bool,
+    heard: Callable[[Reply], None] = lambda reply: None,
 ) -> None:
     """Sends requests until the maker is done.
 
@@ -40,6 +46,7 @@ def run(
         write: writes what was made, when all is there and before `kept` gets its name.
         parallel: requests at once.
         overwrite: begin anew where there are replies to another job, or what was made is there.
+        heard: hears of each reply when the maker has taken it.
 
     Raises:
         PunaError: there are replies to another job.
@@ -53,7 +60,9 @@ def run(
         sent = out.resume(itertools.count(1))
         with out.part.open(encoding="utf-8") as file:
             for line in itertools.islice(file, sent):
-                maker.take(json.loads(line))
+                reply = json.loads(line)
+                maker.take(reply)
+                heard(reply)
         while not maker.done:
             several: list[Callable[[], Reply]] = []
             while len(several) < parallel and (request := maker.next(sent + len(several) + 1)):
@@ -63,6 +72,7 @@ def run(
                     break
                 out.answer(reply)
                 maker.take(reply)
+                heard(reply)
             sent += len(several)
         write()
         out.finish()
