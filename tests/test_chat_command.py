@@ -14,7 +14,7 @@ from convert.peft import save_adapter
 from infer.__main__ import app
 from infer.engine import Engine
 from infer.generate import TextStream, generate
-from infer.load import find_model, load
+from infer.load import Quantization, find_model, load
 from infer.sample import Sampling
 from infer.speaker import LocalModel, running
 from model import LlamaConfig, init_params
@@ -66,7 +66,7 @@ def reply(source):
 
 def replier(source, quantize=None):
     """The reply to messages by way of `generate`."""
-    config, params = load(source, quantize=quantize)
+    config, params = load(source, form=Quantization(quantize))
 
     def reply(messages, sampling=GREEDY, template="chat_template", new=NEW):
         chosen = get_template(template, source.tokenizer)
