@@ -29,7 +29,7 @@ _KINDS: tuple[tuple[str, str, Reader], ...] = (
 _NEVER_READ = ("consolidated*.safetensors", "params.json")  # Mistral's layout of the same model
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     """A place of weights: the file that shows it, what it names, and how it is read."""
 
     shown: Path
@@ -65,18 +65,20 @@ def read_weights(folder: Path, tied: bool = False) -> Tensors:
     return first.read()
 
 
-def _sources(folder: Path, tied: bool) -> list[Source]:
+def _sources(folder: Path, tied: bool) -> list[WeightSource]:
     found = []
     for stem, suffix, read in _KINDS:
         file, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         numbered = re.compile(rf"{stem}-(\d+)-of-(\d+)\.{suffix}")
         shards = sorted(path for path in folder.glob(f"{stem}-*.{suffix}") if numbered.fullmatch(path.name))
         if file.is_file():
-            found.append(Source(file, frozenset({file.name}), partial(read, file)))
+            found.append(WeightSource(file, frozenset({file.name}), partial(read, file)))
         if index.is_file():
-            found.append(Source(index, _named_by(index), partial(_read_indexed, index, read, tied)))
+            found.append(WeightSource(index, _named_by(index), partial(_read_indexed, index, read, tied)))
         elif shards:
-            found.append(Source(shards[0], frozenset(path.name for path in shards), partial(_union, shards, read)))
+            found.append(
+                WeightSource(shards[0], frozenset(path.name for path in shards), partial(_union, shards, read))
+            )
     return found
 
 
