@@ -135,7 +135,7 @@ class _Locked:
 
     def _knows(self, scope: Scope) -> bool:
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        fits = [hmac.compare_digest(given.strip(), key) for key in self._keys]  # all of them, whichever fits
+        fits = [hmac.compare_digest(given, key) for key in self._keys]  # all of them, whichever fits
         return scheme.lower() == b"bearer" and any(fits)  # schemes are of either case: RFC 9110, section 11.1
 
 

@@ -99,6 +99,7 @@ class Server:
         self._reader.start()
         if not (self._ready.wait(500) and self.url):
             self.process.kill()
+            self._end()
             pytest.fail("".join(self.log))
         return self
 
@@ -108,7 +109,10 @@ class Server:
 
     def __exit__(self, *_):
         self.terminate()
+        assert self._end() == 0, "".join(self.log)
+
+    def _end(self):
         code = self.process.wait(120)
         self._reader.join()
         self.process.stderr.close()
-        assert code == 0, "".join(self.log)
+        return code

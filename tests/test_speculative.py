@@ -1,7 +1,6 @@
 """Speculative decoding makes what plain decoding makes, token for token, in fewer passes of the model."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import small_tokenizer as small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_engine import CONFIG, OPENINGS, random_request, recomputed, trained
+from uncached import CONFIG, OPENINGS, adapted, random_request, recomputed
 
 import infer.engine
 from infer import proposals, slots, speculative
@@ -27,7 +26,6 @@ from model.cache import init_cache
 from model.errors import PunaError
 from model.layout import per_layer
 from model.linear import product as times
-from model.lora import LoraArray, add
 from model.selected import side_by_side
 from model.tokenizer import load_tokenizer
 
@@ -312,9 +310,7 @@ def test_after_a_failure_rows_begin_anew(params, kinds, kind):
 def test_rows_are_checked_with_their_own_adapters(kinds):
     trees, base = [], init_params(CONFIG, jax.random.key(0))
     for seed in range(2):
-        _, tree = add(base, CONFIG, jax.random.key(seed), rank=2, alpha=8, targets=["q_proj", "down_proj"])
-        tree = jax.tree.map(partial(trained, seed), tree, is_leaf=lambda node: isinstance(node, LoraArray))
-        trees.append(per_layer(tree))
+        trees.append(per_layer(adapted(base, seed, rank=2)))
     both = side_by_side(trees, times)
     asked = [Request(EVEN, 12, VARIED, adapter=i) for i in (-1, 0, 1)]
     plain, fast = made(engine_of(both), *asked), made(engine_of(both, kinds["itself"]), *asked)

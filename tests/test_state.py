@@ -138,7 +138,7 @@ def test_profile_steps_are_traced(tiny):
 def test_a_checkpoint_is_opened_once_and_changed_code_is_refused(tiny, tmp_path, monkeypatch):
     base = tiny("run.max_steps=2", name="base") / "final"
     opened, real = [], formats.open_model
-    monkeypatch.setattr("train.start.open_model", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr("convert.source.open_model", lambda path: opened.append(path) or real(path))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_pieces.py").write_text("def loss(x, head, targets):\n    return (x**2).sum()\n")
     tiny("run.max_steps=2", f"model.path={base}", "lora.rank=2", "model.loss=own_pieces:loss", name="tuned")

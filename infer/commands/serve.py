@@ -60,10 +60,8 @@ def serve(
     from infer.serve import serve as run_server
     from infer.served import Served
 
-    if wrong := [key for key in api_key or [] if not (key and key.isascii() and key.isprintable() and " " not in key)]:
-        raise PunaError(
-            f"--api-key {wrong[0]!r}: give a key of ASCII characters without spaces, or none to ask for none"
-        )
+    if not all(key.strip() for key in api_key or []):
+        raise PunaError("an --api-key is empty, as of a variable that is not set: give a key, or no --api-key at all")
     keep_programs()
     source = find_model(model, tokenizer)
     adapters = named_adapters(adapter or [])
