@@ -143,7 +143,7 @@ def test_a_row_ends_within_proposals_on_the_device_too(params):
         engine = engine_of(params)
         engine.submit(replace(request, stop_ids=ids))
         engine._take_waiting()
-        engine._read_prompt()
+        engine._read_prompts()
         proposed = np.tile(np.array(plain.tokens[:6], np.int32), (4, 1))
         kept = np.array([True, False, False, False])
         rows, got = verify(params, engine._slots, kept, proposed, engine._anything, CONFIG, 1, 128, False)
