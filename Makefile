@@ -13,6 +13,9 @@ lock = $(addprefix --constraint ,$(wildcard requirements/test-$(call version,$(1
 # Two pytests, each with up to 5 GB of memory, which take whole files in turn.
 IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
+# Each of the many processes of a test run would compile JAX's modules for itself where the shell forbids to keep them.
+export PYTHONDONTWRITEBYTECODE :=
+
 # XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
 TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
 

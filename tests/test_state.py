@@ -140,9 +140,9 @@ def test_a_checkpoint_is_opened_once_and_changed_code_is_refused(tiny, tmp_path,
     opened, real = [], formats.open_model
     monkeypatch.setattr("convert.source.open_model", lambda path: opened.append(path) or real(path))
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_pieces.py").write_text("def loss(x, head, targets):\n    return (x**2).sum()\n")
-    tiny("run.max_steps=2", f"model.path={base}", "lora.rank=2", "model.loss=own_pieces:loss", name="tuned")
+    (tmp_path / "own_loss.py").write_text("def loss(x, head, targets):\n    return (x**2).sum()\n")
+    tiny("run.max_steps=2", f"model.path={base}", "lora.rank=2", "model.loss=own_loss:loss", name="tuned")
     assert opened == [str(base)]
-    (tmp_path / "own_pieces.py").write_text("def loss(x, head, targets):\n    return (x**4).sum()\n")
+    (tmp_path / "own_loss.py").write_text("def loss(x, head, targets):\n    return (x**4).sum()\n")
     with pytest.raises(PunaError, match="holds a run on other code: what model.loss names has changed since"):
-        tiny("run.max_steps=4", f"model.path={base}", "lora.rank=2", "model.loss=own_pieces:loss", name="tuned")
+        tiny("run.max_steps=4", f"model.path={base}", "lora.rank=2", "model.loss=own_loss:loss", name="tuned")

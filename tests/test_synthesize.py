@@ -84,6 +84,7 @@ def test_tasks_are_kept_until_there_are_enough_and_none_is_like_another(seeds, t
     assert (tmp_path / "out.png").stat().st_size > 1000 and len(asked) >= len(rows_of(tmp_path / "out.requests.jsonl"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["self-instruct", "evol-instruct"])
 def test_a_job_that_broke_off_ends_with_the_same_bytes(kind, seeds, tmp_path):
     reply = listing if kind == "self-instruct" else evolved

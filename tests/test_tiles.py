@@ -66,6 +66,7 @@ def model(format, lora=False):
     return per_layer(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["plain", "under an adapter"])
 def test_a_model_of_tiles_computes_what_the_same_weights_do_elsewhere(lora):
     """On a mesh no weight is tiled."""
@@ -85,6 +86,7 @@ def test_weights_without_integer_codes_are_refused(format, said):
         round_activations(model(format))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_the_perplexity_of_stories_is_that_of_the_weights_alone(data_dir, format):
     """Within 1 %: a trained model on the kind of text that it was trained on."""
