@@ -11,7 +11,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,15 @@ class Counts:
     reused_tokens: int = 0
     tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
+
+
+class Started(NamedTuple):
+    """A step that a device works on: what it makes for the rows from `first` on, and whose tokens these are."""
+
+    made: Made
+    first: int
+    rows: list[Row]
+    owners: list[Progress]
 
 
 class Engine:
@@ -94,7 +103,7 @@ class Engine:
         self._waiting: deque[Progress] = deque()
         self._lock = threading.Lock()
         self._arrived = threading.Event()
-        self._started: tuple[Made, list[Row], list[Progress]] | None = None
+        self._started: Started | None = None
         known = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
         words = np.packbits(np.arange(-(-config.vocab_size // 32) * 32) < known, bitorder="little").view(np.uint32)
         self._anything = np.tile(words, (rows, 1))  # what is no token of the tokenizer is never chosen
@@ -238,13 +247,14 @@ class Engine:
             for count in sorted(rows):
                 for with_scores in {False, scored}:
                     self._slots, _ = decode(
-                        self.params, self._slots, resting, self._unconstrained, self.config, count, window, with_scores
-                    )
+                        self.params, self._slots, resting, self._unconstrained, np.int32(0), self.config, count,
+                        window, with_scores,
+                    )  # fmt: skip
                     if self._proposer:
                         proposals = self._proposer.warm_up(self._slots, count, window)
                         self._slots, _ = verify(
-                            self.params, self._slots, resting, proposals, self._unconstrained, self.config, count,
-                            window, with_scores,
+                            self.params, self._slots, resting, proposals, self._unconstrained, np.int32(0),
+                            self.config, count, window, with_scores,
                         )  # fmt: skip
         self._slots = copy_row(self._slots, np.int32(0), np.int32(0))
         self._place(0, 0, 0, 0, (), -1, (), Sampling())
@@ -385,33 +395,33 @@ class Engine:
         bound = any(row.request.constraint for row in live)
         return bound or (self._proposer is not None and len(live) <= MOST_ROWS)
 
-    def _start_tokens(self) -> tuple[Made, list[Row], list[Progress]] | None:
+    def _start_tokens(self) -> Started | None:
         allowed, live = self._allowed(self._rows.live())
         if not live:
             return None
         kept = np.zeros(len(self._rows), bool)
         kept[[row.index for row in live]] = True
         scored = any(row.request.logprobs is not None for row in live)
-        rows = min(_power_of_two(max(row.index for row in live) + 1, 1), len(self._rows))
-        proposals = self._propose(live, rows)
+        first, rows = self._rows.range_of(live)
+        proposals = self._propose(live, first, rows)
         for row in live:
             row.position += 1
         window = self._window(max(row.position for row in live))
-        settings = (allowed, self.config, rows, window, scored)
+        settings = (allowed, np.int32(first), self.config, rows, window, scored)
         if proposals is None:
             self._slots, made = decode(self.params, self._slots, kept, *settings)
         else:
             self._slots, made = verify(self.params, self._slots, kept, proposals, *settings)
-        return made, live, [row.progress for row in live if row.progress]
+        return Started(made, first, live, [row.progress for row in live if row.progress])
 
-    def _propose(self, live: list[Row], rows: int) -> Any:
+    def _propose(self, live: list[Row], first: int, rows: int) -> Any:
         """Proposals for what follows, where few rows are live and all that was made is read."""
         if not self._proposer or self._started is not None or len(live) > MOST_ROWS:
             return None
         for row in live:
             row.position = len(row.cached)
         free = [row for row in live if row.request.constraint is None]
-        proposals = self._proposer.propose([row.last_tokens() for row in free], self._slots, rows)
+        proposals = self._proposer.propose([row.last_tokens() for row in free], self._slots, first, rows)
         if proposals is not None:
             for row in live:
                 row.position += self._proposer.tokens  # at most: proposals may be refused
@@ -437,17 +447,15 @@ class Engine:
         """Reads the tokens that the step before started."""
         if self._started is None:
             return
-        made, rows, owners = self._started
-        self._started = None
-        for one in single_steps(jax.device_get(made)):
-            for row, progress in zip(rows, owners, strict=True):
-                token = int(one.token[row.index])
-                if row.progress is not progress or token < 0:
-                    continue
-                self._add(row, progress, token, one)
+        started, self._started = self._started, None
+        for made in single_steps(jax.device_get(started.made)):
+            for row, progress in zip(started.rows, started.owners, strict=True):
+                if row.progress is progress and made.token[row.index - started.first] >= 0:
+                    self._add(row, progress, made, row.index - started.first)
 
-    def _add(self, row: Row, progress: Progress, token: int, made: Made) -> None:
-        request = progress.request
+    def _add(self, row: Row, progress: Progress, made: Made, i: int) -> None:
+        """Token `i` of those that a step made."""
+        request, token = progress.request, int(made.token[i])
         before = progress.tokens[-1] if progress.tokens else request.prompt[-1]
         row.cached.append(before)
         progress.tokens.append(token)
@@ -459,7 +467,7 @@ class Engine:
                 self._fail(row, error)
                 return
         if request.logprobs is not None:
-            progress.logprobs.append(_logprobs(made, row.index, request.logprobs))
+            progress.logprobs.append(_logprobs(made, i, request.logprobs))
         stopped = token in request.stop_ids
         if row.text is not None and not stopped:
             progress.text += row.text.push([token])
@@ -491,7 +499,7 @@ class Engine:
 
     def _width(self, count: int) -> int:
         """The width of a piece of `count` tokens: few widths, since each is compiled."""
-        return next((width for width in (16, 64, 256) if count <= width < self.chunk), self.chunk)
+        return next((width for width in (16, 32, 64, 256) if count <= width < self.chunk), self.chunk)
 
     def _window(self, length: int) -> int:
         return min(_power_of_two(length, self.least_window), self.length)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 
 from infer.sample import sample
-from infer.slots import Slots
+from infer.slots import Slots, slice_rows
 from model.cache import KVCache, init_cache
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -138,7 +138,7 @@ class _Lookups:
     def programs(self) -> tuple[Any, ...]:
         return ()
 
-    def propose(self, texts: Sequence[Text], slots: Slots, rows: int) -> np.ndarray | None:
+    def propose(self, texts: Sequence[Text], slots: Slots, first: int, rows: int) -> np.ndarray | None:
         proposals = np.full((self._rows, self.tokens), -1, np.int32)
         for text in texts:
             index = self._indices.get(text.row)
@@ -160,7 +160,7 @@ def follow(
     params: Params, cache: KVCache, tokens: Array, positions: Array, row: Array, config: LlamaConfig, window: int
 ) -> KVCache:
     """Writes tokens [1, T] into row `row` of the draft's cache at positions [1, T]."""
-    _, new = hidden(params, tokens, config, positions=positions, cache=cache, slots=row[None], window=window)
+    _, new = hidden(params, tokens, config, positions=positions, cache=cache, slots=row, window=window)
     assert new is not None
     return new
 
@@ -173,6 +173,7 @@ def draw(
     before: Array,
     ready: Array,
     vocab_limit: Array,
+    first: Array,
     config: LlamaConfig,
     count: int,
     rows: int,
@@ -185,31 +186,31 @@ def draw(
         cache: the draft's, which has each row's text up to two tokens before the row's own at least.
         before: int32 [N], the token before each row's own, which is written here (again).
         ready: bool [N], the rows that want proposals.
+        first: int32 [], the first of the `rows` rows among which they are.
 
     Returns:
         The cache, and the proposals, int32 [N, count], -1 in other rows.
     """
-    ready = ready[:rows]
-    start = slots.position[:rows]
-    settings = jax.tree.map(lambda a: a[:rows], slots.settings)
+    own = slice_rows(slots, first, rows)
+    ready, before = (lax.dynamic_slice_in_dim(x, first, rows) for x in (ready, before))
     index = jnp.arange(rows)
 
     def step(carry: _Carry, i: Array) -> tuple[_Carry, Array]:
         cache, last, token, counts = carry
-        places = (start + i)[:, None] + jnp.array([-1, 0])
+        places = (own.position + i)[:, None] + jnp.array([-1, 0])
         positions = jnp.where(ready[:, None] & (places >= 0), places, cache.capacity)
         tokens = jnp.stack([last, token], axis=1)
-        x, new_cache = hidden(params, tokens, config, positions=positions, cache=cache, window=window)
+        x, new_cache = hidden(params, tokens, config, positions=positions, cache=cache, slots=first, window=window)
         assert new_cache is not None
         raw = jnp.where(jnp.arange(config.vocab_size) < vocab_limit, logits(params, x[:, 1], config), -jnp.inf)
-        new = sample(raw, settings, slots.in_prompt[:rows] | (counts > 0), start + i + 1, counts)
+        new = sample(raw, own.settings, own.in_prompt | (counts > 0), own.position + i + 1, counts)
         return (new_cache, token, new, counts.at[index, new].add(1)), new
 
     # Each step writes two tokens: only the first needs both, but one shape is compiled in half the time of two.
-    begin = (cache, before[:rows], slots.token[:rows], slots.counts[:rows])
-    (cache, *_), drawn = jax.lax.scan(step, begin, jnp.arange(count))
+    begin = (cache, before, own.token, own.counts)
+    (cache, *_), drawn = lax.scan(step, begin, jnp.arange(count))
     proposals = jnp.full((len(slots.token), count), -1, jnp.int32)
-    return cache, proposals.at[:rows].set(jnp.where(ready[:, None], drawn.T, -1))
+    return cache, lax.dynamic_update_slice_in_dim(proposals, jnp.where(ready[:, None], drawn.T, -1), first, axis=0)
 
 
 @dataclass
@@ -251,12 +252,12 @@ class _Drafts:
         resting, nothing = np.zeros(self._room.rows, bool), np.zeros(self._room.rows, np.int32)
         for width in sorted({_width(n) for n in range(1, self._room.chunk + 1)}):
             self._follow(0, [], 0, width, window)
-        return self._draw(slots, nothing, resting, rows, window)
+        return self._draw(slots, nothing, resting, 0, rows, window)
 
     def programs(self) -> tuple[Any, ...]:
         return follow, draw
 
-    def propose(self, texts: Sequence[Text], slots: Slots, rows: int) -> Array | None:
+    def propose(self, texts: Sequence[Text], slots: Slots, first: int, rows: int) -> Array | None:
         self._note_drawn()
         ready, before = np.zeros(self._room.rows, bool), np.zeros(self._room.rows, np.int32)
         may_read = True
@@ -267,9 +268,9 @@ class _Drafts:
             row.agree(text.before)
             if size - len(row.known) > 1 and may_read:
                 may_read = False
-                first = len(row.known)
-                piece = text.before[first : first + self._room.chunk]
-                self._follow(text.row, piece, first, _width(len(piece)), self._room.window(first + len(piece)))
+                start = len(row.known)
+                piece = text.before[start : start + self._room.chunk]
+                self._follow(text.row, piece, start, _width(len(piece)), self._room.window(start + len(piece)))
                 row.known += piece
             if size - len(row.known) <= 1:
                 ready[text.row] = True
@@ -279,7 +280,7 @@ class _Drafts:
         if not ready.any():
             return None
         window = self._room.window(max(len(text.before) for text in texts) + self.tokens)
-        proposals = self._draw(slots, before, ready, rows, window)
+        proposals = self._draw(slots, before, ready, first, rows, window)
         self._drawn = proposals, [text for text in texts if ready[text.row]]
         return proposals
 
@@ -300,10 +301,10 @@ class _Drafts:
             self._params, self._cache, tokens, positions, np.int32(row), self._config, min(window, self._length)
         )
 
-    def _draw(self, slots: Slots, before: np.ndarray, ready: np.ndarray, rows: int, window: int) -> Array:
+    def _draw(self, slots: Slots, before: np.ndarray, ready: np.ndarray, first: int, rows: int, window: int) -> Array:
         self._cache, proposals = draw(
-            self._params, self._cache, slots, before, ready, self._room.vocab_limit, self._config, self.tokens, rows,
-            min(window, self._length),
+            self._params, self._cache, slots, before, ready, self._room.vocab_limit, np.int32(first), self._config,
+            self.tokens, rows, min(window, self._length),
         )  # fmt: skip
         return proposals
 

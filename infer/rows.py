@@ -93,10 +93,28 @@ class Rows:
         """Those for which each step makes a token."""
         return [row for row in self._rows if row.live]
 
+    def range_of(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """The rows that a step computes so that all of `rows` are among them: the first, and how many.
+
+        Their number is a power of two, or all there are: each is a program of its own.
+        """
+        low, high = min(row.index for row in rows), max(row.index for row in rows)
+        count = 1 << (low ^ high).bit_length()
+        if count >= len(self):
+            return 0, len(self)
+        return min(low // count * count, len(self) - count), count
+
     def place(self, progress: Progress, tokenizer: Tokenizer | None) -> None:
-        """Puts a request into the free row that has most of its prompt already; there must be a free one."""
-        request = progress.request
-        row = max(self.free(), key=lambda row: (row.shared(request), -row.used, -row.index))
+        """Puts a request into a free row; there must be one.
+
+        It is one with which a step computes the fewest rows; of these the one that has most of the prompt already, or
+        else has not been used for longest. What another row has of the prompt is copied.
+        """
+        request, taken = progress.request, self.taken()
+        row = max(
+            self.free(),
+            key=lambda row: (-self.range_of([*taken, row])[1], row.shared(request), -row.used, -row.index),
+        )
         row.progress, row.begun, row.reading, row.used = progress, False, True, next(self._clock)
         row.text = TextStream(tokenizer, request.prompt, request.stop) if tokenizer else None
 

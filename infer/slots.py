@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from infer.sample import SamplingRows, sample
 from model.cache import KVCache
@@ -176,7 +176,7 @@ def extend(
         norm, float32 [D].
     """
     params = select(params, adapter[None])
-    x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row[None], window=window)
+    x, cache = hidden(params, tokens, config, positions=positions, cache=slots.cache, slots=row, window=window)
     assert cache is not None
     slots = laid_out(slots._replace(cache=cache))
     state = x[0, count - 1].astype(jnp.float32)
@@ -201,50 +201,63 @@ def decode(
     slots: Slots,
     kept: Array,
     allowed: Array,
+    first: Array,
     config: LlamaConfig,
     rows: int,
     window: int,
     scored: bool,
 ) -> tuple[Slots, Made]:
-    """One token for every live row of the first `rows`.
+    """One token for every live row of some that follow each other.
 
     Args:
         params: unstacked; with adapters as `side_by_side` makes them.
         slots: donated.
         kept: bool [N]; a row that is not ends first.
         allowed: uint32 [N, ceil(V / 32)], the tokens that may be chosen: a bit each, the lowest first.
+        first: int32 [], the first of these rows.
         config: the shape of the model.
-        rows: how many; each number is a program of its own.
+        rows: how many they are; each number is a program of its own.
         window: how many positions attention reads; above every live row's.
         scored: whether log-probabilities are wanted.
 
     Returns:
         The slots, and what was made, N being `rows`.
     """
-    params = select(params, slots.adapter[:rows])
-    live = (slots.live & kept)[:rows]
-    position = jnp.where(live, slots.position[:rows], slots.cache.capacity)
+    own = slice_rows(slots, first, rows)
+    params = select(params, own.adapter)
+    live = own.live & lax.dynamic_slice_in_dim(kept, first, rows)
+    position = jnp.where(live, own.position, slots.cache.capacity)
     x, cache = hidden(
-        params, slots.token[:rows, None], config, positions=position[:, None], cache=slots.cache, window=window
+        params, own.token[:, None], config, positions=position[:, None], cache=slots.cache, slots=first, window=window
     )
     assert cache is not None
-    raw = jnp.where(bits(allowed[:rows], config.vocab_size), logits(params, x[:, 0], config), -jnp.inf)
-    settings = jax.tree.map(lambda a: a[:rows], slots.settings)
-    counts = slots.counts[:rows]
-    new = sample(raw, settings, slots.in_prompt[:rows] | (counts > 0), position + 1, counts)
-    new = jnp.where(live, new, slots.token[:rows])
-    moved = jnp.where(live, slots.position[:rows] + 1, slots.position[:rows])
-    ended = jnp.any(new[:, None] == slots.stops[:rows], axis=1) | (moved >= slots.last[:rows])
+    may = bits(lax.dynamic_slice_in_dim(allowed, first, rows), config.vocab_size)
+    raw = jnp.where(may, logits(params, x[:, 0], config), -jnp.inf)
+    new = sample(raw, own.settings, own.in_prompt | (own.counts > 0), position + 1, own.counts)
+    new = jnp.where(live, new, own.token)
+    moved = jnp.where(live, own.position + 1, own.position)
+    ended = jnp.any(new[:, None] == own.stops, axis=1) | (moved >= own.last)
     made = score(raw, new) if scored else Made(new)
     made = made._replace(token=jnp.where(live, new, -1))
-    slots = slots._replace(
-        cache=cache,
-        token=slots.token.at[:rows].set(new),
-        position=slots.position.at[:rows].set(moved),
-        live=(slots.live & kept).at[:rows].set(live & ~ended),
-        counts=slots.counts.at[jnp.arange(rows), new].add(live.astype(jnp.int32)),
+    slots = put_rows(slots._replace(cache=cache), first, kept, new, moved, live & ~ended)
+    counts = slots.counts.at[first + jnp.arange(rows), new].add(live.astype(jnp.int32))
+    return laid_out(slots._replace(counts=counts)), made
+
+
+def slice_rows(slots: Slots, first: Array, rows: int) -> Slots:
+    """What is known of `rows` rows from row `first` on; the cache, which is read in `hidden`, is left out."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, rows), slots._replace(cache=None))
+
+
+def put_rows(slots: Slots, first: Array, kept: Array, token: Array, position: Array, live: Array) -> Slots:
+    """The slots after a pass over the rows from `first` on; rows that are not `kept` [N] have ended."""
+
+    def put(all: Array, new: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(all, new, first, axis=0)
+
+    return slots._replace(
+        token=put(slots.token, token), position=put(slots.position, position), live=put(slots.live & kept, live)
     )
-    return laid_out(slots), made
 
 
 def laid_out(slots: Slots) -> Slots:
@@ -273,5 +286,5 @@ def score(raw: Array, tokens: Array) -> Made:
     """The log-probabilities of tokens [N] under logits [N, V]."""
     logprobs = jax.nn.log_softmax(raw, axis=-1)
     own = jnp.take_along_axis(logprobs, tokens[:, None].clip(0), axis=1)[:, 0]
-    top, ids = jax.lax.top_k(logprobs, min(TOP, raw.shape[-1]))
+    top, ids = lax.top_k(logprobs, min(TOP, raw.shape[-1]))
     return Made(tokens, own, ids, top)

@@ -84,6 +84,20 @@ def init_cache(
     return jax.jit(zeros, out_shardings=jax.tree.map(lay_out, jax.eval_shape(zeros)))()
 
 
+def rows_of(slots: Array | None, batch: int) -> Array:
+    """The cache rows that a batch's rows stand for, int32 [B].
+
+    Args:
+        slots: int32 [B], any rows; int32 [], the first of B rows that follow each other, which are read as one block;
+            None, the first B rows.
+        batch: B.
+    """
+    if slots is not None and slots.ndim:
+        return slots
+    rows = jnp.arange(batch)
+    return rows if slots is None else slots + rows
+
+
 class LayerCache(struct.PyTreeNode):
     """One layer's window on the cache during a pass.
 
@@ -91,7 +105,7 @@ class LayerCache(struct.PyTreeNode):
         k: all layers' keys [L, B, K, S, d], or the layer's own [B, K, S, d].
         v: values, likewise.
         layer: the layer's index in k and v; None where they are its own.
-        slots: int32 [B], the cache rows that the batch's rows stand for; None for the first B rows.
+        slots: the cache rows that the batch's rows stand for, as `rows_of` has them.
         window: attention reads that many positions, the first ones.
     """
 
@@ -113,7 +127,7 @@ class LayerCache(struct.PyTreeNode):
             The keys and the values to attend to, [B, K, window, d] in the wider of their and the cache's dtypes, and
             the cache after the write.
         """
-        rows = jnp.arange(k.shape[0]) if self.slots is None else self.slots
+        rows = rows_of(self.slots, len(k))
         heads = jnp.arange(k.shape[2])
         at: Any = (rows[:, None, None], heads, positions[..., None])
         if self.layer is not None:
@@ -127,7 +141,10 @@ class LayerCache(struct.PyTreeNode):
     def _read(self, array: Array, dtype: DTypeLike, batch: int) -> Array:
         if self.layer is not None:
             array = jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
-        if self.slots is not None:
-            array = array[self.slots]
         wider = max(array.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
-        return array[:batch, :, : self.window].astype(wider)
+        if self.slots is None:
+            return array[:batch, :, : self.window].astype(wider)
+        if self.slots.ndim:
+            return array[self.slots, :, : self.window].astype(wider)
+        _, heads, _, width = array.shape
+        return jax.lax.dynamic_slice(array, (self.slots, 0, 0, 0), (batch, heads, self.window, width)).astype(wider)

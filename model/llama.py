@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from model.attention import Mask, attend
-from model.cache import KVCache, LayerCache
+from model.cache import KVCache, LayerCache, rows_of
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.linear import linear, look_up
@@ -226,7 +226,8 @@ def hidden(
         segments: int32 [B, T]; 0 is padding, equal non-zero segments attend to each other. With a cache, 0 marks tokens
             that are not there: they are not written.
         cache: keys and values of earlier passes; None to attend to this pass's alone.
-        slots: int32 [B], the cache's rows that the batch's rows stand for; None for the first B.
+        slots: the cache's rows that the batch's rows stand for, int32 [B]; int32 [], the first of B that follow each
+            other; None for the first B.
         window: attention reads that many positions of the cache, the first ones; None for all.
         dtype: what is computed in; None for the embedding's.
         block: the decoder layer, as a function; None for that of the config's `pieces`.
@@ -247,7 +248,8 @@ def hidden(
     if cache is not None:
         _refuse_dynamic(config, cache)
     capacity = None if cache is None else cache.capacity
-    lengths = None if cache is None else cache.lengths if slots is None else cache.lengths[slots]
+    rows = rows_of(slots, len(tokens))
+    lengths = None if cache is None else cache.lengths[rows]
     where = _positions(tokens, positions, segments, lengths, capacity)
     if cache is None:
         mask = Mask(positions, positions, segments, segments)
@@ -269,7 +271,6 @@ def hidden(
         x, cache = _scan(step, x, params["layers"], cache, slots, window)
     if cache is not None:
         seen = jnp.where(where < cache.capacity, where + 1, 0).max(axis=1)
-        rows = jnp.arange(len(tokens)) if slots is None else slots
         cache = cache.replace(lengths=cache.lengths.at[rows].max(seen, mode="drop"))
     with jax.named_scope("final_norm"):
         return norm(x, params["final_norm"], config.rms_norm_eps), cache

@@ -13,6 +13,7 @@ from infer.engine import Engine, run_all
 from infer.generate import generate
 from infer.request import Full, Request
 from infer.sample import Sampling
+from infer.slots import decode
 from model import forward, init_params
 from model.errors import PunaError
 from model.layout import per_layer, place
@@ -42,6 +43,28 @@ def test_a_common_prefix_is_read_once(params, engine):
     assert first.reused == 0 and [progress.reused for progress in others] == [40, 40] and again.reused == 40
     for progress in (first, *others, again):
         assert progress.tokens == recomputed(params, progress.request, progress.tokens)
+
+
+def test_a_step_computes_no_more_rows_than_its_requests_need(params, monkeypatch):
+    """One request after another uses each row in its turn, as prefixes may come again, and is computed alone."""
+    engine, computed = Engine(per_layer(params), CONFIG, rows=6, chunk=16, least_window=64), []
+
+    def counted(params, slots, kept, allowed, first, config, rows, *rest):
+        computed.append((int(first), rows))
+        return decode(params, slots, kept, allowed, first, config, rows, *rest)
+
+    monkeypatch.setattr("infer.engine.decode", counted)
+
+    def run(*requests):
+        computed.clear()
+        for progress in list(run_all(engine, requests))[-1]:
+            assert progress.tokens == recomputed(params, progress.request, progress.tokens)
+        return sorted(set(computed))
+
+    asked = [Request([40 + i, 50 + i, 60 + i], 4, Sampling(temperature=1.0, seed=i)) for i in range(9)]
+    assert [run(request) for request in asked[:7]] == [[(i % 6, 1)] for i in range(7)]
+    assert run(*asked[7:9]) == [(0, 2)] and engine._rows[0].cached[:3] == asked[8].prompt
+    assert max(rows for _, rows in run(*(replace(one, max_new_tokens=3 + i) for i, one in enumerate(asked[:5])))) == 6
 
 
 def test_a_request_is_the_same_alone_in_company_and_offline(params, engine):

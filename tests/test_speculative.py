@@ -146,7 +146,7 @@ def test_a_row_ends_within_proposals_on_the_device_too(params):
         engine._read_prompts()
         proposed = np.tile(np.array(plain.tokens[:6], np.int32), (4, 1))
         kept = np.array([True, False, False, False])
-        rows, got = verify(params, engine._slots, kept, proposed, engine._anything, CONFIG, 1, 128, False)
+        rows, got = verify(params, engine._slots, kept, proposed, engine._anything, np.int32(0), CONFIG, 1, 128, False)
         assert got.token.tolist() == [[*plain.tokens[:3], -1, -1, -1, -1]]
         assert not rows.live.any() and int(rows.position[0]) == int(rows.cache.lengths[0]) == len(EVEN) - 1 + 3
         assert rows.counts.sum(axis=1).tolist() == [3, 0, 0, 0] and int(rows.token[0]) == plain.tokens[2]
@@ -178,8 +178,8 @@ def test_a_draft_proposes_what_it_makes_of_the_text_alone(params, monkeypatch):
     engine, seen = engine_of(params, Draft(draft, CONFIG, K)), []
     real = engine._proposer.propose
 
-    def propose(texts, slots, rows):
-        proposed = real(texts, slots, rows)
+    def propose(texts, *rest):
+        proposed = real(texts, *rest)
         for text in texts if proposed is not None else ():
             owner = engine._rows[text.row].progress.request
             seen.append((owner.sampling, [*text.before, text.token], np.asarray(proposed)[text.row].tolist()))
@@ -363,8 +363,8 @@ def test_the_distribution_is_exactly_the_models():
     accepted = asked = 0
     while min(map(len, texts)) < len(prompt) + new:
         before = np.array([text[-2] for text in texts], np.int32)
-        own, proposed = draw(draft, own, rows, before, everyone, np.int32(16), TINY, 2, N, 16)
-        rows, tokens = verify(params, rows, everyone, proposed, anything, TINY, N, 16, False)
+        own, proposed = draw(draft, own, rows, before, everyone, np.int32(16), np.int32(0), TINY, 2, N, 16)
+        rows, tokens = verify(params, rows, everyone, proposed, anything, np.int32(0), TINY, N, 16, False)
         for text, more in zip(texts, np.asarray(tokens.token).tolist(), strict=True):
             text += [token for token in more if token >= 0]
         accepted, asked = accepted + int((tokens.token[:, 1:] >= 0).sum()), asked + 2 * N

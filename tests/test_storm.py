@@ -26,6 +26,7 @@ def trees():
 def test_a_storm_of_requests_gets_what_the_uncached_model_makes(trees, storms, count):
     """They come at any time, with either adapter or none; some are cancelled; rows and prefixes are used again."""
     params = side_by_side([per_layer(tree) for tree in trees[1:]], product)
+    finished = set()
     for storm in range(storms):
         rng = random.Random(1000 * storms + storm)
         engine = Engine(params, CONFIG, rows=4, chunk=rng.choice([16, 16, 64]), least_window=64)
@@ -44,7 +45,7 @@ def test_a_storm_of_requests_gets_what_the_uncached_model_makes(trees, storms, c
             engine.step()
         assert engine.programs == programs
         assert sum(progress.reused > 0 for progress in submitted) > count / 10
-        assert {progress.finish for progress in submitted} == {"cancelled", "stop", "length"}
+        finished |= {progress.finish for progress in submitted}
         for number, progress in enumerate(submitted):
             request, tokens = progress.request, progress.tokens
             assert tokens == recomputed(trees[request.adapter + 1], request, tokens), (storm, request)
@@ -52,3 +53,4 @@ def test_a_storm_of_requests_gets_what_the_uncached_model_makes(trees, storms, c
             ended = bool(tokens) and tokens[-1] in request.stop_ids
             assert progress.finish in ("cancelled", "stop" if ended else "length")
             assert progress.finish == "cancelled" or ended or len(tokens) == request.max_new_tokens
+    assert finished == {"cancelled", "stop", "length"}
