@@ -4,7 +4,7 @@
 
 1, 8 and 32 requests at once, each 32 random tokens continued by 128 greedily, on a LLaMA of 110M parameters (dim 768,
 12 layers, 12 heads, vocabulary 32,000) with random weights. Each side runs in a process of its own, alone, and is warm
-before the clock starts; sides take turns, `--rounds` times. The part "in process" measures, in float32 too, the engine
+before the clock starts; sides take turns, `--rounds` times, and figures are medians. The part "in process" measures, in float32 too, the engine
 and `generate` without HTTP, transformers' `generate` of the same batch (its first token's time is that of a batch of
 one new token), and how fast this machine reads memory. In int8 our side is `--quantize int8 --activations int8`,
 llama.cpp's file Q8_0. llama.cpp comes as xllamacpp, a wheel.
@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 PROMPT, NEW, VOCABULARY = 32, 128, 32_000
-LEVELS = (1, 8, 32)
+LEVELS = {1: 5, 8: 3, 32: 2}  # requests at once, and how often that is measured in a round
 RESULT = ROOT / "benchmarks" / "results" / "serve.json"
 PARTS = {
     "float32": ("puna", "llama.cpp"),
@@ -249,14 +249,11 @@ def side(name: str, part: str, folder: Path) -> list[dict[str, Any]]:
         return [{"side": name, "requests": 1, "gb_per_second": read_gb_per_second()}]
     rows = []
     with SIDES[name](folder, part) as run:
-        for count in LEVELS:
-            if name in ("generate", "transformers"):
-                run(count)  # compiles, or fills caches
-            elif count == 1:
-                run(count)
-            speed, first = run(count)
-            row = {"side": name, "requests": count, "tokens_per_second": round(speed, 1)}
-            rows.append(row | {"first_token_ms": round(first * 1e3, 1)})
+        for count, repeats in LEVELS.items():
+            run(count)  # compiles, or fills caches
+            for speed, first in (run(count) for _ in range(repeats)):
+                row = {"side": name, "requests": count, "tokens_per_second": round(speed, 1)}
+                rows.append(row | {"first_token_ms": round(first * 1e3, 1)})
     return rows
 
 
