@@ -4,10 +4,10 @@
 
 1, 8 and 32 requests at once, each 32 random tokens continued by 128 greedily, on a LLaMA of 110M parameters (dim 768,
 12 layers, 12 heads, vocabulary 32,000) with random weights. Each side runs in a process of its own, alone, and is warm
-before the clock starts; sides take turns, `--rounds` times, and figures are medians. The part "in process" measures, in float32 too, the engine
-and `generate` without HTTP, transformers' `generate` of the same batch (its first token's time is that of a batch of
-one new token), and how fast this machine reads memory. In int8 our side is `--quantize int8 --activations int8`,
-llama.cpp's file Q8_0. llama.cpp comes as xllamacpp, a wheel.
+before the clock starts; sides take turns, `--rounds` times, and figures are medians. The part "in process" measures, in
+float32 too, the engine and `generate` without HTTP, transformers' `generate` of the same batch (its first token's time
+is that of a batch of one new token), and how fast this machine reads memory. In int8 our side is `--quantize int8
+--activations int8`, llama.cpp's file Q8_0. llama.cpp comes as xllamacpp, a wheel.
 
 Prints a table and writes benchmarks/results/serve.json, where a part that is not run stays as it was.
 """
