@@ -5,6 +5,7 @@ starts one token for every live row, and only then reads the tokens that the ste
 while the host looks at text.
 """
 
+import itertools
 import threading
 import time
 import traceback
@@ -18,18 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from infer.device import PROGRAMS, Device, Step, compiled
 from infer.generate import check_room
 from infer.proposals import Room, Speculation, proposer
 from infer.request import Full, Progress, Request, TokenLogprobs
 from infer.rows import Row, Rows
-from infer.sample import Sampling, stack_sampling
-from infer.slots import STOPS, Made, admit, copy_row, decode, empty_slots, extend
-from infer.speculative import MOST_ROWS, single_steps, verify
-from model.cache import init_cache
+from infer.slots import STOPS, Made
+from infer.speculative import MOST_ROWS, single_steps
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import Params
-from model.sharding import relaxed_sharding
 from model.tokenizer import Tokenizer
 
 
@@ -98,41 +97,17 @@ class Engine:
         self.params, self.config, self.tokenizer = params, config, tokenizer
         self.length = min(length or config.max_position_embeddings, config.max_position_embeddings)
         self.chunk, self.queue, self.least_window = chunk, queue, least_window
-        self._mesh, self._cache_dtype = mesh, cache_dtype
         self._rows = Rows(rows)
         self._waiting: deque[Progress] = deque()
         self._lock = threading.Lock()
         self._arrived = threading.Event()
         self._started: Started | None = None
         known = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
-        words = np.packbits(np.arange(-(-config.vocab_size // 32) * 32) < known, bitorder="little").view(np.uint32)
-        self._anything = np.tile(words, (rows, 1))  # what is no token of the tokenizer is never chosen
-        self._unconstrained = self._put(self._anything)
+        self._device = Device(params, config, rows, self.length, known, mesh, cache_dtype)
         self.counts = Counts()
         self.failing = False
-        self._slots = self._fresh()
         room = Room(rows, self.length, chunk, np.int32(known), self._window, mesh, cache_dtype)
         self._proposer = proposer(speculate, config, tokenizer, room) if speculate else None
-
-    def _fresh(self) -> Any:
-        """Empty slots, committed where the programs will return them, so that each compiles once."""
-        cache = init_cache(self.config, len(self._rows), self.length, self._cache_dtype, self._mesh, layout="per_layer")
-        slots = empty_slots(cache, stack_sampling([Sampling()] * len(self._rows)), self.config.vocab_size)
-        if self._mesh is None:
-            return self._put(slots)
-        rest = jax.tree.map(self._put, slots._replace(cache=None))
-        return rest._replace(
-            cache=cache.replace(lengths=self._put(cache.lengths)),
-            in_prompt=self._put(rest.in_prompt, "vocab"),
-            counts=self._put(rest.counts, "vocab"),
-        )
-
-    def _put(self, x: Any, *axes: str) -> Any:
-        """`x` [N, *axes] on the engine's device or devices."""
-        if self._mesh is None:
-            return jax.device_put(x, jax.local_devices()[0])
-        names = (None, *axes, *[None] * (x.ndim - 1 - len(axes)))
-        return jax.device_put(x, relaxed_sharding(self._mesh, names, x.shape))
 
     # --- from any thread
 
@@ -219,7 +194,7 @@ class Engine:
             self._fail(row, error)
         for row in self._rows:
             row.cached = []
-        self._slots = self._fresh()
+        self._device.reset()
         if self._proposer:
             self._proposer.reset()
 
@@ -235,39 +210,25 @@ class Engine:
         rows = {min(1 << i, len(self._rows)) for i in range(len(self._rows).bit_length() + 1)}
         windows = {self._window(1 << i) for i in range(self.length.bit_length() + 1)}
         widths = {self._width(n): n for n in range(self.chunk, 0, -1)}  # and the shortest piece that is as wide
-        resting = np.zeros(len(self._rows), bool)
-        for window in sorted(windows):
+        for window, with_scores in itertools.product(sorted(windows), {False, scored}):
             for width, shortest in sorted(widths.items()):
-                if window < self._window(shortest):
-                    continue
-                nowhere = np.full((1, width), self.length, np.int32)
-                tokens = np.zeros((1, width), np.int32)
-                for with_scores in {False, scored}:
-                    self._extend(tokens, nowhere, tokens[0], 1, self._rows[0], window, with_scores)
+                if window >= self._window(shortest):
+                    self._device.read(0, -1, [], 0, [], width, window, with_scores)
             for count in sorted(rows):
-                for with_scores in {False, scored}:
-                    self._slots, _ = decode(
-                        self.params, self._slots, resting, self._unconstrained, np.int32(0), self.config, count,
-                        window, with_scores,
-                    )  # fmt: skip
-                    if self._proposer:
-                        proposals = self._proposer.warm_up(self._slots, count, window)
-                        self._slots, _ = verify(
-                            self.params, self._slots, resting, proposals, self._unconstrained, np.int32(0),
-                            self.config, count, window, with_scores,
-                        )  # fmt: skip
-        self._slots = copy_row(self._slots, np.int32(0), np.int32(0))
-        self._place(0, 0, 0, 0, (), -1, (), Sampling())
-        self._slots = self._fresh()
+                step = Step(np.zeros(len(self._rows), bool), 0, count, window, with_scores)
+                self._device.decode(step)
+                if self._proposer:
+                    self._device.verify(step, self._proposer.warm_up(self._device.slots, count, window))
+        self._device.copy(0, 0)
+        self._device.admit(0, Request([0], 0))
+        self._device.reset()
         return self.programs
 
     @property
     def programs(self) -> int:
         """How many programs this process has compiled for engines."""
-        programs: tuple[Any, ...] = (decode, extend, copy_row, admit)
-        if self._proposer:
-            programs += (verify, *self._proposer.programs())
-        return sum(program._cache_size() for program in programs)
+        own = self._proposer.programs() if self._proposer else ()
+        return compiled(*PROGRAMS, *own)
 
     # --- the loop
 
@@ -318,7 +279,7 @@ class Engine:
         if not row.begun:
             source, row.progress.reused = self._rows.begin(row)
             if source is not row:
-                self._slots = copy_row(self._slots, np.int32(source.index), np.int32(row.index))
+                self._device.copy(source.index, row.index)
             self.counts.prompt_tokens += len(row.request.prompt)
             self.counts.reused_tokens += row.progress.reused
         request = row.request
@@ -326,15 +287,10 @@ class Engine:
         end = len(prompt) if request.embed else len(prompt) - 1
         stop = min(first + self.chunk, end)
         if stop > first:
-            width = self._width(stop - first)
-            tokens = np.zeros((1, width), np.int32)
-            positions = np.full((1, width), self.length, np.int32)
-            following = np.zeros(width, np.int32)
-            tokens[0, : stop - first], positions[0, : stop - first] = prompt[first:stop], range(first, stop)
+            width, window = self._width(stop - first), self._window(stop)
             scored = prompt[first + 1 : stop + 1]
-            following[: len(scored)] = scored
-            made, state = self._extend(
-                tokens, positions, following, stop - first, row, self._window(stop), request.score_prompt
+            made, state = self._device.read(
+                row.index, row.adapter, prompt[first:stop], first, scored, width, window, request.score_prompt
             )
             row.cached = list(prompt[:stop])
             if made is not None:
@@ -349,45 +305,8 @@ class Engine:
         if request.max_new_tokens == 0:
             self._end(row, "length")
         else:
-            self._admit(row, request)
-
-    def _extend(
-        self, tokens: np.ndarray, positions: np.ndarray, following: np.ndarray, count: int, row: Row, window: int,
-        scored: bool,
-    ) -> tuple[Made | None, jax.Array]:  # fmt: skip
-        self._slots, made, state = extend(
-            self.params,
-            self._slots,
-            tokens,
-            positions,
-            following,
-            np.int32(count),
-            np.int32(row.index),
-            np.int32(row.adapter),
-            self.config,
-            window,
-            scored,
-        )
-        return made, state
-
-    def _admit(self, row: Row, request: Request) -> None:
-        position = len(request.prompt) - 1
-        row.cached, row.position, row.reading = list(request.prompt[:position]), position, False
-        self._place(
-            row.index, request.prompt[-1], position, position + request.max_new_tokens, request.stop_ids,
-            request.adapter, request.prompt, request.sampling,
-        )  # fmt: skip
-
-    def _place(
-        self, row: int, token: int, position: int, last: int, stop_ids: Sequence[int], adapter: int,
-        prompt: Sequence[int], sampling: Sampling,
-    ) -> None:  # fmt: skip
-        stops = np.full(STOPS, -1, np.int32)
-        stops[: len(stop_ids)] = stop_ids
-        in_prompt = np.zeros(self.config.vocab_size, bool)
-        in_prompt[list(prompt)] = True
-        numbers = (np.int32(number) for number in (row, token, position, last))
-        self._slots = admit(self._slots, *numbers, stops, np.int32(adapter), in_prompt, stack_sampling([sampling]))
+            row.cached, row.position, row.reading = list(prompt[:-1]), len(prompt) - 1, False
+            self._device.admit(row.index, request)
 
     def _must_read_first(self) -> bool:
         """Whether what comes next depends on the tokens that are being made: for a constraint, or for proposals."""
@@ -396,7 +315,7 @@ class Engine:
         return bound or (self._proposer is not None and len(live) <= MOST_ROWS)
 
     def _start_tokens(self) -> Started | None:
-        allowed, live = self._allowed(self._rows.live())
+        live = self._meet_constraints(self._rows.live())
         if not live:
             return None
         kept = np.zeros(len(self._rows), bool)
@@ -406,12 +325,8 @@ class Engine:
         proposals = self._propose(live, first, rows)
         for row in live:
             row.position += 1
-        window = self._window(max(row.position for row in live))
-        settings = (allowed, np.int32(first), self.config, rows, window, scored)
-        if proposals is None:
-            self._slots, made = decode(self.params, self._slots, kept, *settings)
-        else:
-            self._slots, made = verify(self.params, self._slots, kept, proposals, *settings)
+        step = Step(kept, first, rows, self._window(max(row.position for row in live)), scored)
+        made = self._device.decode(step) if proposals is None else self._device.verify(step, proposals)
         return Started(made, first, live, [row.progress for row in live if row.progress])
 
     def _propose(self, live: list[Row], first: int, rows: int) -> Any:
@@ -421,27 +336,27 @@ class Engine:
         for row in live:
             row.position = len(row.cached)
         free = [row for row in live if row.request.constraint is None]
-        proposals = self._proposer.propose([row.last_tokens() for row in free], self._slots, first, rows)
+        proposals = self._proposer.propose([row.last_tokens() for row in free], self._device.slots, first, rows)
         if proposals is not None:
             for row in live:
                 row.position += self._proposer.tokens  # at most: proposals may be refused
         return proposals
 
-    def _allowed(self, live: list[Row]) -> tuple[Any, list[Row]]:
-        """What each row may choose (see `decode`), and the rows that can go on."""
-        allowed, able = self._unconstrained, []
+    def _meet_constraints(self, live: list[Row]) -> list[Row]:
+        """Tells the device what each row may choose; the rows that can go on."""
+        allowed: dict[int, np.ndarray] = {}
+        able = []
         for row in live:
             constraint = row.request.constraint
             if constraint is not None:
                 try:
-                    words = constraint.allowed()
+                    allowed[row.index] = constraint.allowed()
                 except PunaError as error:
                     self._fail(row, error)
                     continue
-                allowed = self._anything.copy() if allowed is self._unconstrained else allowed
-                allowed[row.index] &= words
             able.append(row)
-        return allowed if allowed is self._unconstrained else self._put(allowed), able
+        self._device.allow(allowed)
+        return able
 
     def _finish_tokens(self) -> None:
         """Reads the tokens that the step before started."""

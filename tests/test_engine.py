@@ -53,7 +53,7 @@ def test_a_step_computes_no_more_rows_than_its_requests_need(params, monkeypatch
         computed.append((int(first), rows))
         return decode(params, slots, kept, allowed, first, config, rows, *rest)
 
-    monkeypatch.setattr("infer.engine.decode", counted)
+    monkeypatch.setattr("infer.device.decode", counted)
 
     def run(*requests):
         computed.clear()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from uncached import CONFIG, OPENINGS, adapted, random_request, recomputed
 
+import infer.device
 import infer.engine
 from infer import proposals, slots, speculative
 from infer.engine import Engine, run_all
@@ -56,13 +57,13 @@ def passes(monkeypatch):
     """The live rows of each pass of the model that makes tokens, by the function's name."""
     seen = {"decode": [], "verify": []}
     for name, rows in seen.items():
-        function = getattr(infer.engine, name)
+        function = getattr(infer.device, name)
 
         def counted(params, slots, kept, *rest, function=function, rows=rows):
             rows.append(int(kept.sum()))
             return function(params, slots, kept, *rest)
 
-        monkeypatch.setattr(infer.engine, name, counted)
+        monkeypatch.setattr(infer.device, name, counted)
     return seen
 
 
@@ -146,7 +147,8 @@ def test_a_row_ends_within_proposals_on_the_device_too(params):
         engine._read_prompts()
         proposed = np.tile(np.array(plain.tokens[:6], np.int32), (4, 1))
         kept = np.array([True, False, False, False])
-        rows, got = verify(params, engine._slots, kept, proposed, engine._anything, np.int32(0), CONFIG, 1, 128, False)
+        device = engine._device
+        rows, got = verify(params, device.slots, kept, proposed, device._allowed, np.int32(0), CONFIG, 1, 128, False)
         assert got.token.tolist() == [[*plain.tokens[:3], -1, -1, -1, -1]]
         assert not rows.live.any() and int(rows.position[0]) == int(rows.cache.lengths[0]) == len(EVEN) - 1 + 3
         assert rows.counts.sum(axis=1).tolist() == [3, 0, 0, 0] and int(rows.token[0]) == plain.tokens[2]
