@@ -20,15 +20,15 @@ STEPS, WARMUP = 40, 4
 
 
 def reference(name: str, **specific) -> list[float]:
-    """The rates that a transformers schedule gives to the first updates, and past the end."""
+    """The rates that a transformers schedule gives to the first updates after the one of rate 0, and past the end."""
     param = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([param], lr=0.5)
-    schedule = transformers.get_scheduler(name, optimizer, WARMUP, STEPS, scheduler_specific_kwargs=specific)
+    schedule = transformers.get_scheduler(name, optimizer, WARMUP + 1, STEPS + 1, scheduler_specific_kwargs=specific)
     rates = []
     for _ in range(STEPS + 1):
-        rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
+        rates.append(schedule.get_last_lr()[0])
     return rates
 
 
@@ -52,6 +52,7 @@ def reference(name: str, **specific) -> list[float]:
 def test_schedules_are_those_of_transformers(ours, theirs, specific, warmup):
     schedule = make_schedule(OptimConfig(learning_rate=0.5, **ours, **warmup), STEPS)
     rates = [float(schedule(jnp.int32(step))) for step in range(STEPS + 1)]
+    assert rates[0] > 0
     np.testing.assert_allclose(rates, reference(theirs, **specific), rtol=1e-6, atol=1e-7)
 
 

@@ -173,7 +173,9 @@ def test_ten_steps_follow_transformers_and_torch(data_dir):
     others = [p for name, p in reference.named_parameters() if "norm" in name]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.999), eps=1e-8)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 10)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 3, 11)
+    optimizer.step()
+    schedule.step()  # its first step has rate 0
     tokens = torch.tensor(rows["tokens"]).long()
     labels = torch.tensor(np.roll(rows["labels"], 1, axis=1)).long()  # transformers shifts them back
     labels[:, 0] = IGNORE_INDEX

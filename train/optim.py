@@ -22,9 +22,10 @@ Schedule = Callable[[Array], Array]
 
 
 def make_schedule(optim: OptimConfig, total_steps: int) -> Schedule:
-    """The learning rate at every step of `total_steps`, equal to transformers' `get_*_schedule` of the same name.
+    """The learning rate at every step of `total_steps`.
 
-    After a linear warmup the rate is constant, falls linearly or as half a cosine to `min_lr_ratio` at the end, or
+    It is that of transformers' `get_*_schedule` of the same name, with one step more of warmup, from its second step on:
+    the first there has rate 0 and changes nothing. After a linear warmup the rate is constant, falls linearly or as half a cosine to `min_lr_ratio` at the end, or
     (wsd, arXiv:2404.06395) stays and falls as half a cosine over the last `decay_ratio` of the steps.
 
     Returns:
@@ -43,7 +44,7 @@ def make_schedule(optim: OptimConfig, total_steps: int) -> Schedule:
 
     def schedule(step: Array) -> Array:
         at = jnp.asarray(step, jnp.float32)
-        rising = at / max(1, warmup)
+        rising = (at + 1) / (warmup + 1)
         if optim.lr_scheduler_type == "wsd":
             rising = rising * (1 - low) + low
         done = jnp.clip((at - start) / max(1, total_steps - start), 0, 1)
