@@ -12,6 +12,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from cli.progress import ProgressBar, no_progress
 from infer.device import PROGRAMS, Device, Step, compiled
 from infer.generate import check_room
-from infer.proposals import Room, Speculation, proposer
+from infer.proposals import Proposer, Room, Speculation, proposer
 from infer.request import Full, Progress, Request, TokenLogprobs
 from infer.rows import Row, Rows
 from infer.slots import STOPS, Made
@@ -198,11 +200,12 @@ class Engine:
         if self._proposer:
             self._proposer.reset()
 
-    def warm_up(self, scored: bool = False) -> int:
+    def warm_up(self, scored: bool = False, bar: ProgressBar = no_progress) -> int:
         """Compiles everything that requests will need. To be called before the first of them.
 
         Args:
             scored: whether requests will ask for log-probabilities.
+            bar: shows how many programs are compiled; what it raises ends the work.
 
         Returns:
             How many programs this process has compiled for engines.
@@ -210,19 +213,26 @@ class Engine:
         rows = {min(1 << i, len(self._rows)) for i in range(len(self._rows).bit_length() + 1)}
         windows = {self._window(1 << i) for i in range(self.length.bit_length() + 1)}
         widths = {self._width(n): n for n in range(self.chunk, 0, -1)}  # and the shortest piece that is as wide
+        device, proposer = self._device, self._proposer
+        work: list[Callable[[], object]] = [lambda: device.copy(0, 0), lambda: device.admit(0, Request([0], 0))]
         for window, with_scores in itertools.product(sorted(windows), {False, scored}):
             for width, shortest in sorted(widths.items()):
                 if window >= self._window(shortest):
-                    self._device.read(0, -1, [], 0, [], width, window, with_scores)
+                    work.append(partial(device.read, 0, -1, [], 0, [], width, window, with_scores))
             for count in sorted(rows):
                 step = Step(np.zeros(len(self._rows), bool), 0, count, window, with_scores)
-                self._device.decode(step)
-                if self._proposer:
-                    self._device.verify(step, self._proposer.warm_up(self._device.slots, count, window))
-        self._device.copy(0, 0)
-        self._device.admit(0, Request([0], 0))
-        self._device.reset()
+                work.append(partial(device.decode, step))
+                if proposer:
+                    work.append(partial(self._warm_up_proposals, proposer, step))
+        with bar(len(work)) as advance:
+            for compile in work:
+                compile()
+                advance(1)
+        device.reset()
         return self.programs
+
+    def _warm_up_proposals(self, proposer: Proposer, step: Step) -> None:
+        self._device.verify(step, proposer.warm_up(self._device.slots, step.rows, step.window))
 
     @property
     def programs(self) -> int:

@@ -18,14 +18,19 @@ class Unavailable(Exception):
     """The model takes no requests now: it is being loaded, has failed, or is shutting down. They may be tried again."""
 
 
+class Ended(Exception):
+    """The host is to end, and what it began is given up."""
+
+
 class Host:
     """An engine in a thread of its own.
 
     Args:
-        make: gives the engine, ready; called in the thread.
+        make: gives the engine, ready; called in the thread with an event that is set when the thread is to end. It may
+            then raise `Ended`.
     """
 
-    def __init__(self, make: Callable[[], Engine]):
+    def __init__(self, make: Callable[[threading.Event], Engine]):
         self._make = make
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -40,7 +45,7 @@ class Host:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the step that it is in."""
+        """Ends the thread after the step that it is in, or the program that it compiles."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -81,7 +86,9 @@ class Host:
 
     def _work(self) -> None:
         try:
-            engine = self._make()
+            engine = self._make(self._stopping)
+        except Ended:
+            return
         except BaseException as error:  # whatever it is, the main thread says it
             self.error = error
             self.ended()

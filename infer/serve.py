@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import jax
 import uvicorn
 
+from cli.progress import Advance, progress
 from infer.engine import Engine
-from infer.host import Host
+from infer.host import Ended, Host
 from infer.served import Served
 from infer.server import make_app
 from model.errors import JobFailed, PunaError
@@ -34,6 +36,8 @@ def serve(served: Served, host: str, port: int, api_keys: Sequence[str] = ()) ->
     listener = open_port(config)
     where = f"http://{host}:{listener.getsockname()[1]}"
     print(f"Loading {served.name}; {where}/health says when it is ready", file=sys.stderr, flush=True)
+    if served.template is None:
+        print("No chat template: only completions are served; --template names one", file=sys.stderr, flush=True)
     asyncio.run(server.run_on(listener, lambda: print(f"Ready: {where}", file=sys.stderr, flush=True)))
     if served.host.error is not None:
         raise served.host.error
@@ -43,17 +47,19 @@ def serve(served: Served, host: str, port: int, api_keys: Sequence[str] = ()) ->
 
 def open_port(config: uvicorn.Config) -> socket.socket:
     """The socket to listen on. What is written to its connections is sent at once: asyncio sees to that only where a
-    socket was made for TCP by name, which uvicorn's is not, and small pieces would wait for the client's delayed
+    socket was made for TCP by name, which this is not, and small pieces would wait for the client's delayed
     acknowledgements, 40 ms on Linux.
 
     Raises:
         PunaError: the address is in use, or is none of this machine's.
     """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        listener = config.bind_socket()
-    except SystemExit:  # uvicorn has said why, in its log
-        where = f"port {config.port} of {config.host}"
-        raise PunaError(f"{where} cannot be opened: give another with --port or --host") from None
+        listener = socket.create_server((config.host, config.port), family=family, backlog=config.backlog)
+    except OSError as error:
+        raise PunaError(
+            f"port {config.port} of {config.host}: {error.strerror}; give another with --port or --host"
+        ) from None
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -107,14 +113,24 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def engine_host(make: Callable[[], Engine], log: bool = True) -> Host:
-    """A host whose engine is warmed up before it is ready, with a line about what that took."""
+def engine_host(make: Callable[[], Engine]) -> Host:
+    """A host whose engine is warmed up before it is ready, with a bar while that lasts and a line about it."""
 
-    def ready() -> Engine:
+    def ready(stopping: threading.Event) -> Engine:
+        @contextmanager
+        def bar(total: int) -> Iterator[Advance]:
+            with progress("compiling", total, unit="programs") as advance:
+
+                def go_on(count: int) -> None:
+                    advance(count)
+                    if stopping.is_set():
+                        raise Ended
+
+                yield go_on
+
         engine = make()
-        programs = engine.warm_up(scored=True)
-        if log:
-            print(f"{engine.rows} rows of {engine.length} tokens; {programs} programs compiled", file=sys.stderr)
+        programs = engine.warm_up(scored=True, bar=bar)
+        print(f"{engine.rows} rows of {engine.length} tokens; {programs} programs compiled", file=sys.stderr)
         return engine
 
     return Host(ready)

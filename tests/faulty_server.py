@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cli.command import main
 from infer.__main__ import app
+from infer.device import Device
 from infer.engine import Engine
 
 
@@ -18,8 +19,8 @@ class Panic(BaseException):
 
 
 def arm(folder: Path) -> None:
-    """Puts the faults into the engine's methods."""
-    start_tokens, fresh = Engine._start_tokens, Engine._fresh
+    """Puts the faults into the methods of the engine and of its device."""
+    start_tokens, reset = Engine._start_tokens, Device.reset
 
     def faulty_start(self):
         if (folder / "slow").exists():
@@ -29,12 +30,12 @@ def arm(folder: Path) -> None:
             raise Panic("the device is lost")
         return start_tokens(self)
 
-    def faulty_fresh(self):
+    def faulty_reset(self):
         if (folder / "broken").exists():
             raise RuntimeError("there is no device")
-        return fresh(self)
+        return reset(self)
 
-    Engine._start_tokens, Engine._fresh = faulty_start, faulty_fresh
+    Engine._start_tokens, Device.reset = faulty_start, faulty_reset
 
 
 if __name__ == "__main__":

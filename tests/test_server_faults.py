@@ -6,6 +6,7 @@ The faults that tests/test_server.py holds are not repeated.
 import asyncio
 import json
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from convert import load_model
 from infer.engine import Engine
 from infer.host import Host
 from infer.openai_api import ChatRequest, CompletionRequest, EmbeddingRequest, parse
-from infer.serve import open_port
+from infer.serve import engine_host, open_port
 from infer.served import Served
 from infer.server import make_app
 from model.chat import get_template
+from model.errors import PunaError
 from model.layout import per_layer
 from model.tokenizer import load_tokenizer
 
@@ -339,10 +341,38 @@ def stepped(model):
     config, params = load_model(model)
     tokenizer = load_tokenizer(model)
     engine = Engine(per_layer(params), config, tokenizer, rows=2, length=CONTEXT)
-    host = Host(lambda: engine)
+    host = Host(lambda stopping: engine)
     host._engine = engine  # without the thread that would step
     template = get_template("chat_template", tokenizer)
     return engine, Served("model", host, tokenizer, config.vocab_size, CONTEXT, (), template=template)
+
+
+def test_a_host_that_is_told_to_end_compiles_no_further(stepped, monkeypatch):
+    engine, _ = stepped
+    begun, may_go_on, compiled = threading.Event(), threading.Event(), []
+
+    def copy(*rows):
+        begun.set()
+        may_go_on.wait()
+
+    monkeypatch.setattr(engine._device, "copy", copy)  # the first program
+    monkeypatch.setattr(engine._device, "decode", compiled.append)
+    host = engine_host(lambda: engine)
+    host.start()
+    begun.wait()
+    stopper = threading.Thread(target=host.stop)
+    stopper.start()
+    until(host._stopping.is_set)
+    may_go_on.set()
+    stopper.join()
+    assert not host._thread.is_alive() and host.error is None and host.state == "loading" and compiled == []
+
+
+def test_an_address_that_cannot_be_had_is_named(server):
+    port = httpx.URL(server.url).port
+    for host, number, why in (("127.0.0.1", port, "in use"), ("192.0.2.1", 0, "assign requested address")):
+        with pytest.raises(PunaError, match=rf"port {number} of {host}: .*{why}.*; give another with --port or --host"):
+            open_port(uvicorn.Config(lambda: None, host=host, port=number))
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

@@ -92,8 +92,8 @@ class OptimConfig:
         lr_scheduler_type: how the rate falls after warming up; wsd holds it and decays it over the last decay_ratio of
             the steps. [transformers; WSD, arXiv:2404.06395]
         warmup_ratio: the part of all steps in which the rate rises. [transformers]
-        warmup_steps: the steps in which it rises; wins over warmup_ratio where it is not 0. No step has the rate 0: with 3
-            the rates are 1/4, 2/4, 3/4 of learning_rate, and then it itself. [transformers]
+        warmup_steps: the steps in which it rises; wins over warmup_ratio where it is not 0. No step has the rate 0: 3
+            steps have 1/4, 2/4 and 3/4 of learning_rate. [transformers]
         decay_ratio: with wsd, the part of all steps at the end in which the rate falls. [arXiv:2404.06395]
         min_lr_ratio: the rate at the end, as a part of learning_rate.
         weight_decay: of the weights, not of norms and biases, decoupled from the gradient. [AdamW, arXiv:1711.05101]

@@ -24,9 +24,9 @@ Schedule = Callable[[Array], Array]
 def make_schedule(optim: OptimConfig, total_steps: int) -> Schedule:
     """The learning rate at every step of `total_steps`.
 
-    It is that of transformers' `get_*_schedule` of the same name, with one step more of warmup, from its second step on:
-    the first there has rate 0 and changes nothing. After a linear warmup the rate is constant, falls linearly or as half a cosine to `min_lr_ratio` at the end, or
-    (wsd, arXiv:2404.06395) stays and falls as half a cosine over the last `decay_ratio` of the steps.
+    After a linear warmup the rate is constant, falls linearly or as half a cosine to `min_lr_ratio` at the end, or
+    (wsd, arXiv:2404.06395) stays and falls as half a cosine over the last `decay_ratio` of the steps. It is that of
+    transformers' `get_*_schedule` of the same name with one more step of warmup, whose first, of rate 0, is left out.
 
     Returns:
         A function from a step, counted from 0 (the first update), to its rate, float32.
