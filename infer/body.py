@@ -8,6 +8,7 @@ from starlette.requests import Request
 from infer.openai_api import ApiError
 
 BODY_LIMIT = 16 * 2**20  # bytes
+BODY_SECONDS = 60.0  # in which a body must have come
 DISCARD_LIMIT, DISCARD_SECONDS = 64 * 2**20, 10.0  # of a body that is larger
 
 
@@ -15,8 +16,16 @@ async def bounded_body(request: Request) -> bytes:
     """The body, up to BODY_LIMIT bytes.
 
     Raises:
-        ApiError: there is more, of which nothing is kept.
+        ApiError: there is more, of which nothing is kept, or it does not come in BODY_SECONDS.
     """
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _body(request)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come in {BODY_SECONDS:g} seconds", code="timeout") from None
+
+
+async def _body(request: Request) -> bytes:
     too_large = ApiError(413, f"the body is larger than {BODY_LIMIT} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > BODY_LIMIT:

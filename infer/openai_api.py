@@ -159,8 +159,10 @@ class ChatMessage(Record):
         """The turn as templates read it: content as one text, arguments as values.
 
         Raises:
-            ApiError: arguments that are no JSON.
+            ApiError: arguments that are no JSON, or no content where there are no calls either.
         """
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
+            raise ApiError(400, f"a message of role {self.role} has no content: give a text", "messages")
         content = self.content if self.content is not None else ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role

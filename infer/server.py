@@ -45,6 +45,7 @@ from model.errors import PunaError
 
 MAX_TOKENIZE = 1 << 20  # bytes of text that /tokenize takes: about a second of work
 HEADERS = {  # of answers by status
+    408: {"Connection": "close"},  # as with 413
     413: {"Connection": "close"},  # the body may not be read to its end: the connection is of no more use
     429: {"Retry-After": "1"},
     503: {"Retry-After": "2"},

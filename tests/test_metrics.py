@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from model.errors import PunaError
 from train.metrics import MetricsFile
+from train.metrics_logger import MetricsLogger
 from train.plot import names_of, plot, smooth
 from train.reporters import TensorBoard
 
@@ -75,6 +77,7 @@ def leveldb_records(path: Path) -> list[bytes]:
 WANDB = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 from train.reporters import WandB
 run = WandB(Path(sys.argv[1]), {"optim": {"learning_rate": 0.5}})
 for line in json.loads(sys.argv[2]):
@@ -103,3 +106,35 @@ def test_wandb_gets_the_lines_the_settings_and_a_name_of_its_own(tmp_path):
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["optim"] == {"learning_rate": 0.5}
     assert run.display_name == "run" and run.run_id.startswith("run-")
+
+
+def test_tokens_a_second_are_of_the_steps_alone(monkeypatch):
+    """A step takes 2 seconds on a clock of our own; an evaluation 100, a save 50, and waiting for the next batch 1."""
+    now, lines = [0.0], []
+    monkeypatch.setattr("train.metrics_logger.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("train.metrics_logger.jax.device_count", lambda: 1)
+    display = SimpleNamespace(show=lambda line: None, say=lambda line: None)
+    record = MetricsLogger(lines.append, display, 2, 1, 3.0, 300.0, float, str)
+
+    def get(metrics):  # the step ends while it is waited for
+        now[0] += 2
+        return metrics
+
+    monkeypatch.setattr("train.metrics_logger.jax.device_get", get)
+    for step in range(1, 7):
+        record.push(step, {"num_tokens": np.int32(60), "skipped": np.int32(0), "loss": np.float32(step)})
+        now[0] += 1
+        if step == 3:
+            with record.paused():
+                now[0] += 100
+            record.add(eval_loss=1.5)
+        if step == 4:
+            record.flush()
+            with record.paused():
+                now[0] += 50
+    record.flush()
+    assert [(line["step"], line["loss"], line.get("eval_loss")) for line in lines] == [
+        (2, 2.0, None), (3, 3.0, 1.5), (4, 4.0, None), (6, 6.0, None),
+    ]  # fmt: skip
+    assert [line["tokens_per_second_per_device"] for line in lines] == [20.0] * 4
+    assert [line["mfu"] for line in lines] == [0.2] * 4

@@ -3,14 +3,10 @@
 The faults that tests/test_server.py holds are not repeated.
 """
 
-import asyncio
 import json
 import socket
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 
 import httpx
 import openai
@@ -19,16 +15,9 @@ import uvicorn
 from serving import WEATHER, Server, chat_model
 from test_server import metric, until
 
-from convert import load_model
-from infer.engine import Engine
-from infer.host import Host
-from infer.openai_api import ChatRequest, CompletionRequest, EmbeddingRequest, parse
-from infer.serve import engine_host, open_port
-from infer.served import Served
-from infer.server import make_app
+from infer.serve import open_port
 from model.chat import get_template
 from model.errors import PunaError
-from model.layout import per_layer
 from model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -335,101 +324,11 @@ def test_senders_that_do_not_finish_hold_nothing(server, http):
     assert text_of(http.post("/v1/completions", json=completion()))
 
 
-@pytest.fixture(scope="module")
-def stepped(model):
-    """The application over an engine that steps when the test says so."""
-    config, params = load_model(model)
-    tokenizer = load_tokenizer(model)
-    engine = Engine(per_layer(params), config, tokenizer, rows=2, length=CONTEXT)
-    host = Host(lambda stopping: engine)
-    host._engine = engine  # without the thread that would step
-    template = get_template("chat_template", tokenizer)
-    return engine, Served("model", host, tokenizer, config.vocab_size, CONTEXT, (), template=template)
-
-
-def test_a_host_that_is_told_to_end_compiles_no_further(stepped, monkeypatch):
-    engine, _ = stepped
-    begun, may_go_on, compiled = threading.Event(), threading.Event(), []
-
-    def copy(*rows):
-        begun.set()
-        may_go_on.wait()
-
-    monkeypatch.setattr(engine._device, "copy", copy)  # the first program
-    monkeypatch.setattr(engine._device, "decode", compiled.append)
-    host = engine_host(lambda: engine)
-    host.start()
-    begun.wait()
-    stopper = threading.Thread(target=host.stop)
-    stopper.start()
-    until(host._stopping.is_set)
-    may_go_on.set()
-    stopper.join()
-    assert not host._thread.is_alive() and host.error is None and host.state == "loading" and compiled == []
-
-
 def test_an_address_that_cannot_be_had_is_named(server):
     port = httpx.URL(server.url).port
     for host, number, why in (("127.0.0.1", port, "in use"), ("192.0.2.1", 0, "assign requested address")):
         with pytest.raises(PunaError, match=rf"port {number} of {host}: .*{why}.*; give another with --port or --host"):
             open_port(uvicorn.Config(lambda: None, host=host, port=number))
-
-
-@pytest.mark.parametrize("n", [1, 2, 4])
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_client_that_leaves_frees_its_rows_within_two_steps(stepped, path, stream, n):
-    engine, served = stepped
-    asked = {"prompt": "Hello"} if path == "/v1/completions" else {"messages": CHAT}
-    body = json.dumps(asked | {"max_tokens": 90, "ignore_eos": True, "stream": stream, "n": n}).encode()
-
-    async def visit():
-        left, sent = asyncio.Event(), []
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive():
-            for message in messages:
-                return message
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {
-            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
-            "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-            "scheme": "http", "headers": [], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
-        }  # fmt: skip
-        task = asyncio.ensure_future(make_app(served)(scope, receive, send))
-        while engine.waiting < n:
-            await asyncio.sleep(0.001)
-        for _ in range(8):
-            engine.step()
-            await asyncio.sleep(0)
-        assert engine.running == min(n, 2) and engine.waiting == n - min(n, 2)
-        assert stream == any(b'"choices"' in message.get("body", b"") for message in sent)
-        left.set()
-        await task
-        cancelled = engine.counts.finished["cancelled"]
-        for _ in range(2):
-            engine.step()
-        assert engine.running == engine.waiting == 0
-        assert engine.counts.finished["cancelled"] == cancelled + n
-
-    asyncio.run(visit())
-
-
-def test_a_time_limit_is_for_texts_and_embeddings_alike(stepped):
-    _, served = stepped
-    limited, before = replace(served, timeout=5.0), time.monotonic()
-    requests = [
-        *limited.completions(parse(CompletionRequest, b'{"prompt": ["a", "b"]}')),
-        *limited.chat(parse(ChatRequest, json.dumps({"messages": CHAT}).encode())),
-        *limited.embeddings(parse(EmbeddingRequest, b'{"input": ["a", "b"]}')),
-    ]
-    assert len(requests) == 5
-    assert all(before + 5 <= request.deadline <= time.monotonic() + 5 for request in requests)
 
 
 def test_what_is_written_is_sent_at_once():

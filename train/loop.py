@@ -168,16 +168,18 @@ def train(config: Config) -> None:
                 record.push(number, metrics)
                 is_best = False
                 if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
-                    loss = evaluation_loss(evaluate, state, datasets, config, sharding)
+                    with record.paused():
+                        loss = evaluation_loss(evaluate, state, datasets, config, sharding)
                     record.add(eval_loss=loss)
                     if is_best := run.keep_best and loss < (best["eval_loss"] if best else math.inf):
                         best = {"step": number, "eval_loss": loss}
                 stopping = distributed.reached_preemption(number)
                 if checkpoints.due(number) or is_best or stopping or number == total:
                     record.flush()
-                    save(number, state)
-                    if first:
-                        painter.paint(last=stopping or number == total)
+                    with record.paused():
+                        save(number, state)
+                        if first:
+                            painter.paint(last=stopping or number == total)
                 profile.after(number, state)
                 if stopping:
                     checkpoints.wait()

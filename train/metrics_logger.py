@@ -1,7 +1,9 @@
 """Turns what steps return into lines, one step late, so that the host waits for a step only while the next one runs."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -16,6 +18,16 @@ SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 class NonFinite(JobFailed):
     """Too many updates in a row were not finite."""
+
+
+@dataclass
+class _Pending:
+    """A step whose line is not written yet: its metrics, on the host where it is `done`, and what was added to them."""
+
+    step: int
+    metrics: Mapping[str, Any]
+    more: dict[str, float] = field(default_factory=dict)
+    done: bool = False
 
 
 class MetricsLogger:
@@ -45,8 +57,8 @@ class MetricsLogger:
     ) -> None:
         self._write, self._display, self._every, self._max_skipped = write, display, every, max_skipped
         self._flops, self._peak, self._epoch, self._name_rows = flops, peak, epoch, name_rows
-        self._pending: tuple[int, Mapping[str, Any], dict[str, float]] | None = None
-        self._tokens, self._since = 0, time.monotonic()
+        self._pending: _Pending | None = None
+        self._tokens, self._seconds, self._since = 0, 0.0, time.monotonic()
 
     def begin(self, **values: float) -> None:
         """Writes what is known before the first step, as the line of step 0."""
@@ -65,12 +77,21 @@ class MetricsLogger:
             NonFinite: see `flush`.
         """
         self.flush()
-        self._pending = (step, metrics, {})
+        self._pending = _Pending(step, metrics)
 
     def add(self, **values: float) -> None:
         """Adds values to the line of the step pushed last, which will be written even if it was not to be logged."""
         assert self._pending is not None
-        self._pending[2].update(values)
+        self._pending.more.update(values)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For work between two steps: its time is not in the tokens a second."""
+        self._wait()
+        try:
+            yield
+        finally:
+            self._since = time.monotonic()
 
     def flush(self) -> None:
         """Waits for the step pushed last and writes its line.
@@ -80,14 +101,24 @@ class MetricsLogger:
         """
         if self._pending is None:
             return
-        (step, metrics, more), self._pending = self._pending, None
-        numbers = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
-        self._tokens += numbers["num_tokens"]
+        self._wait()
+        step, numbers, more = self._pending.step, dict(self._pending.metrics), self._pending.more
+        self._pending = None
         skipped = numbers.pop("skipped")
         if step % self._every == 0 or more or skipped:
             self._line(step, numbers, more | ({"skipped": skipped} if skipped else {}))
         if skipped >= self._max_skipped:
             raise NonFinite(self._remedy(step, skipped))
+
+    def _wait(self) -> None:
+        """Until the step pushed last is done; counts its tokens and its time."""
+        if self._pending is None or self._pending.done:
+            return
+        self._pending.metrics = {k: v.item() for k, v in jax.device_get(dict(self._pending.metrics)).items()}
+        self._pending.done = True
+        now = time.monotonic()
+        self._tokens += self._pending.metrics["num_tokens"]
+        self._seconds, self._since = self._seconds + now - self._since, now
 
     def check(self, step: int, skipped: int) -> None:
         """Raises NonFinite where the last of a run's updates, `skipped` of them up to `step`, were not finite."""
@@ -104,9 +135,8 @@ class MetricsLogger:
         )
 
     def _line(self, step: int, numbers: dict[str, Any], more: dict[str, Any]) -> None:
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._since, 1e-9) / jax.device_count()
-        self._tokens, self._since = 0, now
+        rate = self._tokens / max(self._seconds, 1e-9) / jax.device_count()
+        self._tokens, self._seconds = 0, 0.0
         line = {
             "step": step,
             **numbers,
