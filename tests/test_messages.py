@@ -146,6 +146,17 @@ def test_an_answer_of_weight_zero_is_read_and_not_trained(chatml):
         encode({"messages": turns}, chatml, template="vicuna_v0")
 
 
+@pytest.mark.parametrize("record", [{"text": "a"}, {"instruction": "a", "output": "b"}, {"messages": [ASKED[0], ASKED[3]]}], ids=sorted)
+def test_a_record_that_says_not_to_be_trained_on_is_refused(chatml, record):
+    asked = {"template": "auto" if "text" in record else "chat_template"}
+    for key, yes, no in (("weight", 1, 0), ("loss", True, False), ("train", True, False)):
+        assert encode({**record, key: yes}, chatml, **asked) == encode(record, chatml, **asked)
+        with pytest.raises(PunaError, match="is not to be trained on, by its own word: leave the record out"):
+            encode({**record, key: no}, chatml, **asked)
+    with pytest.raises(PunaError, match="key 'loss' is 2.31: only false"):
+        encode({**record, "loss": 2.31}, chatml, **asked)
+
+
 def test_parts_of_text_are_joined_and_others_refused(chatml):
     parts = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "cold?"}]
     answer = {"role": "assistant", "content": "Yes."}

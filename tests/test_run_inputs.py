@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from train.config import read_config
 from train.data import encode
 from train.export import export_step
 from train.metrics import read_metrics
+from train.resume import schedule_change
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -232,6 +234,19 @@ def copied(folder, tmp_path, monkeypatch):
     (tmp_path / "own_prepare.py").write_text("def make(config):\n    return 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
+
+
+def test_a_run_made_longer_says_what_becomes_of_its_rate(tmp_path):
+    for scheduler, warmup, done, said in (
+        ("cosine", 0, 4, "The run has 8 steps now, and had 4: step 5 has the learning rate 0.005, where it .* 0"),
+        ("linear", 0, 2, "The run has 8 steps now, and had 4: step 3 has the learning rate 0.0075, where it .* 0.005"),
+        ("constant", 0, 4, None),
+        ("cosine", 2, 1, None),
+    ):
+        optim = {"learning_rate": 1e-2, "lr_scheduler_type": scheduler, "warmup_steps": warmup}
+        change = schedule_change(settings(tmp_path, "run", optim=optim), done, 4, 8)
+        assert change is None if said is None else re.fullmatch(said, change)
+    assert schedule_change(settings(tmp_path, "run"), 2, 4, 4) is None
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ from train.step import make_evaluation, make_step
 
 Evaluate = Callable[[TrainState, Batch], tuple[Array, Array]]
 ROWS_NAMED = 20
+MANY_DROPPED = 0.05  # of the records, above which it is said how to keep them
 
 
 def run(config: Config) -> None:
@@ -124,6 +125,12 @@ def train(config: Config) -> None:
         # --- what is seen of it
         for dataset in datasets.train:
             display.say(f"data: {dataset.counts}")
+            if dataset.counts.overlong > MANY_DROPPED * dataset.counts.records:
+                display.say(
+                    f"{dataset.counts.overlong / dataset.counts.records:.0%} of the records are longer than "
+                    f"data.max_length {config.data.max_length} and left out: raise it, or choose what becomes of them "
+                    "with data.on_overlong"
+                )
         if (held_out := datasets.evaluation) is not None:
             display.say(f"held out: {held_out.counts}")
         display.say(
@@ -131,6 +138,10 @@ def train(config: Config) -> None:
         )
         if config.lora is not None and config.optim.learning_rate == LORA_LEARNING_RATE:
             display.say(f"optim.learning_rate is {LORA_LEARNING_RATE:g}, as under [lora] where it is not given")
+        if base is not None and base.adapters:
+            display.say(f"model.path is an adapter: training goes on with it, over the model {base.base}")
+        if before is not None and (change := resume.schedule_change(config, done, total_steps(before, sampler), total)):
+            display.say(change)
         display.say(f"step {done} of {total}; {MFU_FORMULA}")
         display.begin(done)
         record = MetricsLogger(

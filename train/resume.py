@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from model import lora
 from model.config import LlamaConfig
@@ -19,7 +21,7 @@ from train.config import Config, read_config, refuse_changes
 from train.data import Datasets, Sampler
 from train.data.cache import tokenizer_hash
 from train.data.config import sources
-from train.optim import owns_learning_rate
+from train.optim import make_schedule, owns_learning_rate
 
 Inputs = dict[str, Any]  # as JSON: what each input was, by its name
 
@@ -128,6 +130,19 @@ def check_steps(config: Config, done: int, total: int) -> None:
     raise PunaError(
         f"{run.output_dir} holds a run that has done {done} steps, and {setting} is {total}: give more, or write an "
         f"earlier step out with `python -m train export {run.output_dir} --step N DST`"
+    )
+
+
+def schedule_change(config: Config, done: int, before: int, total: int) -> str | None:
+    """What is to be said where a run of `before` steps goes on as one of `total`: its rate is a function of both."""
+    if before == total or owns_learning_rate(config.optim):
+        return None
+    old, new = (float(make_schedule(config.optim, steps)(jnp.int32(done))) for steps in (before, total))
+    if math.isclose(old, new, rel_tol=1e-6):
+        return None
+    return (
+        f"The run has {total} steps now, and had {before}: step {done + 1} has the learning rate {new:.3g}, "
+        f"where it would have been {old:.3g}"
     )
 
 

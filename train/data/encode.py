@@ -11,7 +11,7 @@ from model.chat import BOS, EOS, MESSAGE_KEYS, Message, Piece, Template, encode_
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import KEYS, detect_format, rename, text_at
-from train.data.messages import Conversation, answered, conversation_of
+from train.data.messages import Conversation, answered, check_trained, conversation_of
 
 IGNORE_INDEX = -100  # the label of a token on which no loss is taken, as in transformers
 
@@ -118,6 +118,7 @@ def encoder(
         bos_trained = template != "qlora"  # QLoRA's source is "<s>" alone, and a source is not trained on
 
         def text_pieces(record: Mapping[str, Any]) -> list[Piece]:
+            check_trained(record)
             return _text_pieces(text_at(record, "text"), bos_trained)
 
         return Encoder(form, columns, text_pieces, encode_counted, tokenizer)

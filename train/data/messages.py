@@ -66,6 +66,7 @@ def conversation_of(record: Mapping[str, Any], form: str) -> Conversation:
     for key, remedy in UNREAD_KEYS.items():
         if record.get(key):
             raise PunaError(f"key {key!r} is not read: {remedy}")
+    check_trained(record)
     if form == "instruction":
         asked = {"role": "user", "content": text_at(record, "instruction")}
         if record.get("input") is not None:
@@ -161,7 +162,7 @@ def _part(part: Any, number: int) -> str:
 
 
 def _is_trained(turn: Mapping[str, Any]) -> bool:
-    """Whether a message is to be learned, if it is the assistant's: it is, where no key says otherwise."""
+    """Whether a message is to be learned, if it is the assistant's, or a record: it is, where no key says otherwise."""
     for key in PARTLY_TRAINED_KEYS:
         if turn.get(key) is not None:
             raise PunaError(f"key {key!r} is not read: say 'weight': 0 of messages that are not to be trained on")
@@ -171,6 +172,12 @@ def _is_trained(turn: Mapping[str, Any]) -> bool:
             known = "0 (not trained on) and 1" if key == "weight" else "false (not trained on) and true"
             raise PunaError(f"key {key!r} is {value!r}: only {known} are known")
     return all(value != 0 for value in said.values())
+
+
+def check_trained(record: Mapping[str, Any]) -> None:
+    """Raises PunaError where a record says that it is not, or partly, to be trained on."""
+    if not _is_trained(record):
+        raise PunaError("is not to be trained on, by its own word: leave the record out")
 
 
 def answered(message: Message) -> list[str]:
