@@ -96,6 +96,7 @@ class _Server(uvicorn.Server):
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one changes nothing: this ends, with its own code
 
     def _end(self, number: int) -> None:
         self.force_exit = self.should_exit and number == signal.SIGINT
