@@ -14,6 +14,7 @@ Prints a table and writes benchmarks/results/serve.json, where a part that is no
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import socket
@@ -78,8 +79,12 @@ def make_model(folder: Path) -> None:
     write_model(folder / "int8.gguf", checkpoint, WriteOptions(quantize="int8"))
 
 
+_seeds = itertools.count()
+
+
 def prompts(count: int) -> list[list[int]]:
-    return np.random.default_rng(count).integers(300, VOCABULARY, (count, PROMPT)).tolist()
+    """Others each time: a server may know again what it has read."""
+    return np.random.default_rng(next(_seeds)).integers(300, VOCABULARY, (count, PROMPT)).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- over HTTP
