@@ -146,7 +146,9 @@ def test_an_answer_of_weight_zero_is_read_and_not_trained(chatml):
         encode({"messages": turns}, chatml, template="vicuna_v0")
 
 
-@pytest.mark.parametrize("record", [{"text": "a"}, {"instruction": "a", "output": "b"}, {"messages": [ASKED[0], ASKED[3]]}], ids=sorted)
+@pytest.mark.parametrize(
+    "record", [{"text": "a"}, {"instruction": "a", "output": "b"}, {"messages": [ASKED[0], ASKED[3]]}], ids=sorted
+)
 def test_a_record_that_says_not_to_be_trained_on_is_refused(chatml, record):
     asked = {"template": "auto" if "text" in record else "chat_template"}
     for key, yes, no in (("weight", 1, 0), ("loss", True, False), ("train", True, False)):
