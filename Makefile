@@ -53,7 +53,7 @@ fast-tests:
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow and not soak"
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=0
 
 bench: $(VENV)/.dev
 	for name in decode train quantized lora checkpoint convert speculative serve; do $(BIN)/python benchmarks/$$name.py || exit 1; done

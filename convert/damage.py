@@ -20,6 +20,8 @@ def malformed(path: Path) -> Iterator[None]:
     except PunaError as error:
         if str(error).startswith(f"{path.name}: "):  # said by what knows the object and not where it lies
             raise PunaError(f"{path.parent / str(error)}") from error
+        if str(path.parent) not in str(error):
+            raise PunaError(f"{path}: {error}") from error
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, re.error) as error:
         raise PunaError(

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from cli.files import check_apart
+from cli.lines import read_raw_lines
 from infer.batch_kinds import KINDS, Kind, NoTemplate, Record, Settings, check_record, kind_of, make_request
 from infer.batch_openai import shown
 from infer.batch_output import Output
@@ -41,11 +42,10 @@ class Line(NamedTuple):
 
 def read_lines(path: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[Line]:
     """The lines with (number - 1) % N == I of the shard I/N that are not blank. A byte order mark is nothing."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(BOM_UTF8) if number == 1 else raw
-            if (number - 1) % shard[1] == shard[0] and raw.strip():
-                yield Line(number, raw)
+    for number, raw in read_raw_lines(path):
+        raw = raw.removeprefix(BOM_UTF8) if number == 1 else raw
+        if (number - 1) % shard[1] == shard[0] and raw.strip():
+            yield Line(number, raw)
 
 
 def decode(raw: bytes) -> Record:
@@ -121,13 +121,13 @@ def survey(path: Path, name: str = "auto", shard: tuple[int, int] = (0, 1)) -> S
     Raises:
         PunaError: `name` is "auto" and no line is of a kind that we know.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     with Console(stderr=True).status(f"Reading {path}"):
-        return _survey(path, name, shard, digest)
+        found = _survey(path, name, shard)
+        with path.open("rb") as file:
+            return found._replace(digest=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _survey(path: Path, name: str, shard: tuple[int, int], digest: str) -> Survey:
+def _survey(path: Path, name: str, shard: tuple[int, int]) -> Survey:
     kind, told_by = KINDS.get(name), None
     digests, numbers, count = bytearray(), array("Q"), 0
     for number, raw in read_lines(path):
@@ -151,7 +151,7 @@ def _survey(path: Path, name: str, shard: tuple[int, int], digest: str) -> Surve
             f"{path} holds no line of a kind that we know: give kind='openai', 'wizardlm', 'mt_bench', 'vicuna' or "
             f"'prompt', and the rejects will say what is wrong with each line"
         )
-    return Survey(kind, told_by, digest, count, _doubled(digests, numbers))
+    return Survey(kind, told_by, "", count, _doubled(digests, numbers))
 
 
 def _doubled(digests: bytearray, numbers: array) -> dict[int, int]:

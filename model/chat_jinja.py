@@ -138,7 +138,7 @@ def jinja_render(source: str, tokenizer: Tokenizer) -> Callable[..., list[tuple[
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     try:
         compiled = environment.from_string(source)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:  # RecursionError: nested too deeply
         raise PunaError(f"the chat template does not compile: {error}") from error
     # Added tokens that are not special are the template's too where it writes them, as DeepSeek-R1-Distill's roles are.
     # Those in tag form, such as <think>, the model writes itself: in an answer they are tokens, as for transformers.

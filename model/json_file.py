@@ -6,13 +6,17 @@ from typing import Any
 
 from model.errors import PunaError
 
+LARGEST = 256 * 2**20  # bytes; the largest of these files are tokenizers, of some 30 MB
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the UTF-8 file `path`.
 
     Raises:
-        PunaError: it is missing, no JSON, or no object.
+        PunaError: it is missing, larger than LARGEST, no JSON, or no object.
     """
+    if path.is_file() and path.stat().st_size > LARGEST:
+        raise PunaError(f"{path} has {path.stat().st_size:,} bytes, more than any such file has: fetch it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -240,6 +240,7 @@ class Config:
 
 
 LORA_LEARNING_RATE = 2e-4  # QLoRA's (arXiv:2305.14314), for models of up to 13 billion parameters
+LARGEST = 16 * 2**20  # bytes of a file of settings
 OPTIMIZERS = ("adamw", "adafactor")
 
 # What may lie elsewhere when a run resumes: that it is the same is told by fingerprints of its content.
@@ -282,9 +283,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         PunaError: naming every unknown key (with the nearest known one) and every value of the wrong type, or the first
             value that no run could use.
     """
+    if Path(path).is_file() and Path(path).stat().st_size > LARGEST:
+        raise PunaError(f"{path} has {Path(path).stat().st_size:,} bytes: this is no file of settings")
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:  # RecursionError: nested too deeply
         raise PunaError(f"{path}: not TOML: {error}") from None
     for override in overrides:
         _override(table, override)

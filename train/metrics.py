@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from cli.files import atomic_path
+from cli.lines import read_raw_lines
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import param_count
@@ -129,10 +130,19 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut short by a death is left out.
 
     Raises:
-        PunaError: there is no such file.
+        PunaError: there is no such file, or a line of it is none of a run's.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise PunaError(f"{run_dir} has no metrics.jsonl: is it the output_dir of a run?")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [_metrics(path, number, line) for number, line in read_raw_lines(path) if line.endswith(b"\n")]
+
+
+def _metrics(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PunaError(f"{path}:{number}: is not valid JSON: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        raise PunaError(f"{path}:{number}: is no object with a step")
+    return value

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cli.files import at_home
+from cli.lines import read_raw_lines
 from convert.hub import HUB_ID
 from model.errors import PunaError
 from train.data.splits import Split, files_of_split
@@ -121,17 +122,16 @@ def _found(path: str) -> Split:
 
 def _decoded_lines(file: Path, faults: Faults) -> Iterator[tuple[int, str]]:
     """The file's lines with their numbers; a line that is not UTF-8 is a fault, and a byte order mark is nothing."""
-    with file.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            if number == 1:
-                if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    faults.add(str(file), 1, "is UTF-16: save the file as UTF-8")
-                    return
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            try:
-                yield number, raw.decode()
-            except UnicodeDecodeError as error:
-                faults.add(str(file), number, f"is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start}")
+    for number, raw in read_raw_lines(file):
+        if number == 1:
+            if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                faults.add(str(file), 1, "is UTF-16: save the file as UTF-8")
+                return
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield number, raw.decode()
+        except UnicodeDecodeError as error:
+            faults.add(str(file), number, f"is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start}")
 
 
 def read_txt(file: Path, faults: Faults) -> Iterator[SourceRecord]:
@@ -309,11 +309,14 @@ def _read_batches(file: Path, faults: Faults, batches: Callable[[], Iterator[Any
             if len(set(names)) < len(names):
                 faults.add(str(file), None, f"column {next(n for n in names if names.count(n) > 1)!r} appears twice")
                 return
+            batch.validate(full=True)  # what offsets of damaged files point to may not exist
             for record in batch.to_pylist():
                 line += 1
                 yield SourceRecord(str(file), line, {key: _without_nulls(value) for key, value in record.items()})
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        faults.add(str(file), line, f"cannot be read: {error}")
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the system says it: there is no such file, or no permission
+        faults.add(str(file), line, f"cannot be read: {' '.join(str(error).split())}")
 
 
 def _without_nulls(value: Any) -> Any:
