@@ -15,8 +15,8 @@ from typing import Any
 
 from model.errors import PunaError
 from model.json_file import read_json
-from model.tokenizer_sources import chat_template, main_file
-from model.vocabulary import ROLES, AddedToken, Vocabulary, added_token, read_vocabulary, readable
+from model.tokenizer_sources import chat_template, main_file, older_tokens, prefix_of
+from model.vocabulary import ROLES, AddedToken, Prefix, Vocabulary, added_token, read_vocabulary, readable
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -36,8 +36,8 @@ class Tokenizer:
 
     Special tokens written in text are text: their ids come from `special_id`, `add_bos` and `add_eos` alone. Every call
     of `encode` stands for itself, so SentencePiece prefixes each piece of a template with its dummy space (as
-    transformers' legacy LlamaTokenizer does, on which the published templates rely); a tokenizer.json whose Metaspace
-    has the scheme "first" puts it before the first text alone.
+    transformers' legacy LlamaTokenizer does, on which the published templates rely). Where `legacy` is false, or the
+    Metaspace of a tokenizer.json has the scheme "first", it stands before the first text alone.
 
     Args:
         added: tokens beside the trained vocabulary, each with its id.
@@ -236,11 +236,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         main = main_file(files)
     if main is None:
         raise PunaError(f"{path} has no tokenizer: looked for tokenizer.model and tokenizer.json")
-    return _assembled(main, _companions(files, path), files)
+    return _assembled(main, _companions(files, path, main), files)
 
 
 def _assembled(main: Path, companions: "Companions", files: Mapping[str, Path]) -> Tokenizer:
-    vocabulary = read_vocabulary(main)
+    vocabulary = read_vocabulary(main, companions.prefix)
     with readable(main):
         return _assemble(vocabulary, companions, files)
 
@@ -254,12 +254,14 @@ class Companions:
         roles: the special token's text by role, one of vocabulary.ROLES.
         specials: texts of special tokens that have no such role.
         chat_template: a jinja template, if any.
+        prefix: which texts get a space in front, where the companions say so.
     """
 
     added: list[AddedToken] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     specials: list[str] = field(default_factory=list)
     chat_template: str | None = None
+    prefix: Prefix | None = None
 
 
 def _assemble(vocabulary: Vocabulary, companions: Companions, files: Mapping[str, Path]) -> Tokenizer:
@@ -281,7 +283,7 @@ def _assemble(vocabulary: Vocabulary, companions: Companions, files: Mapping[str
     return Tokenizer(vocabulary, tokens.values(), roles, companions.chat_template, files)
 
 
-def _companions(files: Mapping[str, Path], folder: Path) -> Companions:
+def _companions(files: Mapping[str, Path], folder: Path, main: Path) -> Companions:
     said: dict[str, dict[str, Any]] = {}
     for name, path in files.items():
         if path.suffix == ".json":
@@ -292,7 +294,7 @@ def _companions(files: Mapping[str, Path], folder: Path) -> Companions:
     added: list[AddedToken] = []
     if path := files.get("added_tokens.json"):
         with readable(path):
-            added += [AddedToken(content, id) for content, id in said[path.name].items()]
+            added += older_tokens(path, said[path.name], config)
     if path := files.get("tokenizer.json"):
         with readable(path):
             added += map(added_token, said[path.name].get("added_tokens", []))
@@ -314,6 +316,7 @@ def _companions(files: Mapping[str, Path], folder: Path) -> Companions:
             roles={role: _content(declared[role]) for role in ROLES if declared.get(role)},
             specials=[_content(token) for token in others if token],
             chat_template=template,
+            prefix=prefix_of(main, config),
         )
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from model.errors import PunaError
 from model.json_file import read_json
-from model.vocabulary import is_ranks, parse_sentencepiece, readable
+from model.vocabulary import AddedToken, Prefix, is_ranks, parse_sentencepiece, readable
 
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 _LOG = logging.getLogger(__name__)
 
 
@@ -51,6 +52,57 @@ def main_file(files: Mapping[str, Path]) -> Path | None:
         f"differ, as {changed[0]!r}"
     )
     return converted
+
+
+def older_tokens(path: Path, said: Mapping[str, Any], config: Mapping[str, Any]) -> list[AddedToken]:
+    """The tokens of added_tokens.json, which transformers reads only where tokenizer_config.json has no table of them.
+
+    Args:
+        path: the file.
+        said: its object.
+        config: the object of tokenizer_config.json.
+
+    Raises:
+        PunaError: an entry is no token and its id.
+    """
+    tokens = [AddedToken(content, id) for content, id in said.items()]
+    table = config.get("added_tokens_decoder")
+    if not isinstance(table, dict):
+        return tokens
+    ids = {token.get("content"): id for id, token in table.items() if isinstance(token, dict)}
+    unread = [token.content for token in tokens if ids.get(token.content) != str(token.id)]
+    if unread:
+        _say(
+            f"{path} is not read, as transformers does; the table in tokenizer_config.json is, and has no "
+            f"{', '.join(map(repr, unread[:3]))} of that id"
+        )
+    return []
+
+
+def prefix_of(main: Path, config: Mapping[str, Any]) -> Prefix | None:
+    """Which texts get a space in front, where tokenizer_config.json says it; None where the tokenizer's own file does.
+
+    It says so of transformers' LlamaTokenizer, by `add_prefix_space` and `legacy`. Without `legacy` a SentencePiece
+    model is read as when such folders were written, with the space before each text; a tokenizer.json as transformers 5
+    reads it, with the space before the first alone.
+
+    Args:
+        main: the tokenizer's file.
+        config: the object of tokenizer_config.json.
+
+    Raises:
+        PunaError: a value is not true, false or null.
+    """
+    for key in ("legacy", "add_prefix_space"):
+        if not isinstance(config.get(key), bool | None):
+            raise PunaError(f"{key} is {config[key]!r:.80}: expected true or false")
+    is_model = main.suffix != ".json"
+    if not config or config.get("tokenizer_class") not in (LLAMA_CLASSES if not is_model else (None, *LLAMA_CLASSES)):
+        return None
+    if config.get("add_prefix_space") is False:
+        return "never"
+    legacy = config.get("legacy")
+    return "always" if legacy or (legacy is None and is_model) else "first"
 
 
 def chat_template(files: Mapping[str, Path], config: Mapping[str, Any], folder: Path) -> str | None:

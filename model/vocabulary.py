@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sentencepiece
 import tokenizers
@@ -31,6 +31,7 @@ USUAL_ROLES = {
 }
 MAX_VOCABULARY = 1 << 24  # far above any model's; each id below the largest takes memory
 SPACE = "▁"  # SentencePiece's mark for a space
+Prefix = Literal["always", "first", "never"]  # which texts of a conversation get a space in front: Metaspace's schemes
 
 # Meta's Llama 3 tokenizer: how text is cut before merging, the special tokens after the ranks, and the longest text
 # and the longest run of blanks or of non-blanks that tiktoken is given at once.
@@ -93,8 +94,8 @@ class Vocabulary:
         added: tokens beside the trained vocabulary.
         roles: the special token's text by role, one of ROLES.
         encoder: makes, from the special tokens' texts, a function from text to ids that cannot yield them.
-        later_encoder: the same for text that follows a token, where that differs: Metaspace's scheme "first" puts a
-            space before the first text alone.
+        later_encoder: the same for text that follows a token, where that differs: the scheme "first" puts a space
+            before the first text alone.
         dummy_prefix: whether encoding puts a space before a text, which decoding takes away.
         errors: the codec error handler for invalid UTF-8.
     """
@@ -109,8 +110,12 @@ class Vocabulary:
     later_encoder: Callable[[Set[str]], Callable[[str], list[int]]] | None = None
 
 
-def read_vocabulary(path: Path) -> Vocabulary:
+def read_vocabulary(path: Path, prefix: Prefix | None = None) -> Vocabulary:
     """The vocabulary in a tokenizer file, whose kind is found from its content.
+
+    Args:
+        path: the file.
+        prefix: which texts get a space in front, where it is not the file that says so.
 
     Raises:
         PunaError: the file is of no kind we know, or damaged.
@@ -118,8 +123,8 @@ def read_vocabulary(path: Path) -> Vocabulary:
     with readable(path):
         data = path.read_bytes()
         if data.lstrip()[:1] == b"{":
-            return _read_merges(path)
-        return _read_ranks(data, path) if is_ranks(data) else _read_sentencepiece(data, path)
+            return _read_merges(path, prefix)
+        return _read_ranks(data, path) if is_ranks(data) else _read_sentencepiece(data, path, prefix)
 
 
 @contextmanager
@@ -188,7 +193,7 @@ def parse_sentencepiece(data: bytes, path: str | Path) -> Any:
     return proto
 
 
-def _read_sentencepiece(data: bytes, path: Path) -> Vocabulary:
+def _read_sentencepiece(data: bytes, path: Path, prefix: Prefix | None) -> Vocabulary:
     proto = parse_sentencepiece(data, path)
     kind = proto.SentencePiece.Type
     try:
@@ -202,13 +207,19 @@ def _read_sentencepiece(data: bytes, path: Path) -> Vocabulary:
             return bytes([int(piece.piece[3:5], 16)])
         return piece.piece.replace(SPACE, " ").encode()
 
-    def encoder(specials: Set[str]) -> Callable[[str], list[int]]:
-        spoken = [p for p in proto.pieces if p.piece in specials and p.type not in unspoken]
-        for piece in spoken:
-            piece.type = kind.CONTROL  # so that no text can spell it
-        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()).encode if spoken else encode
+    dummy_prefix = proto.normalizer_spec.add_dummy_prefix and prefix != "never"
 
-    encode = processor.encode
+    def encoder(specials: Set[str], dummy_prefix: bool = dummy_prefix) -> Callable[[str], list[int]]:
+        own = type(proto)()
+        own.CopyFrom(proto)
+        own.normalizer_spec.add_dummy_prefix = dummy_prefix
+        for piece in own.pieces:
+            if piece.piece in specials and piece.type not in unspoken:
+                piece.type = kind.CONTROL  # so that no text can spell it
+        if own == proto:
+            return processor.encode
+        return sentencepiece.SentencePieceProcessor(model_proto=own.SerializeToString()).encode
+
     roles = zip(ROLES, (processor.bos_id(), processor.eos_id(), processor.unk_id(), processor.pad_id()), strict=True)
     return Vocabulary(
         pieces=[spelled(piece) for piece in proto.pieces],
@@ -216,8 +227,9 @@ def _read_sentencepiece(data: bytes, path: Path) -> Vocabulary:
         added=[AddedToken(p.piece, id, special=True) for id, p in enumerate(proto.pieces) if p.type in unspoken],
         roles={role: proto.pieces[id].piece for role, id in roles if id >= 0},
         encoder=encoder,
-        dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
+        dummy_prefix=dummy_prefix,
         errors="surrogateescape",
+        later_encoder=partial(encoder, dummy_prefix=False) if dummy_prefix and prefix == "first" else None,
     )
 
 
@@ -270,7 +282,7 @@ def _encode_in_chunks(encode: Callable[[str], list[int]], text: str) -> list[int
 # tokenizer.json: the `tokenizers` library.
 
 
-def _read_merges(path: Path) -> Vocabulary:
+def _read_merges(path: Path, prefix: Prefix | None) -> Vocabulary:
     spec = read_json(path)
     model, decoder = spec.get("model") or {}, spec.get("decoder") or {}
     if model.get("type") != "BPE":
@@ -285,8 +297,13 @@ def _read_merges(path: Path) -> Vocabulary:
     if "ByteLevel" in steps:
         spell, dummy_prefix, errors = partial(_spell_byte_level, byte_level_alphabet()), False, "replace"
     elif model.get("byte_fallback") or "Metaspace" in steps:
-        metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})
-        dummy_prefix = "Strip" in steps or metaspace.get("prepend_scheme") != "never"
+        if prefix is not None:  # so transformers makes these tokenizers, whatever the file says of it
+            metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prefix, "split": False}
+            spec |= {"normalizer": None, "pre_tokenizer": metaspace}
+            dummy_prefix = prefix != "never"
+        else:
+            metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})
+            dummy_prefix = "Strip" in steps or metaspace.get("prepend_scheme") != "never"
         spell, errors = _spell_metaspace, "surrogateescape"
     else:
         raise PunaError(f"{path}: a decoder of {sorted(steps)} is not supported: expected ByteLevel or byte fallback")
