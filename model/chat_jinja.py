@@ -56,7 +56,7 @@ class _Specials:
     def protect(self, value: Any, mark: str) -> Any:
         """`value` with the special tokens in its texts broken by `mark`, also those that only start or end in one."""
         if isinstance(value, Mapping):
-            return {key: self.protect(item, mark) for key, item in value.items()}
+            return {self._protected_key(key, mark): self.protect(item, mark) for key, item in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, str):
             return [self.protect(item, mark) for item in value]
         if not isinstance(value, str):
@@ -65,6 +65,10 @@ class _Specials:
         core = value.strip()
         before, after = value[: len(value) - len(value.lstrip())], value[len(value.rstrip()) :] if core else ""
         return f"{before}{mark * core.startswith(self.tails)}{core}{mark * core.endswith(self.heads)}{after}"
+
+    def _protected_key(self, key: Any, mark: str) -> Any:
+        """A key, which names an argument of a tool or what templates look for; these hold no special token."""
+        return self.protect(key, mark) if isinstance(key, str) and self.pattern.search(key) else key
 
 
 _ROLE_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
