@@ -60,7 +60,9 @@ def atomic_path(destination: str | Path, overwrite: bool = False) -> Iterator[Pa
         else:
             _place(temporary, destination)
     except OSError as error:
-        if error.filename is None:  # a failed write, as on a full disk, does not say which file
+        if (
+            error.errno is not None and error.filename is None
+        ):  # a failed write, as on a full disk, does not say which file
             error.filename = str(destination)
         raise
     finally:

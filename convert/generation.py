@@ -11,6 +11,7 @@ from model.json_file import read_json
 NAME = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_TYPES: dict[str, tuple[type, ...]] = {**dict.fromkeys(IDS, (int,)), "do_sample": (bool,), "top_k": (int,)}
 
 # Why each group changes no token of a text of a decoder.
 _HARMLESS = {
@@ -66,7 +67,7 @@ def read_generation(file: Path) -> dict[str, Any]:
     Raises:
         PunaError: it asks for what changes a text and is not done here.
     """
-    said = read_json(file)
+    said = _read(file)
     acting = [key for key, idle in _ACTS.items() if not is_idle(said.get(key)) and said[key] != idle]
     if acting:
         words = ", ".join(f"{key} = {said[key]!r}" for key in acting)
@@ -77,9 +78,24 @@ def read_generation(file: Path) -> dict[str, Any]:
     return said
 
 
+def _read(file: Path) -> dict[str, Any]:
+    """The object of the file, whose token ids and sampling settings are of their types."""
+    said = read_json(file)
+    for key in (*IDS, *SAMPLING):
+        values = said.get(key)
+        if key in IDS and isinstance(values, list):
+            allowed = all(type(value) is int for value in values)
+        else:
+            allowed = values is None or type(values) in _TYPES.get(key, (int, float))
+        if not allowed:
+            names = " or ".join(kind.__name__ for kind in _TYPES.get(key, (int, float)))
+            raise PunaError(f"{file}: {key} is {str(values)[:80]!r}: give {names}{' or a list' * (key in IDS)}")
+    return said
+
+
 def asked(folder: Path) -> dict[str, Any]:
     """What a generation_config.json asks for, by key: all that changes a text and does not do nothing; ids in lists."""
-    said = read_json(folder / NAME) if (folder / NAME).is_file() else {}
+    said = _read(folder / NAME) if (folder / NAME).is_file() else {}
     said = {key: value for key, value in said.items() if key not in HARMLESS}
     ids = {key: id_list(said.pop(key)) for key in IDS if said.get(key) is not None}
     idle = _ACTS | {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}

@@ -202,7 +202,7 @@ def _factors(name: str, part: Mapping[str, LazyTensor], settings: Mapping[str, A
     if a_rank != b_rank or a_rank != rank or rank < 1:
         raise PunaError(
             f"{folder}: {module_name(name)} has factors of rank {a_rank} and {b_rank}; the settings say "
-            f"{rank}. An adapter has one rank of at least 1"
+            f"{rank!r}. An adapter has one rank of at least 1"
         )
     return Factors(a, b, magnitude, alpha / (rank**0.5 if settings.get("use_rslora") else rank), bias)
 

@@ -100,7 +100,7 @@ class Output:
         """
         answers, size = _whole_lines(self.part)
         self._answers.truncate(size)
-        refused = array("Q", (int(json.loads(line)["where"].rsplit(":", 1)[1]) for line in _lines(self.rejects_part)))
+        refused = array("Q", map(self._refused_number, _lines(self.rejects_part)))
         last = 0
         for number in numbers:
             if self.rejected < len(refused) and refused[self.rejected] == number:
@@ -114,6 +114,18 @@ class Output:
             raise PunaError(f"{self.part} holds more lines than the input asks for: overwrite=True begins anew")
         self._refusals.truncate(_size_of_lines(self.rejects_part, self.rejected))
         return last
+
+    def _refused_number(self, line: bytes) -> int:
+        """The number of the line of the input that a reject is about."""
+        try:
+            number = int(json.loads(line)["where"].rsplit(":", 1)[1])
+            array("Q", [number])
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
+            raise PunaError(
+                f"{self.rejects_part} holds a line that no batch has written, so that it cannot be said where to go "
+                "on: overwrite=True begins anew"
+            ) from None
+        return number
 
     # --- the lines
 

@@ -42,11 +42,18 @@ class _Generation(Extension):
         return f"{_OPEN}{caller()}{_CLOSE}"
 
 
+_LONGEST_SPECIAL = 1000
+
+
 class _Specials:
     """The special tokens' texts, ready for searching."""
 
     def __init__(self, texts: Iterable[str]):
         self.texts = sorted(texts, key=len, reverse=True)
+        if self.texts and len(self.texts[0]) > _LONGEST_SPECIAL:  # every head and tail of each is kept
+            raise PunaError(
+                f"a special token has {len(self.texts[0]):,} characters; none has more than {_LONGEST_SPECIAL:,}"
+            )
         any_of = "|".join(map(re.escape, self.texts)) or r"(?!)"
         self.pattern = re.compile(any_of)
         self.first = re.compile(f"(?=(?:{any_of}))(.)", re.DOTALL)  # the first character of each, overlapping or not

@@ -15,15 +15,22 @@ import fuzzing
 import pyarrow
 import pytest
 from fuzzing import KINDS, SECONDS
+from small_tokenizer import CHATML, small_tokenizer
 
 from cli import lines
+from cli.files import atomic_path
 from convert.formats import open_model
+from convert.generation import asked, read_generation
+from infer.batch_output import Output
 from model import json_file
+from model.chat import encode_prompt, get_template
 from model.errors import PunaError
+from model.tokenizer import load_tokenizer
 from train import config as train_config
 from train.config import load_config
 from train.data.readers import Faults, read_rows
 from train.metrics import read_metrics
+from train.plot import plot
 
 ROOT = Path(__file__).parent.parent
 GRACE = 60  # seconds that a process may be silent: what holds the interpreter is not interrupted after SECONDS
@@ -161,3 +168,50 @@ def test_a_template_nested_too_deeply_does_not_compile(text):
 
     with pytest.raises(PunaError, match="the chat template does not compile: [^\n]*$"):
         jinja_template(text, small_tokenizer)
+
+
+def test_a_failure_without_a_number_of_the_system_keeps_its_own_words(tmp_path):
+    with pytest.raises(OSError, match=r"^page 3 is short$") as failed, atomic_path(tmp_path / "x"):
+        raise OSError("page 3 is short")
+    assert failed.value.filename is None
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"where": "a:x"}', '{"where": "a:-1"}', '{"where": 3}', "\xff"])
+def test_rejects_that_no_batch_has_written_are_named(tmp_path, line):
+    (tmp_path / "out.jsonl.part").write_text('{"id": 1}\n')
+    (tmp_path / "rejects.jsonl.part").write_text(f"{line}\n", encoding="latin-1")
+    (tmp_path / "out.jsonl.part.json").write_text('{"input": "x"}')
+    with (
+        Output(tmp_path / "out.jsonl", tmp_path / "rejects.jsonl", {"input": "x"}, overwrite=False) as output,
+        pytest.raises(PunaError, match=r"rejects\.jsonl\.part holds a line that no batch has written"),
+    ):
+        output.resume(range(1, 4))
+
+
+@pytest.mark.parametrize("value", ['"x"', "[]", "1" + "0" * 400])
+def test_a_loss_that_is_no_number_is_not_drawn(tmp_path, value):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {value}}}\n')
+    with pytest.raises(PunaError, match="a loss or its step is no number to draw"):
+        plot([tmp_path], tmp_path / "p.png")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("eos_token_id", [[2]]), ("eos_token_id", "2"), ("pad_token_id", 1.5), ("top_k", [1]), ("temperature", "1"),
+     ("do_sample", "no")],
+)  # fmt: skip
+def test_a_generation_config_of_wrong_types_is_named(tmp_path, key, value):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({key: value}))
+    with pytest.raises(PunaError, match=rf"generation_config\.json: {key} is "):
+        read_generation(path)
+    with pytest.raises(PunaError, match=rf"generation_config\.json: {key} is "):
+        asked(tmp_path)
+
+
+def test_a_special_token_of_a_hundred_thousand_characters_is_refused(tmp_path):
+    config = json.loads((small_tokenizer(tmp_path, CHATML) / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "x" * 100_000}))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(PunaError, match="a special token has 100,000 characters"):
+        encode_prompt([{"role": "user", "content": "Hi"}], get_template("chat_template", tokenizer), tokenizer)

@@ -87,7 +87,12 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 def _column(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """The steps at which the lines have a number of that name, and these numbers."""
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    try:
+        points = [(float(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PunaError(
+            f"metrics.jsonl: a {name} or its step is no number to draw ({error}): take the line out"
+        ) from None
     return [x for x, _ in points], [y for _, y in points]
 
 
