@@ -293,6 +293,11 @@ def _read_merges(path: Path, prefix: Prefix | None) -> Vocabulary:
         check_token(piece, id)
     if model.get("dropout"):
         raise PunaError(f"{path} has dropout {model['dropout']!r}, which merges at random: set it to null")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):  # the library dies of a prefix that pieces lack
+        if model.get(key):
+            raise PunaError(
+                f"{path} has {key} {str(model[key])[:80]!r}, which no LLaMA's tokenizer has: set it to null"
+            )
     added = [added_token(entry) for entry in spec.get("added_tokens", [])]
     if "ByteLevel" in steps:
         spell, dummy_prefix, errors = partial(_spell_byte_level, byte_level_alphabet()), False, "replace"

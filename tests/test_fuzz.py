@@ -215,3 +215,13 @@ def test_a_special_token_of_a_hundred_thousand_characters_is_refused(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(PunaError, match="a special token has 100,000 characters"):
         encode_prompt([{"role": "user", "content": "Hi"}], get_template("chat_template", tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_marks_of_subwords_are_refused(tmp_path, key):
+    """Of a prefix longer than the pieces the library of tokenizer.json dies by a panic, which is no Exception."""
+    path = small_tokenizer(tmp_path) / "tokenizer.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"model": said["model"] | {key: "x" * 100}}))
+    with pytest.raises(PunaError, match=rf"tokenizer\.json has {key} 'xxx.*set it to null"):
+        load_tokenizer(tmp_path)
