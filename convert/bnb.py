@@ -259,7 +259,7 @@ def _read_nf4(name: str, codes: LazyTensor, own: Mapping[str, LazyTensor], shape
             _padded(own["absmax"].load(), like.absmax.shape, 0),
         ]
         if double:
-            parts += [own["nested_absmax"].load(), np.array(state["nested_offset"], np.float32)]
+            parts += [own["nested_absmax"].load().reshape(-1), np.array(state["nested_offset"], np.float32)]
         return parts
 
     return _stored(like, load, name, where)

@@ -99,10 +99,10 @@ def prefix_of(main: Path, config: Mapping[str, Any]) -> Prefix | None:
     is_model = main.suffix != ".json"
     if not config or config.get("tokenizer_class") not in (LLAMA_CLASSES if not is_model else (None, *LLAMA_CLASSES)):
         return None
-    if config.get("add_prefix_space") is False:
-        return "never"
-    legacy = config.get("legacy")
-    return "always" if legacy or (legacy is None and is_model) else "first"
+    space, legacy = config.get("add_prefix_space"), config.get("legacy")
+    if space is False:
+        return Prefix("never")
+    return Prefix("always" if legacy or (legacy is None and is_model) else "first", forced=space is True)
 
 
 def chat_template(files: Mapping[str, Path], config: Mapping[str, Any], folder: Path) -> str | None:

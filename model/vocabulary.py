@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import sentencepiece
 import tokenizers
@@ -31,7 +31,6 @@ USUAL_ROLES = {
 }
 MAX_VOCABULARY = 1 << 24  # far above any model's; each id below the largest takes memory
 SPACE = "▁"  # SentencePiece's mark for a space
-Prefix = Literal["always", "first", "never"]  # which texts of a conversation get a space in front: Metaspace's schemes
 
 # Meta's Llama 3 tokenizer: how text is cut before merging, the special tokens after the ranks, and the longest text
 # and the longest run of blanks or of non-blanks that tiktoken is given at once.
@@ -52,6 +51,18 @@ LLAMA3_ROLES = {
 }
 MAX_CHARACTERS = 400_000
 MAX_RUN = 25_000
+
+
+class Prefix(NamedTuple):
+    """Which texts of a conversation get a space in front.
+
+    Attributes:
+        scheme: all of them, the first, or none: Metaspace's words.
+        forced: whether that is so even where a SentencePiece model says that it puts none.
+    """
+
+    scheme: Literal["always", "first", "never"]
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,9 @@ def readable(path: Path) -> Iterator[None]:
         raise error if str(path) in str(error) else PunaError(f"{path}: {error}") from None
     except OSError:
         raise
-    except Exception as error:  # the libraries that parse tokenizers raise every kind, Exception itself among them
+    except BaseException as error:  # the libraries raise every kind, and what fails in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise PunaError(f"{path} is damaged, or says something no tokenizer says ({reason}): fetch it again") from error
 
@@ -207,7 +220,9 @@ def _read_sentencepiece(data: bytes, path: Path, prefix: Prefix | None) -> Vocab
             return bytes([int(piece.piece[3:5], 16)])
         return piece.piece.replace(SPACE, " ").encode()
 
-    dummy_prefix = proto.normalizer_spec.add_dummy_prefix and prefix != "never"
+    dummy_prefix = proto.normalizer_spec.add_dummy_prefix
+    if prefix is not None:
+        dummy_prefix = (dummy_prefix or prefix.forced) and prefix.scheme != "never"
 
     def encoder(specials: Set[str], dummy_prefix: bool = dummy_prefix) -> Callable[[str], list[int]]:
         own = type(proto)()
@@ -229,7 +244,9 @@ def _read_sentencepiece(data: bytes, path: Path, prefix: Prefix | None) -> Vocab
         encoder=encoder,
         dummy_prefix=dummy_prefix,
         errors="surrogateescape",
-        later_encoder=partial(encoder, dummy_prefix=False) if dummy_prefix and prefix == "first" else None,
+        later_encoder=partial(encoder, dummy_prefix=False)
+        if dummy_prefix and prefix and prefix.scheme == "first"
+        else None,
     )
 
 
@@ -303,9 +320,9 @@ def _read_merges(path: Path, prefix: Prefix | None) -> Vocabulary:
         spell, dummy_prefix, errors = partial(_spell_byte_level, byte_level_alphabet()), False, "replace"
     elif model.get("byte_fallback") or "Metaspace" in steps:
         if prefix is not None:  # so transformers makes these tokenizers, whatever the file says of it
-            metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prefix, "split": False}
+            metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prefix.scheme, "split": False}
             spec |= {"normalizer": None, "pre_tokenizer": metaspace}
-            dummy_prefix = prefix != "never"
+            dummy_prefix = prefix.scheme != "never"
         else:
             metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})
             dummy_prefix = "Strip" in steps or metaspace.get("prepend_scheme") != "never"

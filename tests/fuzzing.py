@@ -413,7 +413,10 @@ KINDS: dict[str, Kind] = {
     "pieces": Kind(make_pieces, read_tokenizer, ("*",), named=False),
     "ranks": Kind(make_ranks, read_tokenizer, ("*",), named=False),
     "run": Kind(
-        make_run, read_run, ("config.toml", "metrics.jsonl", "model/*.json", "checkpoints/**/*", "final/*.json")
+        make_run,
+        read_run,
+        ("config.toml", "metrics.jsonl", "model/*.json", "checkpoints/**/*", "final/*.json"),
+        named=False,
     ),
     "lines": Kind(make_lines, read_data, ("*",), lines=True),
     "list": Kind(make_list, read_data, ("*",), lines=True),
