@@ -80,7 +80,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         expected = manifest.pop("xxh3")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} cannot be read") from error
     if _hash_text(manifest) != expected:
         raise ValueError(f"{folder / MANIFEST} has changed since it was written")

@@ -223,6 +223,7 @@ def _read_sentencepiece(data: bytes, path: Path, prefix: Prefix | None) -> Vocab
     dummy_prefix = proto.normalizer_spec.add_dummy_prefix
     if prefix is not None:
         dummy_prefix = (dummy_prefix or prefix.forced) and prefix.scheme != "never"
+    first_alone = dummy_prefix and prefix is not None and prefix.scheme == "first"
 
     def encoder(specials: Set[str], dummy_prefix: bool = dummy_prefix) -> Callable[[str], list[int]]:
         own = type(proto)()
@@ -244,9 +245,7 @@ def _read_sentencepiece(data: bytes, path: Path, prefix: Prefix | None) -> Vocab
         encoder=encoder,
         dummy_prefix=dummy_prefix,
         errors="surrogateescape",
-        later_encoder=partial(encoder, dummy_prefix=False)
-        if dummy_prefix and prefix and prefix.scheme == "first"
-        else None,
+        later_encoder=partial(encoder, dummy_prefix=False) if first_alone else None,
     )
 
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from model.chat import encode_prompt, get_template
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
+from model.vocabulary import parse_sentencepiece
 
 PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
 TABLE = {
@@ -53,6 +54,8 @@ MODELS = {
     "added_tokens.json says more": ({"legacy": False, **extra()}, {"added_tokens.json": {"<|x|>": 420, "<|y|>": 421}}),
     "add_bos_token, add_eos_token": ({"legacy": False, "add_bos_token": True, "add_eos_token": True}, {}),
     "clean_up_tokenization_spaces": ({"legacy": False, "clean_up_tokenization_spaces": True}, {}),
+    "a model that puts no space, add_prefix_space True": ({"add_prefix_space": True, "legacy": False}, {}),
+    "a model that puts no space, add_prefix_space False": ({"add_prefix_space": False, "legacy": False}, {}),
     "spaces_between_special_tokens": ({"legacy": False, "spaces_between_special_tokens": True}, {}),
 }
 # Of a tokenizer.json: its Metaspace.
@@ -61,7 +64,12 @@ METASPACES = [(scheme, split) for scheme in ("always", "first", "never") for spl
 
 def write_model(folder: Path, config, files) -> Path:
     folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(trained_sentencepiece())
+    data = trained_sentencepiece()
+    if "no space" in folder.name:
+        proto = parse_sentencepiece(data, "")
+        proto.normalizer_spec.add_dummy_prefix = False
+        data = proto.SerializeToString()
+    (folder / "tokenizer.model").write_bytes(data)
     config = {**LLAMA, "added_tokens_decoder": TABLE, "chat_template": TEMPLATE, **config}
     config = {key: value for key, value in config.items() if value is not None or key == "add_prefix_space"}
     for name, content in {"tokenizer_config.json": config, **files}.items():
