@@ -233,7 +233,7 @@ def supervise(script: str, count: int, directory: Path, hang_minutes: float) -> 
     def start():
         attempt = next(attempts)
         command = [sys.executable, "-c", script, str(directory)]
-        return [launch._start([*command, str(i), str(attempt)], dict(os.environ)) for i in range(count)]
+        return [launch.start_process([*command, str(i), str(attempt)], dict(os.environ)) for i in range(count)]
 
     def newest():
         return max((int(path.name.split("-")[1]) for path in directory.glob("step-*")), default=-1)

@@ -18,8 +18,22 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, 
 
 
 @app.command()
-def run(config: ConfigFile, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    axes: Annotated[
+        list[str] | None, typer.Option("--sweep", metavar="KEY=A,B", help="Run all values; several make a grid.")
+    ] = None,
+) -> None:
     """Train, or resume what run.output_dir holds."""
+    if axes:
+        from rich.console import Console
+
+        from train.sweep import sweep
+
+        table, all_done = sweep(config, overrides or (), axes)
+        Console().print(table)
+        raise typer.Exit(0 if all_done else 1)
     from train.loop import run as train
 
     train(load_config(config, overrides or ()))

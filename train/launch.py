@@ -57,7 +57,9 @@ def launch(
 
     def start() -> list[subprocess.Popen[bytes]]:
         address = f"127.0.0.1:{free_port()}"
-        return [_start(command, _environment(run_dir, address, processes, i) | shares[i]) for i in range(processes)]
+        return [
+            start_process(command, _environment(run_dir, address, processes, i) | shares[i]) for i in range(processes)
+        ]
 
     return Supervisor(
         start, lambda: _newest_step(run_dir), lambda: _last_sign(run_dir), max_restarts, hang_minutes
@@ -172,7 +174,7 @@ class Supervisor:
             child.send_signal(signal.SIGTERM)
 
 
-def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def start_process(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """A child in its own process group, with SIGTERM held back until JAX's notifier is there to hear it."""
     parent = os.getpid()
 
