@@ -393,9 +393,9 @@ def test_a_client_that_goes_away_frees_its_row(server, http, stream):
         connection.sendall(raw(body))
         if stream:
             connection.recv(100)
-        else:
-            until(lambda: running(http) == 1)
+        until(lambda: running(http) == 1)
     until(lambda: running(http) == 0)
+    until(lambda: "cancelled" in http.get("/metrics").text)
     assert metric(http, 'puna_requests_total{finish="cancelled"}') == before + 1
 
 
