@@ -248,9 +248,6 @@ def checkpoint(result: dict[str, Any]) -> str:
     )
 
 
-NEW = {"serve": serve, "speculative": speculative}  # benchmarks that may not have run yet
-
-
 def page() -> str:
     """The text of docs/figures.md."""
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
@@ -260,7 +257,8 @@ def page() -> str:
         lora([results["lora"], results["lora_huge"]]),
         quantized(results["quantized"]),
         quantized_7b(results["quantized_7b"]),
-        *(show(results[name]) for name, show in NEW.items() if name in results),
+        serve(results["serve"]),
+        *(speculative(results[name]) for name in ("speculative",) if name in results),  # may not have been run yet
         gguf(results["gguf"]),
         convert(results["convert"]),
         checkpoint(results["checkpoint"]),
