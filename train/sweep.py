@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cli.files import atomic_path, write_json
 from model.errors import PunaError
+from model.json_file import read_json
 from train.config import Config, load_config
 from train.distributed import EXIT_PREEMPTED, Preempted
 from train.launch import start_process
@@ -165,7 +166,7 @@ def _folder_name(overrides: Sequence[str]) -> str:
 
 def _finished(folder: Path) -> dict[str, Any]:
     file = folder / _FINISHED
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def _is_finished(folder: Path, name: str, config: Config) -> bool:
