@@ -36,6 +36,7 @@ from model.pieces import Pieces
 
 _OUTER = ("embed", "lm_head")  # weights that are of no layer
 _PREFIX = "base_model.model."  # peft's, before every name
+_NO_TARGETS = "dummy-target-modules"  # peft refuses an empty list, and matches this with nothing
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # One module's part of an adapter, and a weight of the base, which may lie inside a wrapper of peft's.
@@ -404,7 +405,7 @@ def _settings(
         "lora_dropout": max((w.dropout for w in adapted.values()), default=0.0),
         "rank_pattern": {module: value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
-        "target_modules": names if whole else list(ranks),
+        "target_modules": (names if whole else list(ranks)) or _NO_TARGETS,
         "use_dora": any(w.magnitude is not None for w in adapted.values()),
         "bias": "none",
         "fan_in_fan_out": False,

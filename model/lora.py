@@ -183,7 +183,7 @@ def add(
         key: PRNG key; each weight draws from its own, made of its name.
         alpha: the update's scale is alpha / rank.
         dropout: the rate at which inputs of an adapter are dropped in training; see `with_dropout`.
-        targets: names as `q_proj`, or "all-linear".
+        targets: names as `q_proj`, or "all-linear"; none of them where modules_to_save alone are to train.
         modules_to_save: `embed_tokens`, `lm_head`, trained whole; this unties them.
         rslora: the scale is alpha / sqrt(rank) (arXiv:2312.03732).
         dora: adapters have DoRA's magnitudes (arXiv:2402.09353).
@@ -196,10 +196,11 @@ def add(
 
     Raises:
         PunaError: for a rank below 1 or above the weight's larger side, an alpha that is not finite, an unknown target
-            or module, or a pattern that matches nothing.
+            or module, neither targets nor modules, or a pattern that matches nothing.
     """
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     weights = target_weights(targets)
+    check_saved_modules(modules_to_save, targets)
     specs, depth = param_specs(config), config.num_hidden_layers
     modules = [f"model.layers.{i}.{MODULES[name]}" for name in weights for i in range(depth)]
     for pattern in rank_pattern | alpha_pattern:
@@ -221,7 +222,6 @@ def add(
         scale = [alpha / (rank**0.5 if rslora else rank) for alpha, rank in zip(alphas, ranks, strict=True)]
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         layers[name] = _fresh(own, layers[name], ranks, scale, dropout, dora, specs["layers"][name], mesh, name)
-    check_saved_modules(modules_to_save)
     params = {**params, "layers": layers}
     if not modules_to_save or not config.tie_word_embeddings:
         return config, params
@@ -238,13 +238,15 @@ def target_weights(targets: Sequence[str] | str) -> list[str]:
         return list(LINEARS)
     targets = [targets] if isinstance(targets, str) else list(targets)
     names = {module.split(".")[1]: ours for ours, module in MODULES.items()}
-    if not targets or not names.keys() >= set(targets):
+    if not names.keys() >= set(targets):
         raise PunaError(f"lora targets {targets}: choose from {', '.join(names)}, or all-linear")
     return [names[target] for target in dict.fromkeys(targets)]
 
 
-def check_saved_modules(modules: Sequence[str]) -> None:
-    """Raises PunaError for a module that cannot be trained whole beside adapters."""
+def check_saved_modules(modules: Sequence[str], targets: Sequence[str] | str) -> None:
+    """Raises PunaError for a module that cannot be trained whole beside adapters, or where nothing would train."""
+    if not modules and not targets:
+        raise PunaError("lora targets and modules_to_save are both empty, so nothing trains: name some of either")
     if unknown := [module for module in modules if module not in SAVED_MODULES]:
         raise PunaError(f"lora modules_to_save: {', '.join(unknown)}; choose from {', '.join(SAVED_MODULES)}")
 

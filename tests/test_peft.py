@@ -61,6 +61,10 @@ SETTINGS = {
     "some layers": {"r": 4, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
     "some layers, dora": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1], "use_dora": True},
     "saved modules": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved modules alone": {
+        "target_modules": peft.utils.constants.DUMMY_TARGET_MODULES,
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    },
 }
 
 

@@ -129,7 +129,8 @@ class LoraConfig:
         rank: of an update, the width between its two matrices; r elsewhere. [LoRA, arXiv:2106.09685]
         alpha: the update is scaled by alpha / rank. [LoRA, arXiv:2106.09685]
         dropout: the part of an update's inputs that is zeroed at a step. [peft]
-        targets: the names of the weights that get one, as q_proj, or "all-linear". [peft]
+        targets: the names of the weights that get one, as q_proj, or "all-linear"; [] where modules_to_save alone
+            are to train. [peft]
         modules_to_save: embed_tokens and lm_head, where they are to train whole. [peft]
         rslora: scales by alpha / sqrt(rank) instead. [rsLoRA, arXiv:2312.03732]
         dora: a magnitude for every column of a weight too. [DoRA, arXiv:2402.09353]
@@ -393,7 +394,7 @@ def _check(config: Config) -> None:
     _refuse_unread(config)
     if config.lora is not None:
         target_weights(config.lora.targets)
-        check_saved_modules(config.lora.modules_to_save)
+        check_saved_modules(config.lora.modules_to_save, config.lora.targets)
     if config.lora is None and model.path is None:  # what model.path names may be an adapter, which says [lora]
         refuse_quantized_training(config)
     if (wanted := config.quantize) is not None:
