@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -213,6 +214,29 @@ def test_a_step_that_is_not_finite_changes_nothing():
     state, metrics = step(state, good)
     assert metrics["skipped"] == 0 and jnp.isfinite(metrics["loss"]) and state.step == 3
     assert jnp.any(state.params["final_norm"] != before[0]["final_norm"])
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"optimizer": "test_train_step:to_infinity"},
+        {"learning_rate": 1e38, "weight_decay": 1e3},
+        {"learning_rate": 1e3, "weight_decay": 1e38},
+        {"optimizer": "adafactor", "learning_rate": 3e38},
+    ],
+    ids=str,
+)
+def test_an_update_that_would_ruin_the_weights_changes_nothing(optim):
+    config = config_of(optim=optim | {"warmup_steps": 0})
+    state, step = start(config, SMALL, mesh_of(1, 1, 1))
+    before = jax.device_get((state.params, state.opt_state))
+    state, metrics = step(state, make_rows(0))
+    assert metrics["skipped"] == 1 and jnp.isfinite(metrics["loss"]) and jnp.isfinite(metrics["grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
+
+
+def to_infinity(optim, schedule):
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda x: x * jnp.inf, updates))
 
 
 def test_offloaded_optimizer_state_is_the_same_bit_for_bit():

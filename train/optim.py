@@ -148,6 +148,17 @@ def global_norm(tree: Any) -> Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
+def may_overflow(optim: OptimConfig) -> bool:
+    """Whether finite gradients and finite parameters can become parameters that are not.
+
+    Adam's update is at most its mean gradient divided by epsilon, and gradients whose norm is finite in float32 are
+    below 1.9e19. So with usual settings they cannot, and the step need not look at every new parameter, which takes 5 %
+    of a step on CPU.
+    """
+    usual = optim.optimizer == "adamw" and optim.adam_epsilon >= 1e-15
+    return not (usual and optim.learning_rate <= 1 and optim.learning_rate * optim.weight_decay <= 1)
+
+
 def stays_finite(new: Any, old: Any) -> Array:
     """Whether every number of every leaf that was finite still is: bool []."""
     same = jax.tree.map(lambda after, before: jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)), new, old)

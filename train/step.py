@@ -22,7 +22,15 @@ from model.params import Params
 from train.config import Config
 from train.data.encode import IGNORE_INDEX
 from train.objective import Batch, make_objective
-from train.optim import Schedule, clip, global_norm, make_optimizer, owns_learning_rate, stays_finite
+from train.optim import (
+    Schedule,
+    clip,
+    global_norm,
+    make_optimizer,
+    may_overflow,
+    owns_learning_rate,
+    stays_finite,
+)
 from train.state import TrainState, join
 
 Metrics = Mapping[str, Array]
@@ -75,7 +83,9 @@ def make_step(
         else:
             params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & stays_finite(params, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if may_overflow(config.optim):
+            finite &= stays_finite(params, state.params)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = {
