@@ -346,6 +346,15 @@ def join(trained: Params, frozen: Params) -> Params:
     return jax.tree.map(both, trained, frozen, is_leaf=lambda node: node is None or isinstance(node, LoraArray))
 
 
+def bases(params: Params) -> Params:
+    """The parameters without any adapter."""
+
+    def base(leaf: Any) -> Any:
+        return base(leaf.base) if isinstance(leaf, LoraArray) else leaf
+
+    return jax.tree.map(base, params, is_leaf=is_weight)
+
+
 def with_dropout(params: Params, key: Array) -> Params:
     """Gives every adapter that has a dropout rate its keys for one step, one per layer, from the step's `key`."""
 

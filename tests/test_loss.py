@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.sharding import make_mesh
-from train.loss import IGNORE_INDEX, make_loss
+from train.loss import IGNORE_INDEX, make_loss, make_token_losses
 
 B, T, D, V = 4, 30, 16, 64
 
@@ -42,6 +42,29 @@ def test_equals_the_plain_form(arrays, sizes, chunk):
     np.testing.assert_allclose(loss(x, head, targets), theirs / 3, rtol=1e-6)
     for own, other in zip(our_grads, their_grads, strict=True):
         np.testing.assert_allclose(own, other, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("of", [(0, 1), 0, 1], ids=str)
+def test_losses_token_by_token_equal_the_plain_form(arrays, sizes, of):
+    x, head, targets = arrays
+    losses, weights = make_token_losses(mesh_of(*sizes), 7), jnp.linspace(-1, 2, B * T).reshape(B, T)
+
+    def weighed(x, head):
+        each = losses(x, head, targets)
+        return jnp.sum(weights * each**2), each  # what a token weighs in the gradient is not known before
+
+    def plainly(x, head):
+        each = jax.vmap(jax.vmap(lambda x, t: plain(x[None], head, t[None], 0.0)))(x, targets)
+        return jnp.sum(weights * each**2), each
+
+    ours, our_grads = jax.jit(jax.value_and_grad(weighed, of, has_aux=True))(x, head)
+    theirs, their_grads = jax.value_and_grad(plainly, of, has_aux=True)(x, head)
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-6, atol=1e-6)
+    jax.tree.map(
+        lambda own, other: np.testing.assert_allclose(own, other, rtol=1e-5, atol=5e-5), our_grads, their_grads
+    )
 
 
 def test_nothing_trained_is_zero(arrays):

@@ -8,9 +8,13 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
 
+from convert import save_model
+from model.config import LlamaConfig
 from model.errors import PunaError
+from model.params import init_params
 from model.tokenizer import load_tokenizer
 from train.config import Config, LoraConfig, QuantizeConfig, load_config, read_config
 from train.data import Sampler, load_dataset
@@ -20,6 +24,7 @@ from train.data.toy import make_examples, write_tokenizer
 from train.hints import ELSEWHERE
 from train.integrity import fingerprints
 from train.optim import make_schedule
+from train.preference import PreferenceConfig
 from train.schema import _meanings, dump, flat, not_a_setting, settings
 from train.settings import as_markdown, describe
 from train.start import mesh_of, model_of, tokenizer_of
@@ -85,6 +90,12 @@ LORA = {
     "rank_pattern": ({"q_proj": 2}, {}),
     "alpha_pattern": ({"q_proj": 2.0}, {}),
 }
+PREFERENCE = {
+    "loss": ("orpo", {}),
+    "beta": (0.3, {}),
+    "label_smoothing": (0.1, {}),
+    "precompute_ref_log_probs": (False, {"lora": {}}),
+}
 QUANTIZE = {"method": ("int8", {}), "double_quant": (True, {}), "block": (32, {"quantize": {"method": "int4"}})}
 MESH = {
     "data": (2, {}),
@@ -121,6 +132,10 @@ UNREAD = [  # the value, what makes that nothing reads it, and the remedy
     ("data.on_overlong", "error", {"data": {"packing": True, "packing_strategy": "wrapped"}}),
     ("data.on_overlong", "error", {"data": {"format": "text"}}),
     ("mesh.sequence_parallel", True, {}),
+    ("model.loss", "m:f", {"preference": {"loss": "orpo"}}),
+    ("optim.z_loss", 1e-4, {"preference": {"loss": "orpo"}}),
+    ("preference.label_smoothing", 0.1, {"preference": {"loss": "orpo"}}),
+    ("preference.precompute_ref_log_probs", False, {"preference": {"loss": "orpo"}}),
 ]
 
 
@@ -144,6 +159,8 @@ def folder(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in part))
     texts = [{"text": "abc", **example} for example in examples]
     (folder / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    shape = LlamaConfig(**FEW)
+    save_model(folder / "base", shape, init_params(shape, jax.random.key(0)))
     return folder
 
 
@@ -209,7 +226,13 @@ def test_every_setting_has_a_meaning_in_the_docstring_of_its_section():
     for setting in EVERY:
         assert setting.meaning.endswith("."), setting.name
         assert setting.source or "." not in setting.name, setting.name
-    for record in (DataSource, LoraConfig, QuantizeConfig, *(type(section) for section in vars(PLAIN).values())):
+    for record in (
+        DataSource,
+        LoraConfig,
+        PreferenceConfig,
+        QuantizeConfig,
+        *(type(section) for section in vars(PLAIN).values()),
+    ):
         if is_dataclass(record):
             assert _meanings(record).keys() == names_of(record), record  # and none of a setting that is no more
     assert {setting.name for setting in EVERY} >= dict(flat(PLAIN)).keys()
@@ -280,6 +303,7 @@ def test_the_tables_name_every_setting():
     assert MODEL.keys() | {"path", "preset", "tokenizer"} == names_of(type(read_config({"data": {"path": "x"}}).model))
     plain = read_config({"data": {"path": "x"}})
     assert OPTIM.keys() == names_of(type(plain.optim)) and MESH.keys() == names_of(type(plain.mesh))
+    assert PREFERENCE.keys() == names_of(PreferenceConfig)
     assert LORA.keys() == names_of(LoraConfig) and QUANTIZE.keys() == names_of(QuantizeConfig)
     assert MESH.keys() == names_of(type(read_config({"data": {"path": "x"}}).mesh)) and DATA.keys() == names_of(
         DataConfig
@@ -306,6 +330,15 @@ def test_a_setting_of_lora_and_quantize_changes_the_step(folder, section, name):
     value, needs = {"lora": LORA, "quantize": QUANTIZE}[section][name]
     adapted = [{"lora": {}}, *([{"quantize": {}}] if section == "quantize" else []), needs]
     assert differ(config_of(folder, *adapted, {section: {name: value}}), config_of(folder, *adapted))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_a_setting_of_preference_changes_the_step(folder, name):
+    value, needs = PREFERENCE[name]
+    compared = {"model": {"path": str(folder / "base")}, "preference": {}}
+    changed = config_of(folder, compared, needs, {"preference": {name: value}})
+    assert differ(changed, config_of(folder, compared, needs))
 
 
 @pytest.mark.parametrize("name", DATA)

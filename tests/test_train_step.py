@@ -141,7 +141,8 @@ def test_a_batch_filled_up_with_empty_rows_is_the_smaller_batch():
 
 
 def test_packed_is_unpacked():
-    objective = jax.jit(make_objective(config_of(), SMALL, mesh_of(1, 1, 1)))
+    loss = make_objective(config_of(), SMALL, mesh_of(1, 1, 1)).loss
+    objective = jax.jit(lambda params, rows: loss(params, rows, rows)[0])
     params = init_params(SMALL, jax.random.key(0))
     packed = make_rows(0)
     rows = []
@@ -293,7 +294,8 @@ def test_pieces_are_replaced_by_name():
     named = {"block": "test_train_step:skip", "loss": "test_train_step:count"}
     objective = make_objective(config_of(model=named), replace(SMALL, pieces=Pieces(named["block"])), mesh_of(1, 1, 1))
     rows = make_rows(0)
-    assert objective(init_params(SMALL, jax.random.key(0)), rows) == (rows["labels"] != IGNORE_INDEX).sum()
+    total, _ = objective.loss(init_params(SMALL, jax.random.key(0)), rows, rows)
+    assert total == objective.units(rows) == (rows["labels"] != IGNORE_INDEX).sum()
     for setting in ("block", "norm", "attention"):
         config = config_of(model={setting: "test_train_step:absent", "preset": "llama-7b"})
         with pytest.raises(PunaError, match=f'model.{setting} is "test_train_step:absent"'):

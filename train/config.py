@@ -17,6 +17,8 @@ from model.quantize import quantizer
 from train.data.config import DataConfig, sources
 from train.data.config import check as check_data
 from train.hints import meant
+from train.preference import PreferenceConfig
+from train.preference import check as check_preference
 from train.schema import PathText, flat, read, settings
 
 
@@ -229,13 +231,14 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told, by section; `lora` and `quantize` are None where the file has no such section."""
+    """Everything a run is told, by section; those that are None by default turn on what they are about."""
 
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig | None = None
     quantize: QuantizeConfig | None = None
+    preference: PreferenceConfig | None = None
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
 
@@ -303,6 +306,8 @@ def read_config(table: dict[str, Any]) -> Config:
     """
     if "lora" in table and isinstance(optim := table.get("optim", {}), dict):
         table = table | {"optim": {"learning_rate": LORA_LEARNING_RATE} | optim}
+    if "preference" in table and isinstance(data := table.get("data", {}), dict):
+        table = table | {"data": {"format": "preference"} | data}
     config = read(Config, {"model": {}, "data": {}} | table)
     _check(config)
     return config
@@ -391,6 +396,7 @@ def _check(config: Config) -> None:
         )
     if run.profile_steps and not (len(run.profile_steps) == 2 and 1 <= run.profile_steps[0] <= run.profile_steps[1]):
         raise PunaError(f"run.profile_steps is {list(run.profile_steps)}; give a first and a last step, as [10, 13]")
+    _check_preference(config)
     _refuse_unread(config)
     if config.lora is not None:
         target_weights(config.lora.targets)
@@ -399,6 +405,28 @@ def _check(config: Config) -> None:
         refuse_quantized_training(config)
     if (wanted := config.quantize) is not None:
         quantizer(wanted.method, wanted.block, wanted.double_quant)
+
+
+def _check_preference(config: Config) -> None:
+    """Refuses [preference] without preferences, and the other way round, and a reference that there is not."""
+    wanted, formats = config.preference, {source.format for source in sources(config.data)}
+    if wanted is None:
+        if "preference" in formats:
+            raise PunaError('data.format is "preference" without a [preference] section: add one')
+        return
+    check_preference(wanted)
+    if others := formats - {"preference"}:
+        raise PunaError(f'data.format is "{others.pop()}" under [preference], which reads "preference": leave it out')
+    if wanted.loss == "dpo" and config.model.path is None:
+        raise PunaError(
+            'preference.loss "dpo" compares with the model that a run starts from: give model.path, or choose "orpo"'
+        )
+    if wanted.loss == "dpo" and not wanted.precompute_ref_log_probs:
+        if config.lora is None or config.lora.modules_to_save:
+            raise PunaError(
+                "preference.precompute_ref_log_probs is false, and the reference is not there beside what trains: set "
+                "it to true, or train adapters alone ([lora] without modules_to_save)"
+            )
 
 
 def refuse_quantized_training(config: Config) -> None:
@@ -413,9 +441,15 @@ def _refuse_unread(config: Config) -> None:
     num_train_epochs, both may be given: an override on the command line is then a word, not two."""
     optim, model, run, data = config.optim, config.model, config.run, config.data
     has_loss, is_adafactor = model.loss is not None, optim.optimizer == "adafactor"
+    pairs = config.preference
+    has_pairs, is_orpo = pairs is not None, pairs is not None and pairs.loss == "orpo"
     unread = (  # the setting, the one because of which nothing reads it, and whether that is so
         ("optim.z_loss", "model.loss", has_loss),
         ("model.loss_chunk", "model.loss", has_loss),
+        ("model.loss", "preference.loss", has_pairs),
+        ("optim.z_loss", "preference.loss", has_pairs),
+        ("preference.label_smoothing", "preference.loss", is_orpo),
+        ("preference.precompute_ref_log_probs", "preference.loss", is_orpo),
         ("optim.adam_beta1", "optim.optimizer", is_adafactor),
         ("optim.adam_beta2", "optim.optimizer", is_adafactor),
         ("optim.adam_epsilon", "optim.optimizer", is_adafactor),
@@ -429,9 +463,10 @@ def _refuse_unread(config: Config) -> None:
         ("mesh.sequence_parallel", "mesh.tensor", config.mesh.tensor == 1),
         ("run.keep_every", "run.save_steps", not run.save_steps and not run.save_minutes),
     )
-    given, plain = dict(flat(config)), dict(flat(Config(ModelConfig(), DataConfig())))
+    given = dict(flat(config))
+    plain = dict(flat(Config(ModelConfig(), DataConfig(), preference=PreferenceConfig())))
     for name, cause, holds in unread:
-        if holds and given[name] != plain[name]:
+        if holds and given.get(name) != plain.get(name):
             raise PunaError(
                 f"{name} is {given[name]!r}, which nothing reads with {cause} = {given.get(cause)!r}: "
                 f"leave it out, or change {cause}"

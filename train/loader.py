@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from train.data.dataset import HostBatch
-from train.objective import BATCH_KEYS, Batch
+from train.objective import Batch
 
 T = TypeVar("T")
 
@@ -31,12 +31,12 @@ def to_devices(rows: Callable[[int, int], HostBatch], sharding: Sharding, shape:
     """The global batch, each device with its own rows; a process makes its `local_rows` only.
 
     Args:
-        rows: `rows(start, stop)` -> these rows of the batch, int32 [stop - start, T].
+        rows: `rows(start, stop)` -> these rows of the batch, [stop - start, ...] each.
         sharding: of each array.
         shape: (B, T).
 
     Returns:
-        Global arrays, int32 [B, T], under the names in BATCH_KEYS.
+        Global arrays, [B, ...], of all but the numbers of the rows.
     """
     mine = local_rows(sharding, shape)
     local = rows(mine.start, mine.stop)
@@ -46,9 +46,9 @@ def to_devices(rows: Callable[[int, int], HostBatch], sharding: Sharding, shape:
             start, stop, _ = (index or (slice(None),))[0].indices(shape[0])
             return values[start - mine.start : stop - mine.start]
 
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback((shape[0], *values.shape[1:]), sharding, part)
 
-    return {key: place(local[key]) for key in BATCH_KEYS}
+    return {key: place(values) for key, values in local.items() if key != "rows"}
 
 
 @contextmanager

@@ -26,18 +26,19 @@ from train.integrity import CheckpointError
 from train.loader import prefetch, to_devices
 from train.metrics import MFU_FORMULA, MetricsFile, flops_per_token, peak_flops
 from train.metrics_logger import MetricsLogger, NonFinite, ProgressDisplay
-from train.objective import Batch
+from train.objective import Batch, reads_reference
 from train.optim import make_schedule
 from train.outputs import Outputs
 from train.plot import Painter
 from train.profile import Profile
+from train.reference import with_reference
 from train.reporters import REPORTERS, Reporter
 from train.schema import dump, flat
 from train.start import base_of, mesh_of, model_of, prepare, tokenizer_of, with_adapter_settings
 from train.state import TrainState, abstract_batch, abstract_state, base_params, init_state, shardings_of, state_like
 from train.step import make_evaluation, make_step
 
-Evaluate = Callable[[TrainState, Batch], tuple[Array, Array]]
+Evaluate = Callable[[TrainState, Batch], tuple[Mapping[str, Array], Array]]
 ROWS_NAMED = 20
 MANY_DROPPED = 0.05  # of the records, above which it is said how to keep them
 
@@ -97,6 +98,11 @@ def train(config: Config) -> None:
         if before is None or config.lora is not None or resume.reads_base_again(config, before):
             start = base_params(config, model, mesh, base)
         weights = None if start is None or base is None else resume.weights_of(start)
+        if reads_reference(config):
+            assert start is not None
+            alive = partial(distributed.heartbeat, run_dir)
+            datasets = with_reference(datasets, config, model, mesh, start, alive, display.say)
+            sampler = Sampler(datasets, run.batch_size, run.seed)
         if before is not None and config.lora is None:
             start = None  # what was read of it is compared, and gone before the state comes
         if start is None:
@@ -169,7 +175,7 @@ def train(config: Config) -> None:
             checkpoints.save(number, replace(state, frozen=None), data, asdict(config))
 
         if done == 0 and datasets.evaluation:
-            record.begin(eval_loss=evaluation_loss(evaluate, state, datasets, config, sharding))
+            record.begin(**held_out_means(evaluate, state, datasets, config, sharding))
 
         # --- the loop
         try:
@@ -180,8 +186,9 @@ def train(config: Config) -> None:
                 is_best = False
                 if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
                     with record.paused():
-                        loss = evaluation_loss(evaluate, state, datasets, config, sharding)
-                    record.add(eval_loss=loss)
+                        means = held_out_means(evaluate, state, datasets, config, sharding)
+                    record.add(**means)
+                    loss = means["eval_loss"]
                     if is_best := run.keep_best and loss < (best["eval_loss"] if best else math.inf):
                         best = {"step": number, "eval_loss": loss}
                 stopping = distributed.reached_preemption(number)
@@ -235,10 +242,10 @@ def total_steps(config: Config, sampler: Sampler) -> int:
     return config.run.max_steps or sampler.steps(config.run.num_train_epochs)
 
 
-def evaluation_loss(
+def held_out_means(
     evaluate: Evaluate, state: TrainState, datasets: Datasets, config: Config, sharding: Sharding
-) -> float:
-    """The mean loss of the trained tokens of the held-out rows.
+) -> dict[str, float]:
+    """The mean loss of the held-out rows, as "eval_loss", and of what else is known of them, likewise.
 
     Args:
         evaluate: what `make_evaluation` made.
@@ -260,8 +267,8 @@ def evaluation_loss(
 
     with prefetch(batches()) as ready:
         sums = [evaluate(state, batch) for batch in ready]
-    losses, counts = zip(*jax.device_get(sums), strict=True)
-    return float(sum(losses) / max(1, sum(counts)))
+    every, counts = zip(*jax.device_get(sums), strict=True)
+    return {f"eval_{name}": float(sum(each[name] for each in every) / max(1, sum(counts))) for name in every[0]}
 
 
 def _size(tree: Any) -> int:

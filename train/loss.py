@@ -4,6 +4,9 @@ Logits of all rows would be the largest array of a training step. Here a scan ma
 loss and their gradients at once (three products instead of the four of a checkpointed chunk), and keeps only the
 gradients. Under a mesh it is one `shard_map`: the head is gathered over fsdp once, the vocabulary stays split over
 tensor, and its gradient is scattered once at the end.
+
+Where the tokens' losses are wanted one by one, what each of them weighs in the gradient is known on the way back only:
+a gradient of the rows is scaled there, and one of the head is made there, of logits that are made again.
 """
 
 from collections.abc import Callable
@@ -68,10 +71,70 @@ def make_loss(mesh: Mesh, chunk: int = 512, z_loss: float = 0.0) -> Loss:
     return loss
 
 
+def make_token_losses(mesh: Mesh, chunk: int = 512) -> Loss:
+    """The losses of a batch token by token: each trained token's cross-entropy.
+
+    Args:
+        mesh: what the arrays lie on, as for `make_loss`.
+        chunk: rows of logits alive at a time on every device.
+
+    Returns:
+        `losses(x [B, T, D], head [D, V], targets int32 [B, T])` -> float32 [B, T], 0 where the target is -100.
+    """
+
+    @jax.custom_vjp
+    def losses(x: Array, head: Array, targets: Array) -> Array:
+        return run(x, head, targets, None, want_x=False, want_head=False)[0]
+
+    def forward(x: Any, head: Any, targets: Any) -> tuple[Array, tuple[Any, ...]]:
+        if head.perturbed:  # its gradient is a sum over tokens, each with a weight that is not known yet
+            kept = x.value, head.value, targets.value
+            return losses(*kept), (*kept, None)
+        values, dx, _ = run(x.value, head.value, targets.value, None, want_x=x.perturbed, want_head=False)
+        return values, (None, None, None, dx)
+
+    def backward(residuals: tuple[Any, ...], g: Any) -> tuple[Array | None, ...]:
+        x, head, targets, dx = residuals
+        if isinstance(g, SymbolicZero):
+            return None, None, None
+        if head is None:
+            return None if dx is None else (dx * g[..., None]).astype(dx.dtype), None, None
+        return *run(x, head, targets, g, want_x=True, want_head=True)[1:], None
+
+    losses.defvjp(forward, backward, symbolic_zeros=True)
+
+    def run(x: Array, head: Array, targets: Array, weights: Array | None, want_x: bool, want_head: bool) -> Any:
+        rows = partition_spec(mesh, ("batch", None, None), x.shape, "hidden")
+        weight = partition_spec(mesh, ("embed", "vocab"), head.shape, "lm_head")
+        each = PartitionSpec(*rows[:2])
+        wanted = {"want_x": want_x, "want_head": want_head}
+        local = partial(_local, chunk=chunk, z_loss=0.0, mesh=mesh, by_token=True, **wanted)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, weight, each, None if weights is None else each),
+            out_specs=(each, rows if want_x else None, weight if want_head else None),
+            check_vma=False,
+        )(x, head, targets, weights)
+
+    return losses
+
+
 def _local(
-    x: Array, head: Array, targets: Array, *, chunk: int, z_loss: float, want_x: bool, want_head: bool, mesh: Mesh
+    x: Array,
+    head: Array,
+    targets: Array,
+    weights: Array | None = None,
+    *,
+    chunk: int,
+    z_loss: float,
+    want_x: bool,
+    want_head: bool,
+    mesh: Mesh,
+    by_token: bool = False,
 ) -> tuple[Array, Array | None, Array | None]:
-    """One device's part: x [b, T, D], head [D / fsdp, V / tensor], targets [b, T]. See `make_loss`."""
+    """One device's part: x [b, T, D], head [D / fsdp, V / tensor], targets and their weights [b, T]; the losses are
+    summed, or come as [b, T] where they are wanted `by_token`. See `make_loss`."""
     B, T, D = x.shape
     dtype = head.dtype
     vocab_first = cpu.sums_vocabulary_first(mesh.devices.flat[0].platform)
@@ -81,9 +144,10 @@ def _local(
     first = jax.lax.axis_index("tensor") * head.shape[1]
     size = min(chunk, B * T)
     flat, wanted = _chunks(x.reshape(B * T, D), size, 0), _chunks(targets.reshape(B * T), size, IGNORE_INDEX)
+    weighed = None if weights is None else _chunks(weights.reshape(B * T), size, 0)
 
-    def step(carry: tuple[Array, Array | None], rows: tuple[Array, Array]) -> tuple[Any, Array | None]:
-        (total, dhead), (h, target) = carry, rows
+    def step(carry: tuple[Array | None, Array | None], rows: tuple[Array, Array, Array | None]) -> tuple[Any, Any]:
+        (total, dhead), (h, target, weight) = carry, rows
         logits = jnp.matmul(h, head, preferred_element_type=jnp.float32)
         top = jax.lax.pmax(logits.max(axis=-1), "tensor")
         powers = jnp.exp(logits - top[:, None])
@@ -94,23 +158,28 @@ def _local(
         is_here = (own >= 0) & (own < head.shape[1])
         chosen = jax.lax.psum(jnp.where(is_here, chosen, 0.0)[:, 0], "tensor")
         trained = target != IGNORE_INDEX
-        total += jnp.sum(log_z - chosen + z_loss * jnp.square(log_z), where=trained)
+        loss, each = log_z - chosen + z_loss * jnp.square(log_z), None
+        if total is None:
+            each = jnp.where(trained, loss, 0.0)
+        else:
+            total += jnp.sum(loss, where=trained)
         if not (want_x or want_head):
-            return (total, None), None
+            return (total, None), (each, None)
         # d loss / d logits = softmax * (1 + 2 z_loss log Z) - onehot
         hit = jnp.arange(head.shape[1]) == own
         slope = jnp.where(trained, (1 + 2 * z_loss * log_z) / denominator, 0.0)
-        dlogits = (powers * slope[:, None] - (hit & trained[:, None])).astype(x.dtype)
+        dlogits = powers * slope[:, None] - (hit & trained[:, None])
+        dlogits = (dlogits if weight is None else dlogits * weight[:, None]).astype(x.dtype)
         if dhead is not None:
             left, right = (dlogits, h) if vocab_first else (h, dlogits)
             dhead += jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
         dh = jnp.matmul(dlogits, head.T, preferred_element_type=jnp.float32).astype(x.dtype) if want_x else None
-        return (total, dhead), dh
+        return (total, dhead), (each, dh)
 
     shape = head.shape[::-1] if vocab_first else head.shape
-    start = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32) if want_head else None
-    (total, dhead), dx = jax.lax.scan(step, start, (flat, wanted))
-    total = jax.lax.psum(total, ("data", "fsdp"))
+    start = None if by_token else jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32) if want_head else None
+    (total, dhead), (each, dx) = jax.lax.scan(step, start, (flat, wanted, weighed))
+    result = each.reshape(-1)[: B * T].reshape(B, T) if by_token else jax.lax.psum(total, ("data", "fsdp"))
     if dx is not None:
         dx = jax.lax.psum(dx.reshape(-1, D)[: B * T].reshape(x.shape), "tensor")
     if dhead is not None:
@@ -118,7 +187,7 @@ def _local(
             dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=int(vocab_first), tiled=True)
         dhead = jax.lax.psum(dhead, "data")
         dhead = (dhead.T if vocab_first else dhead).astype(dtype)
-    return total, dx, dhead
+    return result, dx, dhead
 
 
 def _chunks(x: Array, size: int, fill: int) -> Array:

@@ -184,8 +184,9 @@ class ProgressDisplay:
         """Shows a finished line of metrics."""
         mfu = "" if line["mfu"] is None else f"  MFU {line['mfu']:.1%}"
         held_out = f"  held out {line['eval_loss']:.4f}" if "eval_loss" in line else ""
+        right = f"  preferred {line['reward_accuracy']:.0%}" if "reward_accuracy" in line else ""
         words = (
-            f"loss {line['loss']:.4f}{held_out}  {line['tokens_per_second_per_device']:,.0f} tok/s/device{mfu}"
+            f"loss {line['loss']:.4f}{held_out}{right}  {line['tokens_per_second_per_device']:,.0f} tok/s/device{mfu}"
             f"  {line['peak_memory_gib']:.1f} GiB"
         )
         self._bar.update(self._task, completed=line["step"], description=words)

@@ -1,6 +1,7 @@
 """What a run minimizes: the loss of a batch, through the model and the pieces that its config names."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from model import cpu
+from model import cpu, lora
 from model.attention import ATTENTIONS
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -16,14 +17,31 @@ from model.llama import SPLIT_SEQUENCE, block_of, head_of, hidden
 from model.params import Params
 from model.pieces import checked, load_function
 from train.config import Config
-from train.loss import make_loss
+from train.data.encode import IGNORE_INDEX
+from train.loss import make_loss, make_token_losses
+from train.preference import PreferenceConfig, by_segment, dpo, most_segments, orpo, pairs_of
 
 Batch = Mapping[str, Array]
+Forward = Callable[[Params, Batch], Array]
 BATCH_KEYS = ("tokens", "labels", "segments")
 
 
-def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
-    """What a step minimizes: the model's losses on a batch, summed.
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimizes: a mean over a whole batch, of which each microbatch gives its part of the sum.
+
+    Attributes:
+        loss: of (params, rows, batch): the sum over `rows`, a microbatch of `batch`, float32; and what else is summed
+            over them, by the name of its metric.
+        units: of what these are sums: how many there are in a batch, int32.
+    """
+
+    loss: Callable[[Params, Batch, Batch], tuple[Array, Mapping[str, Array]]]
+    units: Callable[[Batch], Array]
+
+
+def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Objective:
+    """What a step minimizes: the model's losses on a batch, summed over its trained tokens, or over its preferences.
 
     Args:
         config: how to compute: attention, remat, dtype, loss.
@@ -31,13 +49,34 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
         mesh: where.
 
     Returns:
-        `objective(params, batch)`, where `batch` has BATCH_KEYS, int32 [B, T] each -> float32, the sum over its trained
-        tokens.
+        The objective, of batches that have BATCH_KEYS, int32 [B, T] each; and "reference", float32 [B, S], where
+        preferences are compared with a reference that was computed before.
 
     Raises:
         PunaError: cuDNN attention on other devices than GPUs, a block that does not take what is set, or a function
             that the config names and that is not there.
     """
+    forward = make_forward(config, model, mesh)
+    if config.preference is not None:
+        return _of_preferences(config, config.preference, model, mesh, forward)
+    if (name := config.model.loss) is not None:
+        call = "loss(x [B, T, D], head [D, V], labels [B, T]) -> the float32 sum over trained tokens"
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        own = load_function(name, "model.loss")
+        sum_of = checked(own, name, "model.loss", call, lambda x, head, labels: scalar)
+    else:
+        sum_of = make_loss(mesh, config.model.loss_chunk, config.optim.z_loss)
+
+    def loss(params: Params, rows: Batch, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+        x = forward(params, rows)
+        with jax.named_scope("loss"):
+            return sum_of(x, head_of(params, model), rows["labels"]), {}
+
+    return Objective(loss, lambda batch: jnp.sum(batch["labels"] != IGNORE_INDEX))
+
+
+def make_forward(config: Config, model: LlamaConfig, mesh: Mesh) -> Forward:
+    """The function from parameters and rows to what the head multiplies, [B, T, D]. See `make_objective`."""
     wanted, platform = config.model, mesh.devices.flat[0].platform
     keywords: dict[str, Any] = {}  # how the block computes, not what: no part of the model
     if wanted.attention == "cudnn" and platform == cpu.PLATFORM:
@@ -47,25 +86,85 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
     if config.mesh.sequence_parallel:
         keywords["residual"] = SPLIT_SEQUENCE
     block = block_of(model, **keywords)
-    if wanted.loss:
-        call = "loss(x [B, T, D], head [D, V], labels [B, T]) -> the float32 sum over trained tokens"
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        own = load_function(wanted.loss, "model.loss")
-        loss = checked(own, wanted.loss, "model.loss", call, lambda x, head, labels: scalar)
-    else:
-        loss = make_loss(mesh, wanted.loss_chunk, config.optim.z_loss)
 
-    def objective(params: Params, batch: Batch) -> Array:
+    def forward(params: Params, rows: Batch) -> Array:
         x, _ = hidden(
             params,
-            batch["tokens"],
+            rows["tokens"],
             model,
-            segments=batch["segments"],  # positions follow from them: they restart at each segment
+            segments=rows["segments"],  # positions follow from them: they restart at each segment
             dtype=wanted.dtype,
             block=block,
             remat=wanted.remat,
         )
-        with jax.named_scope("loss"):
-            return loss(x, head_of(params, model), batch["labels"])
+        return x
 
-    return objective
+    return forward
+
+
+# --- preferences
+
+
+def reads_reference(config: Config) -> bool:
+    """Whether batches bring the log-probabilities of a reference."""
+    wanted = config.preference
+    return wanted is not None and wanted.loss == "dpo" and wanted.precompute_ref_log_probs
+
+
+def make_log_probs(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[Params, Batch], Array]:
+    """The log-probability that a model gives to the trained tokens of each segment.
+
+    Returns:
+        A function from (params, rows) to float32 [B, S], with as many segments as a row of `config` can hold.
+
+    Raises:
+        PunaError: see `make_objective`.
+    """
+    forward, losses = make_forward(config, model, mesh), make_token_losses(mesh, config.model.loss_chunk)
+    count = most_segments(config.data.max_length, config.data.packing)
+
+    def log_probs(params: Params, rows: Batch) -> Array:
+        x = forward(params, rows)
+        with jax.named_scope("loss"):
+            return -by_segment(losses(x, head_of(params, model), rows["labels"]), rows["segments"], count)
+
+    return log_probs
+
+
+def _of_preferences(
+    config: Config, wanted: PreferenceConfig, model: LlamaConfig, mesh: Mesh, forward: Forward
+) -> Objective:
+    losses, log_probs = make_token_losses(mesh, config.model.loss_chunk), make_log_probs(config, model, mesh)
+    count = most_segments(config.data.max_length, config.data.packing)
+
+    def compare(params: Params, rows: Batch, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+        reference = rows.get("reference")
+        if reference is None:
+            reference = jax.lax.stop_gradient(log_probs(lora.bases(params), rows))
+        return summed(*dpo(log_probs(params, rows), reference, wanted), rows)
+
+    def compare_odds(params: Params, rows: Batch, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+        x, learned = forward(params, rows), _chosen_targets(rows)
+        is_answer = rows["labels"] != IGNORE_INDEX
+        with jax.named_scope("loss"):
+            each = losses(x, head_of(params, model), jnp.where(learned == IGNORE_INDEX, rows["labels"], learned))
+        sums = by_segment(jnp.where(is_answer, -each, 0), rows["segments"], count)
+        total, known = summed(*orpo(sums, by_segment(is_answer, rows["segments"], count), wanted), rows)
+        # a mean over tokens beside one over pairs: as a sum over pairs, by how many tokens there are for each
+        tokens = jnp.sum(_chosen_targets(batch) != IGNORE_INDEX)
+        entropy = jnp.sum(each, where=learned != IGNORE_INDEX) * pairs_of(batch["segments"]) / jnp.maximum(tokens, 1)
+        return total + entropy, {**known, "nll_loss": entropy}
+
+    def summed(each: Array, known: Mapping[str, Array], rows: Batch) -> tuple[Array, Mapping[str, Array]]:
+        is_there = rows["segments"].max(axis=1, keepdims=True) >= 2 * jnp.arange(1, count // 2 + 1)
+        return jnp.sum(each, where=is_there), {k: jnp.sum(value, where=is_there) for k, value in known.items()}
+
+    return Objective(compare if wanted.loss == "dpo" else compare_odds, lambda batch: pairs_of(batch["segments"]))
+
+
+def _chosen_targets(rows: Batch) -> Array:
+    """What the model must say at each token of a chosen answer and of its prompt, int32 [B, T]; -100 elsewhere."""
+    tokens, segments = rows["tokens"], rows["segments"]
+    following = jnp.roll(segments, -1, axis=1).at[:, -1].set(0)
+    goes_on = (segments % 2 == 1) & (following == segments)
+    return jnp.where(goes_on, jnp.roll(tokens, -1, axis=1), IGNORE_INDEX)

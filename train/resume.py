@@ -21,6 +21,7 @@ from train.config import Config, read_config, refuse_changes
 from train.data import Datasets, Sampler
 from train.data.cache import tokenizer_hash
 from train.data.config import sources
+from train.objective import reads_reference
 from train.optim import make_schedule, owns_learning_rate
 
 Inputs = dict[str, Any]  # as JSON: what each input was, by its name
@@ -50,12 +51,8 @@ def inputs_of(config: Config, model: LlamaConfig, tokenizer: Tokenizer, datasets
 
 def weights_of(params: Params) -> dict[str, int]:
     """A fingerprint of each array of a base, without adapters, the same on every mesh."""
-
-    def base(leaf: Any) -> Any:
-        return base(leaf.base) if isinstance(leaf, lora.LoraArray) else leaf
-
-    plain = jax.tree.map(base, params, is_leaf=lora.is_weight)
-    return {name: int(value) for name, value in jax.device_get(integrity.fingerprints(plain)).items()}
+    found = integrity.fingerprints(lora.bases(params))
+    return {name: int(value) for name, value in jax.device_get(found).items()}
 
 
 def check_settings(config: Config) -> Config:
@@ -147,9 +144,11 @@ def schedule_change(config: Config, done: int, before: int, total: int) -> str |
 
 
 def reads_base_again(config: Config, before: Config) -> bool:
-    """Whether a run that resumes reads the weights of model.path: the frozen base of adapters, or to see that what
-    another path names are those of the start."""
-    return config.model.path is not None and (config.lora is not None or before.model.path != config.model.path)
+    """Whether a run that resumes reads the weights of model.path: the frozen base of adapters, the reference of
+    preferences, or to see that what another path names are those of the start."""
+    if config.model.path is None:
+        return False
+    return config.lora is not None or reads_reference(config) or before.model.path != config.model.path
 
 
 def _code(config: Config, model: LlamaConfig) -> dict[str, str]:

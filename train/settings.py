@@ -48,7 +48,7 @@ def as_markdown() -> str:
         "# Settings",
         "",
         "What a TOML file of `python -m train run` may say. `python -m train settings [NAME]` prints the same, and",
-        "`make settings` writes this page, from the docstrings of `train/config.py` and `train/data/config.py`.",
+        "`make settings` writes this page, from the docstrings of its sections (`train/config.py`).",
     ]
     for setting in settings(Config):
         if not setting.source:

@@ -26,8 +26,9 @@ from model.params import LINEARS, Params, abstract_params, init_params
 from model.quantize import quantizer
 from model.sharding import named_sharding
 from train.config import Config, QuantizeConfig
-from train.objective import BATCH_KEYS
+from train.objective import BATCH_KEYS, reads_reference
 from train.optim import make_optimizer
+from train.preference import most_segments
 
 
 @struct.dataclass
@@ -237,7 +238,8 @@ def shardings_of(tree: Any) -> Any:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, int32 [B, T], and the shardings of one batch under the names in BATCH_KEYS.
+    """The shapes and the shardings of one batch: int32 [B, T] under the names in BATCH_KEYS, and float32 [B, S] under
+    "reference" where preferences are compared with one.
 
     Raises:
         PunaError: its microbatches do not divide over the mesh.
@@ -251,7 +253,11 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
         )
     shape = (run.batch_size, config.data.max_length)
     sharding = named_sharding(mesh, ("batch", None), shape, "batch")
-    return {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for key in BATCH_KEYS}
+    batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for key in BATCH_KEYS}
+    if reads_reference(config):
+        segments = most_segments(config.data.max_length, config.data.packing)
+        batch["reference"] = jax.ShapeDtypeStruct((run.batch_size, segments), jnp.float32, sharding=sharding)
+    return batch
 
 
 def _placed(shapes: Params, model: LlamaConfig, mesh: Mesh) -> Params:

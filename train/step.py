@@ -53,7 +53,8 @@ def make_step(
 
     Returns:
         `step(state, batch) -> (state, metrics)` for a batch [B, T]. Metrics are scalars: loss (mean over trained
-        tokens), grad_norm (before clipping), learning_rate, num_tokens (not padding), trained_tokens, skipped.
+        tokens, or over preferences), grad_norm (before clipping), learning_rate, num_tokens (not padding),
+        trained_tokens, skipped, and the means of what else the objective knows.
 
     Raises:
         PunaError: a function that the config names is not there, or see `make_objective`.
@@ -67,13 +68,13 @@ def make_step(
         trained_tokens = jnp.sum(batch["labels"] != IGNORE_INDEX)
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
-        def microbatch(trained: Params, rows: Batch, key: Array) -> Array:
-            return objective(join(trained, state.frozen, key), rows)
+        def microbatch(trained: Params, rows: Batch, key: Array) -> tuple[Array, Metrics]:
+            return objective.loss(join(trained, state.frozen, key), rows, batch)
 
-        total, sums = accumulate(microbatch, state.params, batch, key, config.run.gradient_accumulation_steps)
-        per_token = 1 / jnp.maximum(trained_tokens, 1)
-        loss = total * per_token
-        grads = jax.tree.map(lambda g, p: (g * per_token).astype(p.dtype), sums, state.params)
+        (total, known), sums = accumulate(microbatch, state.params, batch, key, config.run.gradient_accumulation_steps)
+        per_unit = 1 / jnp.maximum(objective.units(batch), 1)
+        loss = total * per_unit
+        grads = jax.tree.map(lambda g, p: (g * per_unit).astype(p.dtype), sums, state.params)
         norm = global_norm(grads)
         rate = schedule(state.step)
         grads = clip(grads, norm, config.optim.max_grad_norm)
@@ -90,6 +91,7 @@ def make_step(
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = {
             "loss": loss,
+            **{name: value * per_unit for name, value in known.items()},
             "learning_rate": rate,
             "grad_norm": norm,
             "num_tokens": jnp.sum(batch["segments"] != 0),
@@ -111,49 +113,58 @@ def make_step(
 
 def make_evaluation(
     config: Config, model: LlamaConfig, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[Array, Array]]:
+) -> Callable[[TrainState, Batch], tuple[Metrics, Array]]:
     """The jitted `evaluate(state, batch)` for a batch [B, T]: without dropout, and the state is not donated.
 
     Returns:
-        A function that gives the sum of the losses of the batch's trained tokens, float32, and their number, int32.
+        A function that gives sums over the batch's trained tokens, or preferences, by name: "loss", float32, and what
+        else the objective knows; and their number, int32.
 
     Raises:
         PunaError: see `make_objective`.
     """
     objective = make_objective(config, model, mesh)
 
-    def evaluate(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-        return objective(join(state.params, state.frozen), batch), jnp.sum(batch["labels"] != IGNORE_INDEX)
+    def evaluate(state: TrainState, batch: Batch) -> tuple[Metrics, Array]:
+        total, known = objective.loss(join(state.params, state.frozen), batch, batch)
+        return {"loss": total, **known}, objective.units(batch)
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def accumulate(
-    objective: Callable[[Params, Batch, Array], Array], params: Params, batch: Batch, key: Array, count: int
-) -> tuple[Array, Params]:
-    """The sum of an objective over microbatches, and the gradient of that sum.
+    objective: Callable[[Params, Batch, Array], tuple[Array, Metrics]],
+    params: Params,
+    batch: Batch,
+    key: Array,
+    count: int,
+) -> tuple[tuple[Array, Metrics], Params]:
+    """The sums of an objective over microbatches, and the gradient of the first of them.
 
     Microbatch i takes every count-th row from i on, so that no row leaves its device, and a key of its own.
 
     Args:
-        objective: `objective(params, rows, key)` -> float32 scalar.
+        objective: `objective(params, rows, key)` -> a float32 scalar, and others by name.
         params: the tree to differentiate for.
         batch: arrays [B, T]; B is divisible by `count`.
         key: what the microbatches' keys are split from.
         count: the number of microbatches.
 
     Returns:
-        The sum, and gradients like `params`: added in float32, or as they come where there is one microbatch.
+        The sums, and gradients like `params`: added in float32, or as they come where there is one microbatch.
     """
-    gradients = jax.value_and_grad(objective)
+    gradients = jax.value_and_grad(objective, has_aux=True)
     if count == 1:
         return gradients(params, batch, key)
 
     def cut(x: Array) -> Array:
         return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(sums: Any, each: tuple[Batch, Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, gradients(params, *each)), None
+    def add(sums: Any, each: tuple[Batch, Array]) -> tuple[Any, Metrics]:
+        (loss, known), grads = gradients(params, *each)
+        return jax.tree.map(jnp.add, sums, (loss, grads)), known
 
     zeros = jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    return jax.lax.scan(add, zeros, (jax.tree.map(cut, dict(batch)), jax.random.split(key, count)))[0]
+    microbatches = jax.tree.map(cut, dict(batch)), jax.random.split(key, count)
+    (loss, grads), known = jax.lax.scan(add, zeros, microbatches)
+    return (loss, {name: values.sum() for name, values in known.items()}), grads

@@ -27,7 +27,7 @@ from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.config import DataConfig, DataSource
 from train.data.encode import Encoder, encoder
-from train.data.packing import PackedRows, best_fit_decreasing, padded, split_spans, wrapped
+from train.data.packing import PackedRows, best_fit_decreasing, in_pairs, padded, split_spans, wrapped
 from train.data.readers import Faults, SourceRecord, load_hub, read_rows, source_files
 from train.data.tokenize import Chunk, Limit, tokenize
 
@@ -38,7 +38,7 @@ CODE = (
     *("model.chat", "model.chat_jinja", "model.chat_sources", "model.json_file", "model.tokenizer"),
     *("model.tokenizer_sources", "model.vocabulary"),
     *("train.data.cache", "train.data.encode", "train.data.formats", "train.data.messages", "train.data.packing"),
-    *("train.data.readers", "train.data.splits", "train.data.tokenize"),
+    *("train.data.preference", "train.data.readers", "train.data.splits", "train.data.tokenize"),
 )
 
 
@@ -212,9 +212,9 @@ def tokenize_into(
     chunks = tokenize(rows, encode, limit, faults)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     with _progress(source.path, alive) as advance:
-        paths, origins, offsets, counts = _write_examples(folder, chunks, dtype, advance)
+        paths, origins, offsets, chosen, counts = _write_examples(folder, chunks, dtype, advance)
     faults.check()
-    packed = pack(offsets[:-1], np.diff(offsets), config)
+    packed = pack(offsets[:-1], np.diff(offsets), config, chosen if encode.pair else None)
     if not len(packed):
         left_out = f", and {counts.overlong:,} records are longer: raise it" if counts.overlong else ""
         raise PunaError(
@@ -225,6 +225,7 @@ def tokenize_into(
         folder / "index.npz",
         offsets=offsets,
         origins=origins,
+        chosen=chosen,
         row_offsets=packed.offsets,
         start=packed.start,
         length=packed.length,
@@ -252,16 +253,19 @@ def _first_read(source: DataSource, tokenizer: Tokenizer, faults: Faults) -> tup
 
 def _write_examples(
     folder: Path, chunks: Iterable[Chunk], dtype: np.dtype, advance: Callable[[int, int], None]
-) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64], Counts]:
-    """Write the tokens of `chunks`. Returns the paths, (path number, line) and offset of each example, and counts."""
+) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], Counts]:
+    """Write the tokens of `chunks`. Returns the paths, (path number, line) and offset of each example, how many tokens
+    of each preference are its chosen answer, and counts."""
     paths: dict[str, int] = {}
     origins, lengths = [np.empty((0, 2), np.int64)], [np.zeros(1, np.int64)]
+    chosen: list[int] = []
     counts = Counts()
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as trained:
         for chunk in chunks:
             tokens.write(chunk.tokens.astype(dtype).tobytes())
             trained.write(chunk.trained.tobytes())
             lengths.append(np.array(chunk.lengths, np.int64))
+            chosen += chunk.chosen
             numbers = [paths.setdefault(path, len(paths)) for path in chunk.paths]
             origins.append(np.array([numbers, chunk.lines], np.int64).T)
             counts = replace(
@@ -276,21 +280,26 @@ def _write_examples(
                 trained_tokens=counts.trained_tokens + int(chunk.trained.sum()),
             )
             advance(counts.records, counts.tokens)
-    return list(paths), np.concatenate(origins), np.cumsum(np.concatenate(lengths)), counts
+    offsets = np.cumsum(np.concatenate(lengths))
+    return list(paths), np.concatenate(origins), offsets, np.array(chosen, np.int64), counts
 
 
-def pack(start: NDArray[np.int64], length: NDArray[np.int64], config: DataConfig) -> PackedRows:
+def pack(
+    start: NDArray[np.int64], length: NDArray[np.int64], config: DataConfig, chosen: NDArray[np.int64] | None = None
+) -> PackedRows:
     """The rows that examples make.
 
     Args:
         start: [E], where each example begins.
         length: [E], its tokens.
         config: max_length, packing and packing_strategy.
+        chosen: [E], of preferences, the tokens of the chosen answer; None for other examples.
     """
     if config.packing and config.packing_strategy == "wrapped":
         return wrapped(start, length, config.max_length)
     spans = split_spans(start, length, config.max_length)
-    return best_fit_decreasing(*spans, config.max_length) if config.packing else padded(*spans)
+    rows = best_fit_decreasing(*spans, config.max_length) if config.packing else padded(*spans)
+    return rows if chosen is None else in_pairs(rows, start, chosen)
 
 
 def packed_counts(

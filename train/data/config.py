@@ -6,7 +6,7 @@ from typing import Literal
 from model.errors import PunaError
 from train.schema import PathText
 
-Format = Literal["auto", "text", "instruction", "conversations", "messages", "prompt_completion"]
+Format = Literal["auto", "text", "instruction", "conversations", "messages", "prompt_completion", "preference"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,19 @@ class DataConfig:
             split is read, train, or the one behind a colon: "folder:test". [datasets]
         format: what a record is; "auto" tells it from the first record's keys. `system`, `history`, `tools`, and in
             messages `tool_calls`, `weight` and content in parts, mean what they mean elsewhere (train.data.messages),
-            or are refused.
+            or are refused. "preference" is pairs of answers, chosen and rejected: the default under
+            [preference].
         columns: our key -> the record's, as in {text = "article"}.
         template: a conversation template's name, "chat_template" for the checkpoint's own, a .jinja file, or a text
             with {column} placeholders. "auto" takes alpaca for instruction records, vicuna_v1.1 for conversations, the
-            checkpoint's own for messages and plain for prompt_completion.
+            checkpoint's own for messages and plain for prompt_completion; of preferences, the last two likewise.
         response_template: the last part of a template with placeholders that is not trained on (DialogSum:
             "### Output:\\n"). [TRL]
-        max_length: tokens in a row. Longer texts are split over several rows; for conversations see on_overlong. [TRL]
+        max_length: tokens in a row. Longer texts are split over several rows; for conversations see on_overlong. Both
+            answers of a preference lie in one row, each with its prompt. [TRL]
         on_overlong: what becomes of a conversation longer than max_length: it is left out ("drop", counted), loses its
             end ("truncate", counted; left out where nothing trained would stay), or is refused by its line ("error").
+            Of a preference each half is cut to half of max_length.
         packing: several examples a row, apart from each other. [TRL]
         packing_strategy: "bfd" is best-fit decreasing; "wrapped" joins everything and cuts it every max_length tokens,
             attending across documents, and leaves out the last incomplete row. [TRL; arXiv:2404.10830]
@@ -92,6 +95,9 @@ def check(config: DataConfig) -> None:
         raise PunaError("data.eval_path and data.validation_split are both given: keep one")
     if config.packing_strategy == "wrapped" and not config.packing:
         raise PunaError('data.packing_strategy is "wrapped" without packing: set data.packing = true')
+    is_wrapped = config.packing and config.packing_strategy == "wrapped"
+    if is_wrapped and any(source.format == "preference" for source in sources(config)):
+        raise PunaError('data.packing_strategy "wrapped" would cut preferences apart: choose "bfd"')
     weights = [source.weight for source in sources(config)]
     if any(weight is not None and weight <= 0 for weight in weights):
         raise PunaError("data.path: every weight must be above 0")

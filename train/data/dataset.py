@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from train.data.packing import PackedRows, select
 from train.data.permute import mix_key, permute
 from train.data.readers import source_files
 
-HostBatch = dict[str, NDArray[np.int32]]
+HostBatch = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class PackedDataset:
         digest: a SHA-256 over all of these numbers as they are stored.
         template: the name of the conversation template that examples are written with, as in [data]; None for texts and
             templates with placeholders.
+        chosen: [E], of preferences, how many tokens of each are the chosen answer with its prompt; None of others.
+        reference: float32 [R, S], the log-probability of each segment of each row under the reference model of
+            preferences; None where a run does not compare with one.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -51,6 +55,8 @@ class PackedDataset:
     counts: Counts
     digest: str
     template: str | None = None
+    chosen: NDArray[np.int64] | None = None
+    reference: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,14 +67,18 @@ class PackedDataset:
         Returns:
             int32 [B, T] arrays: tokens; labels, already shifted: `labels[:, t]` is what the model must say at t, namely
             token t + 1 of the same segment where that token is trained, else -100; segments, from 1 in each row, 0 is
-            padding.
+            padding. Of preferences, segments 1, 3, 5 ... are chosen answers and the one after each is the rejected one;
+            where there is a reference, float32 [B, S] too.
         """
         chosen = np.asarray(rows, np.int64)
         names = ("tokens", "labels", "segments")
-        batch = {name: np.zeros((len(chosen), self.max_length), np.int32) for name in names}
+        batch: HostBatch = {name: np.zeros((len(chosen), self.max_length), np.int32) for name in names}
         batch["tokens"][:] = self.pad_id
         batch["labels"][:] = IGNORE_INDEX
         kept = np.flatnonzero(chosen >= 0)
+        if self.reference is not None:
+            batch["reference"] = np.zeros((len(chosen), self.reference.shape[1]), np.float32)
+            batch["reference"][kept] = self.reference[chosen[kept]]
         part = select(self.rows, chosen[kept])
         if not len(part.length):
             return batch
@@ -194,14 +204,16 @@ def hold_out(dataset: PackedDataset, config: DataConfig) -> tuple[PackedDataset,
     def part(chosen: NDArray[np.int64], where: str, counts: Counts) -> PackedDataset:
         chosen = np.sort(chosen)
         start, length = dataset.offsets[chosen], np.diff(dataset.offsets)[chosen]
-        rows = pack(start, length, config)
+        halves = None if dataset.chosen is None else dataset.chosen[chosen]
+        rows = pack(start, length, config, halves)
         if not len(rows):
             raise PunaError(
                 f"data.validation_split {config.validation_split} leaves {len(chosen):,} of {size:,} documents to "
                 f"{where}, which make no row: change it"
             )
         each = np.add.reduceat(dataset.trained, dataset.offsets[:-1], dtype=np.int64)[chosen]
-        return replace(dataset, rows=rows, counts=packed_counts(counts, length, int(each.sum()), rows, config))
+        packed = packed_counts(counts, length, int(each.sum()), rows, config)
+        return replace(dataset, rows=rows, counts=packed)
 
     stays = replace(dataset.counts, held_out=held)
     return part(order[held:], "train on", stays), part(order[:held], "evaluate", Counts(records=held))
@@ -245,6 +257,7 @@ def open_dataset(folder: Path, pad_id: int) -> PackedDataset:
             counts,
             meta["digest"],
             meta["template"],
+            index["chosen"] if len(index["chosen"]) else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PunaError(f"the tokenized data in {folder} is damaged ({error}): delete that folder") from error

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +13,7 @@ from model.errors import PunaError
 from model.tokenizer import Tokenizer
 from train.data.formats import KEYS, detect_format, rename, text_at
 from train.data.messages import Conversation, answered, check_trained, conversation_of
+from train.data.preference import as_pair
 
 IGNORE_INDEX = -100  # the label of a token on which no loss is taken, as in transformers
 
@@ -52,7 +54,10 @@ def encode(
     Raises:
         PunaError: the record is not of its format, or the tokenizer lacks a token that the template writes.
     """
-    ids, trained = encoder(record, tokenizer, template, format, columns, response_template)(record)
+    made = encoder(record, tokenizer, template, format, columns, response_template)
+    if made.pair is not None:
+        raise PunaError("a preference is two texts: encode a prompt with each of its answers as the completion")
+    ((ids, trained),) = made(record)
     labels = [id if loss else IGNORE_INDEX for id, loss in zip(ids, trained, strict=True)]
     return ids[:max_length], labels[:max_length]
 
@@ -68,6 +73,7 @@ class Encoder:
         encode: these to ids, and which of them are trained.
         tokenizer: whose ids.
         template: the name of the conversation template, as in [data]; None for texts and templates with placeholders.
+        pair: a preference to the records of its two answers; None for other formats.
     """
 
     format: str
@@ -76,15 +82,18 @@ class Encoder:
     encode: Callable[[Sequence[Piece], Tokenizer], tuple[list[int], list[bool]]]
     tokenizer: Tokenizer
     template: str | None = None
+    pair: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
 
     @property
     def splits(self) -> bool:
         """Whether a long record is split, not cut."""
         return self.format == "text"
 
-    def __call__(self, record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
-        """Token ids of the whole record, and which of them are trained."""
-        return self.encode(self.pieces(rename(record, self.columns)), self.tokenizer)
+    def __call__(self, record: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
+        """Token ids of the whole record, and which of them are trained; of a preference twice, the chosen first."""
+        renamed = rename(record, self.columns)
+        parts = (renamed,) if self.pair is None else self.pair(renamed)
+        return [self.encode(self.pieces(part), self.tokenizer) for part in parts]
 
 
 def encoder(
@@ -114,6 +123,11 @@ def encoder(
     if format not in (*KEYS, "auto"):
         raise PunaError(f"data.format {format!r} is unknown: use one of {', '.join(KEYS)} or auto")
     form = detect_format(rename(first, columns)) if format == "auto" else format
+    if form == "preference" and format == "auto":
+        raise PunaError(
+            "keys 'chosen' and 'rejected' are those of preferences: add a [preference] section to train on them, or "
+            "name another data.format"
+        )
     if form == "text":
         bos_trained = template != "qlora"  # QLoRA's source is "<s>" alone, and a source is not trained on
 
@@ -122,10 +136,16 @@ def encoder(
             return _text_pieces(text_at(record, "text"), bos_trained)
 
         return Encoder(form, columns, text_pieces, encode_counted, tokenizer)
+    pair = None
+    if form == "preference":
+        form, pair = "prompt_completion", partial(as_pair, as_text=template in ("plain", "qlora"))
+        first = pair(rename(first, columns))[0]
     auto = "chat_template" if isinstance(first.get("prompt"), list) else AUTO_TEMPLATE[form]
     name = auto if template == "auto" else template
     chosen = get_template(name, tokenizer)
-    return Encoder(form, columns, lambda record: _chat_pieces(record, form, chosen), chosen.encode, tokenizer, name)
+    return Encoder(
+        form, columns, lambda record: _chat_pieces(record, form, chosen), chosen.encode, tokenizer, name, pair
+    )
 
 
 def _text_pieces(text: str, bos_trained: bool) -> list[Piece]:

@@ -12,6 +12,7 @@ KEYS = {
     "conversations": ("conversations",),
     "instruction": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "preference": ("chosen", "rejected"),
     "text": ("text",),
 }
 

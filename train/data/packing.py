@@ -85,6 +85,20 @@ def wrapped(start: NDArray[np.int64], length: NDArray[np.int64], max_length: int
     return PackedRows(offsets, start[run] + cuts - begins[run], np.diff(cuts, append=rows * max_length), joined=True)
 
 
+def in_pairs(rows: PackedRows, start: NDArray[np.int64], chosen: NDArray[np.int64]) -> PackedRows:
+    """Rows of preferences with each span in two: the chosen answer, and behind it the rejected one.
+
+    Args:
+        rows: with a whole preference in each span.
+        start: [E], where each preference begins, rising.
+        chosen: [E], how many of its tokens are the chosen answer with its prompt.
+    """
+    first = chosen[np.searchsorted(start, rows.start)]
+    starts = np.stack([rows.start, rows.start + first], axis=1).reshape(-1)
+    lengths = np.stack([first, rows.length - first], axis=1).reshape(-1)
+    return PackedRows(2 * rows.offsets, starts, lengths)
+
+
 def best_fit_decreasing(start: NDArray[np.int64], length: NDArray[np.int64], max_length: int) -> PackedRows:
     """Spans from the longest to the shortest, each into the fullest row that has room (arXiv:2404.10830).
 

@@ -33,6 +33,7 @@ class Chunk:
         tokens: [N], the examples' ids end to end.
         trained: [N], whether loss is taken on a token.
         lengths: tokens of each example.
+        chosen: of preferences, how many of these are the chosen answer with its prompt, which come first; else empty.
         paths: where each was read.
         lines: its line there.
         records: how many were read, those left out too.
@@ -53,6 +54,7 @@ class Chunk:
     overlong: list[str] = field(default_factory=list)
     cut: int = 0
     cut_tokens: int = 0
+    chosen: list[int] = field(default_factory=list)
     faults: list[tuple[str, int, str]] = field(default_factory=list)
 
 
@@ -86,35 +88,43 @@ def _encode_chunk(rows: list[SourceRecord], encoder: Encoder, limit: Limit | Non
     chunk = Chunk(np.empty(0, np.uint32), np.empty(0, bool), [], [], [], len(rows))
     for path, line, record in rows:
         try:
-            new_ids, new_trained = encoder(record)
+            parts = encoder(record)
         except PunaError as error:
             chunk.faults.append((path, line, str(error)))
             continue
         if encoder.splits and not record[encoder.columns.get("text", "text")].strip():
             chunk.empty += 1
             continue
-        if not any(new_trained[1:]):  # the first token has nothing before it to be predicted from
+        if not _is_trained(parts):
             chunk.faults.append((path, line, "has no trained token: leave the record out"))
             continue
-        if limit is not None and len(new_ids) > limit.max_length:
+        length = sum(len(ids) for ids, _ in parts)
+        if limit is not None and length > limit.max_length:
             if limit.on_overlong == "error":
                 reason = (
-                    f"has {len(new_ids):,} tokens, above data.max_length {limit.max_length}: raise that, or set "
+                    f"has {length:,} tokens, above data.max_length {limit.max_length}: raise that, or set "
                     'data.on_overlong = "drop" or "truncate"'
                 )
                 chunk.faults.append((path, line, reason))
                 continue
-            kept = slice(limit.max_length)
-            if limit.on_overlong == "drop" or not any(new_trained[kept][1:]):
+            kept = slice(limit.max_length // len(parts))
+            parts = [(new_ids[kept], new_trained[kept]) for new_ids, new_trained in parts]
+            if limit.on_overlong == "drop" or not _is_trained(parts):
                 chunk.overlong.append(f"{path}:{line}")
                 continue
             chunk.cut += 1
-            chunk.cut_tokens += len(new_ids) - limit.max_length
-            new_ids, new_trained = new_ids[kept], new_trained[kept]
-        ids += new_ids
-        trained += new_trained
-        chunk.lengths.append(len(new_ids))
+            chunk.cut_tokens += length - sum(len(new_ids) for new_ids, _ in parts)
+        for new_ids, new_trained in parts:
+            ids += new_ids
+            trained += new_trained
+        chunk.lengths.append(sum(len(new_ids) for new_ids, _ in parts))
+        chunk.chosen.extend(len(new_ids) for new_ids, _ in parts[:-1])
         chunk.paths.append(path)
         chunk.lines.append(line)
     chunk.tokens, chunk.trained = np.array(ids, np.uint32), np.array(trained, bool)
     return chunk
+
+
+def _is_trained(parts: list[tuple[list[int], list[bool]]]) -> bool:
+    """Whether every part has a token to train on; its first has nothing before it to be predicted from."""
+    return all(any(trained[1:]) for _, trained in parts)

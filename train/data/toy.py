@@ -29,7 +29,7 @@ SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")  # with the bytes, 260 tokens
 def write(config: Config) -> None:
     """Makes what is not there yet: the folder model.tokenizer, and data.path and data.eval_path in one folder.
 
-    Records are of data.format: instruction, conversations, or else prompts with their completions.
+    Records are of data.format: instruction, conversations, preference, or else prompts with their completions.
 
     Raises:
         PunaError: the configuration does not name them so.
@@ -75,9 +75,18 @@ def _as_conversation(example: Example) -> dict[str, Any]:
     return {"conversations": [{"from": role, "value": text.strip()} for role, text in turns]}
 
 
+def _as_preference(example: Example) -> dict[str, Any]:
+    """The answer beside that of the other task; where these are the same, beside one with another letter."""
+    (task, word, _), right = example["prompt"].split(), example["completion"]
+    wrong = next(answer(word) for name, answer in TASKS.items() if name != task)
+    other = LETTERS[(LETTERS.index(right[-1]) + 1) % len(LETTERS)]
+    return {"prompt": example["prompt"], "chosen": right, "rejected": wrong if wrong != right else right[:-1] + other}
+
+
 RECORDS: dict[str, Callable[[Example], dict[str, Any]]] = {
     "instruction": _as_instruction,
     "conversations": _as_conversation,
+    "preference": _as_preference,
 }
 
 
