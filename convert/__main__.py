@@ -12,7 +12,7 @@ import typer
 from cli.command import main
 from cli.files import at_home
 from cli.progress import progress
-from convert import delta, manifest, merge, vocab
+from convert import delta, manifest, merge, surgery, vocab
 from convert.checkpoint import WriteOptions
 from convert.describe import describe
 from convert.formats import DTYPES, check_options, formats_help, open_model, option_help, quantize_help
@@ -32,6 +32,8 @@ deltas = typer.Typer(no_args_is_help=True, help="What to add to a base model to 
 app.add_typer(deltas, name="delta")
 vocabularies = typer.Typer(no_args_is_help=True, help="Tokenizers that grow, and models that grow with them.")
 app.add_typer(vocabularies, name="vocab")
+operations = typer.Typer(no_args_is_help=True, help="Models made of other models' layers and weights.")
+app.add_typer(operations, name="surgery")
 
 
 @app.command()
@@ -217,6 +219,45 @@ def resize_vocabulary(
     bar = partial(progress, f"writing {destination.name}")
     written = vocab.resize(source, destination, tokenizer, init, multiple, overwrite, bar)
     print(f"vocab_size {written.config.vocab_size}")
+
+
+@operations.command("layers")
+def keep_layers(
+    source: str = typer.Argument(metavar="MODEL", help="A model of any format, or a Hub id."),
+    destination: Path = typer.Argument(parser=at_home, metavar="DST", help="The folder to write, in MODEL's format."),
+    keep: str = typer.Option(..., metavar="LAYERS", help="Its layers from first to last, as 0-11,20-31 or 0-15,8-23."),
+    overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
+) -> None:
+    """Drop, repeat or reorder a model's layers."""
+    checkpoint = open_model(source)
+    chosen = surgery.parse_layers(keep, checkpoint.config.num_hidden_layers)
+    options = WriteOptions(bar=partial(progress, f"writing {destination.name}"))
+    write_model(destination, surgery.with_layers(checkpoint, chosen), options, overwrite)
+    print(f"num_hidden_layers {len(chosen)}")
+
+
+@operations.command("average")
+def average_models(
+    paths: list[str] = typer.Argument(metavar="MODEL... DST", help="Models of one shape, and the folder to write."),
+    method: str = typer.Option("linear", help=f"As mergekit defines it: {', '.join(surgery.METHODS)}."),
+    base: str | None = typer.Option(None, help="What the models were trained from: for ties and dare."),
+    weight: list[float] = typer.Option(
+        [], help="Once for each model, 1 if not given; of slerp, the way to the second."
+    ),
+    density: float = typer.Option(1.0, help="The part of each model's differences from BASE that ties and dare keep."),
+    seed: int = typer.Option(0, help="Chooses what dare keeps."),
+    format: str = typer.Option("hf", "--to", help=formats_help()),
+    overwrite: bool = typer.Option(False, help="Replace DST where it exists."),
+) -> None:
+    """Average the weights of models: model soups, SLERP, TIES, DARE."""
+    *models, last = paths
+    if len(models) < 1 + (base is None):
+        raise PunaError(f"average needs two MODELs or more, or one and --base, and DST; {len(paths)} given")
+    destination = at_home(last)
+    default = (0.5,) if method == "slerp" else (1.0,) * len(models)
+    how = surgery.Average(method, tuple(weight) or default, density, seed)
+    options = WriteOptions(bar=partial(progress, f"writing {destination.name}"))
+    surgery.average(models, destination, how, base, format, options, overwrite)
 
 
 def check_dtype(dtype: str | None) -> None:
