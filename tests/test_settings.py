@@ -4,7 +4,7 @@ import ast
 import json
 import re
 import tomllib
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from train.data import Sampler, load_dataset
 from train.data.config import DataConfig, DataSource, sources
 from train.data.dataset import cache_folder
 from train.data.toy import make_examples, write_tokenizer
+from train.distill import DistillConfig
 from train.hints import ELSEWHERE
 from train.integrity import fingerprints
 from train.optim import make_schedule
@@ -28,7 +29,7 @@ from train.preference import PreferenceConfig
 from train.schema import _meanings, dump, flat, not_a_setting, settings
 from train.settings import as_markdown, describe
 from train.start import mesh_of, model_of, tokenizer_of
-from train.state import abstract_batch, abstract_state, base_params, init_state, shardings_of
+from train.state import abstract_batch, abstract_state, abstract_teacher, base_params, init_state, shardings_of
 from train.step import make_step
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +97,7 @@ PREFERENCE = {
     "label_smoothing": (0.1, {}),
     "precompute_ref_log_probs": (False, {"lora": {}}),
 }
+DISTILL = {"divergence": ("reverse", {}), "top_k": (4, {}), "temperature": (2.0, {}), "alpha": (0.5, {})}
 QUANTIZE = {"method": ("int8", {}), "double_quant": (True, {}), "block": (32, {"quantize": {"method": "int4"}})}
 MESH = {
     "data": (2, {}),
@@ -187,7 +189,7 @@ def program(written: str) -> str:
     """The lowered step of a configuration as TOML, with its constants, shapes and shardings."""
     config = read_config(tomllib.loads(written))
     mesh, model = mesh_of(config), model_of(config, tokenizer_of(config))
-    abstract = abstract_state(config, model, mesh)
+    abstract = replace(abstract_state(config, model, mesh), teacher=abstract_teacher(config, mesh))
     step = make_step(config, model, mesh, make_schedule(config.optim, 20), shardings_of(abstract))
     return step.trace(abstract, abstract_batch(config, mesh)).lower().as_text()
 
@@ -228,6 +230,7 @@ def test_every_setting_has_a_meaning_in_the_docstring_of_its_section():
         assert setting.source or "." not in setting.name, setting.name
     for record in (
         DataSource,
+        DistillConfig,
         LoraConfig,
         PreferenceConfig,
         QuantizeConfig,
@@ -304,6 +307,7 @@ def test_the_tables_name_every_setting():
     plain = read_config({"data": {"path": "x"}})
     assert OPTIM.keys() == names_of(type(plain.optim)) and MESH.keys() == names_of(type(plain.mesh))
     assert PREFERENCE.keys() == names_of(PreferenceConfig)
+    assert DISTILL.keys() | {"teacher"} == names_of(DistillConfig)
     assert LORA.keys() == names_of(LoraConfig) and QUANTIZE.keys() == names_of(QuantizeConfig)
     assert MESH.keys() == names_of(type(read_config({"data": {"path": "x"}}).mesh)) and DATA.keys() == names_of(
         DataConfig
@@ -339,6 +343,14 @@ def test_a_setting_of_preference_changes_the_step(folder, name):
     compared = {"model": {"path": str(folder / "base")}, "preference": {}}
     changed = config_of(folder, compared, needs, {"preference": {name: value}})
     assert differ(changed, config_of(folder, compared, needs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DISTILL)
+def test_a_setting_of_distill_changes_the_step(folder, name):
+    value, needs = DISTILL[name]
+    taught = {"distill": {"teacher": str(folder / "base")}}
+    assert differ(config_of(folder, taught, needs, {"distill": {name: value}}), config_of(folder, taught, needs))
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -14,6 +14,7 @@ from convert.formats import open_model
 from convert.surgery import parse_layers
 from model.errors import PunaError
 
+# ruff: noqa: F811
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 

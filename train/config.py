@@ -16,6 +16,8 @@ from model.lora import check_saved_modules, target_weights
 from model.quantize import quantizer
 from train.data.config import DataConfig, sources
 from train.data.config import check as check_data
+from train.distill import DistillConfig
+from train.distill import check as check_distill
 from train.hints import meant
 from train.preference import PreferenceConfig
 from train.preference import check as check_preference
@@ -239,6 +241,7 @@ class Config:
     lora: LoraConfig | None = None
     quantize: QuantizeConfig | None = None
     preference: PreferenceConfig | None = None
+    distill: DistillConfig | None = None
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
 
@@ -248,7 +251,7 @@ LARGEST = 16 * 2**20  # bytes of a file of settings
 OPTIMIZERS = ("adamw", "adafactor")
 
 # What may lie elsewhere when a run resumes: that it is the same is told by fingerprints of its content.
-PLACES = ("model.path", "model.tokenizer", "data.path", "data.eval_path")
+PLACES = ("model.path", "model.tokenizer", "data.path", "data.eval_path", "distill.teacher")
 
 # What a run may change when it resumes: nothing that alters the numbers beyond rounding, and how long it goes on.
 MAY_CHANGE = (
@@ -397,6 +400,10 @@ def _check(config: Config) -> None:
     if run.profile_steps and not (len(run.profile_steps) == 2 and 1 <= run.profile_steps[0] <= run.profile_steps[1]):
         raise PunaError(f"run.profile_steps is {list(run.profile_steps)}; give a first and a last step, as [10, 13]")
     _check_preference(config)
+    if config.distill is not None:
+        check_distill(config.distill)
+        if config.preference is not None:
+            raise PunaError("[distill] and [preference] are both given: keep one of them")
     _refuse_unread(config)
     if config.lora is not None:
         target_weights(config.lora.targets)
@@ -443,11 +450,14 @@ def _refuse_unread(config: Config) -> None:
     has_loss, is_adafactor = model.loss is not None, optim.optimizer == "adafactor"
     pairs = config.preference
     has_pairs, is_orpo = pairs is not None, pairs is not None and pairs.loss == "orpo"
+    has_teacher = config.distill is not None
     unread = (  # the setting, the one because of which nothing reads it, and whether that is so
         ("optim.z_loss", "model.loss", has_loss),
         ("model.loss_chunk", "model.loss", has_loss),
         ("model.loss", "preference.loss", has_pairs),
         ("optim.z_loss", "preference.loss", has_pairs),
+        ("model.loss", "distill.teacher", has_teacher),
+        ("optim.z_loss", "distill.teacher", has_teacher),
         ("preference.label_smoothing", "preference.loss", is_orpo),
         ("preference.precompute_ref_log_probs", "preference.loss", is_orpo),
         ("optim.adam_beta1", "optim.optimizer", is_adafactor),
@@ -517,8 +527,10 @@ def _without_places(config: Config) -> Config:
     )
     base = None if config.model.path is None else ""
     held_out = None if data.eval_path is None else ""
+    distill = None if config.distill is None else replace(config.distill, teacher="")
     return replace(
         config,
         model=replace(config.model, path=base, tokenizer=None),
         data=replace(data, path=paths, eval_path=held_out),
+        distill=distill,
     )

@@ -35,7 +35,16 @@ from train.reference import with_reference
 from train.reporters import REPORTERS, Reporter
 from train.schema import dump, flat
 from train.start import base_of, mesh_of, model_of, prepare, tokenizer_of, with_adapter_settings
-from train.state import TrainState, abstract_batch, abstract_state, base_params, init_state, shardings_of, state_like
+from train.state import (
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    base_params,
+    init_state,
+    shardings_of,
+    state_like,
+    teacher_params,
+)
 from train.step import make_evaluation, make_step
 
 Evaluate = Callable[[TrainState, Batch], tuple[Mapping[str, Array], Array]]
@@ -119,10 +128,17 @@ def train(config: Config) -> None:
             del state
             state, saved, done = checkpoints.restore(replace(abstract, frozen=None))
             resume.check_inputs(config, before, saved, inputs)
-            resume.check_weights(config, saved, weights)
-            state, inputs = replace(state, frozen=frozen), inputs | {"base": saved.get("base")}
+            resume.check_weights(config, saved.get("base"), weights, "model.path")
+            inputs = inputs | {name: saved.get(name) for name in ("base", "teacher")}
+            state = replace(state, frozen=frozen)
             best = saved.get("best")
         resume.check_steps(config, done, total)
+        if (teacher := teacher_params(config, mesh)) is not None:
+            own = resume.weights_of(teacher)
+            resume.check_weights(config, inputs.get("teacher"), own, "distill.teacher")
+            inputs = inputs | {"teacher": own}
+            abstract, state = replace(abstract, teacher=teacher), replace(state, teacher=teacher)
+            del teacher
         exporter = Exporter(config, model, base, tokenizer, datasets, display.say)
         if first:
             _write_config(run_dir, config)
@@ -172,7 +188,7 @@ def train(config: Config) -> None:
         def save(number: int, state: TrainState) -> None:
             checkpoints.kept = {best["step"]} if best else set()
             data = inputs | {"step": number, "best": best}
-            checkpoints.save(number, replace(state, frozen=None), data, asdict(config))
+            checkpoints.save(number, replace(state, frozen=None, teacher=None), data, asdict(config))
 
         if done == 0 and datasets.evaluation:
             record.begin(**held_out_means(evaluate, state, datasets, config, sharding))

@@ -23,10 +23,12 @@ from model import cpu
 from model.sharding import partition_spec
 from train.data.encode import IGNORE_INDEX
 
-Loss = Callable[[Array, Array, Array], Array]
+Loss = Callable[..., Array]
+Teacher = tuple[Array, Array] | None
+Slopes = Callable[[Array, Array | None, Array, Array], tuple[Array, Array]]
 
 
-def make_loss(mesh: Mesh, chunk: int = 512, z_loss: float = 0.0) -> Loss:
+def make_loss(mesh: Mesh, chunk: int = 512, z_loss: float = 0.0, of: Slopes | None = None) -> Loss:
     """The loss of a batch: the cross-entropies of its trained tokens, summed.
 
     The head's gradient is not computed where nobody asks for it (a frozen head, or evaluation).
@@ -35,40 +37,37 @@ def make_loss(mesh: Mesh, chunk: int = 512, z_loss: float = 0.0) -> Loss:
         mesh: what the arrays lie on: x by rows, the head as model.sharding.RULES say.
         chunk: rows of logits alive at a time on every device.
         z_loss: the weight of log(Z)^2, added for each trained token (PaLM, arXiv:2204.02311, section 5).
+        of: another loss of a token in place of the cross-entropy.
 
     Returns:
-        `loss(x [B, T, D], head [D, V], targets int32 [B, T])` -> float32 scalar. Targets of -100 are not trained on.
+        `loss(x [B, T, D], head [D, V], targets int32 [B, T], teacher)` -> float32 scalar. Targets of -100 are not
+        trained on. The teacher is None, or for an `of` that reads one, rows [B, T, D'] and the head [D', V] that they
+        are multiplied by, which have no gradient.
     """
+    slopes = of or partial(cross_entropy, z_loss=z_loss)
 
     @jax.custom_vjp
-    def loss(x: Array, head: Array, targets: Array) -> Array:
-        return run(x, head, targets, want_x=False, want_head=False)[0]
+    def loss(x: Array, head: Array, targets: Array, teacher: Teacher = None) -> Array:
+        return run(x, head, targets, teacher, want_x=False, want_head=False)[0]
 
-    def forward(x: Any, head: Any, targets: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
-        total, dx, dhead = run(x.value, head.value, targets.value, want_x=x.perturbed, want_head=head.perturbed)
+    def forward(x: Any, head: Any, targets: Any, teacher: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
+        teacher = None if teacher is None else (teacher[0].value, teacher[1].value)
+        wanted = {"want_x": x.perturbed, "want_head": head.perturbed}
+        total, dx, dhead = run(x.value, head.value, targets.value, teacher, **wanted)
         return total, (dx, dhead)
 
     def backward(residuals: tuple[Array | None, Array | None], g: Any) -> tuple[Array | None, ...]:
         if isinstance(g, SymbolicZero):
-            return None, None, None
-        return *(None if d is None else (d * g).astype(d.dtype) for d in residuals), None
+            return None, None, None, None
+        return *(None if d is None else (d * g).astype(d.dtype) for d in residuals), None, None
 
     loss.defvjp(forward, backward, symbolic_zeros=True)
 
-    def run(x: Array, head: Array, targets: Array, want_x: bool, want_head: bool) -> tuple[Any, ...]:
-        rows = partition_spec(mesh, ("batch", None, None), x.shape, "hidden")
-        weight = partition_spec(mesh, ("embed", "vocab"), head.shape, "lm_head")
-        local = partial(_local, chunk=chunk, z_loss=z_loss, want_x=want_x, want_head=want_head, mesh=mesh)
-        # No differentiation passes through the shard_map, so its replication checks would add nothing.
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(rows, weight, PartitionSpec(*rows[:2])),
-            out_specs=(PartitionSpec(), rows if want_x else None, weight if want_head else None),
-            check_vma=False,
-        )(x, head, targets)
+    def run(x: Array, head: Array, targets: Array, teacher: Teacher, want_x: bool, want_head: bool) -> Any:
+        local = partial(_local, of=slopes, chunk=chunk, mesh=mesh, want_x=want_x, want_head=want_head)
+        return _sharded(local, mesh, x, head, targets, None, teacher, PartitionSpec(), want_x, want_head)
 
-    return loss
+    return lambda x, head, targets, teacher=None: loss(x, head, targets, teacher)
 
 
 def make_token_losses(mesh: Mesh, chunk: int = 512) -> Loss:
@@ -104,30 +103,82 @@ def make_token_losses(mesh: Mesh, chunk: int = 512) -> Loss:
     losses.defvjp(forward, backward, symbolic_zeros=True)
 
     def run(x: Array, head: Array, targets: Array, weights: Array | None, want_x: bool, want_head: bool) -> Any:
-        rows = partition_spec(mesh, ("batch", None, None), x.shape, "hidden")
-        weight = partition_spec(mesh, ("embed", "vocab"), head.shape, "lm_head")
-        each = PartitionSpec(*rows[:2])
         wanted = {"want_x": want_x, "want_head": want_head}
-        local = partial(_local, chunk=chunk, z_loss=0.0, mesh=mesh, by_token=True, **wanted)
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(rows, weight, each, None if weights is None else each),
-            out_specs=(each, rows if want_x else None, weight if want_head else None),
-            check_vma=False,
-        )(x, head, targets, weights)
+        local = partial(_local, of=cross_entropy, chunk=chunk, mesh=mesh, by_token=True, **wanted)
+        return _sharded(local, mesh, x, head, targets, weights, None, None, want_x, want_head)
 
     return losses
+
+
+def cross_entropy(
+    logits: Array, theirs: Array | None, target: Array, first: Array, z_loss: float = 0.0
+) -> tuple[Array, Array]:
+    """The cross-entropy of n tokens, within a `shard_map` whose axis `tensor` splits the vocabulary.
+
+    Args:
+        logits: float32 [n, V / tensor].
+        theirs: a teacher's, which are not read.
+        target: int32 [n].
+        first: the token that this shard begins with.
+        z_loss: the weight of log(Z)^2.
+
+    Returns:
+        The losses, float32 [n], and their slopes in the logits, float32 [n, V / tensor]; 0 where the target is -100.
+    """
+    top = jax.lax.pmax(logits.max(axis=-1), "tensor")
+    powers = jnp.exp(logits - top[:, None])
+    denominator = jax.lax.psum(powers.sum(axis=-1), "tensor")
+    log_z = top + jnp.log(denominator)
+    own = (target - first)[:, None]  # the column of each row's target, which one shard of the vocabulary has
+    chosen = jnp.take_along_axis(logits, own.clip(0, logits.shape[1] - 1), axis=1, mode="promise_in_bounds")
+    is_here = (own >= 0) & (own < logits.shape[1])
+    chosen = jax.lax.psum(jnp.where(is_here, chosen, 0.0)[:, 0], "tensor")
+    trained = target != IGNORE_INDEX
+    loss = jnp.where(trained, log_z - chosen + z_loss * jnp.square(log_z), 0.0)
+    # d loss / d logits = softmax * (1 + 2 z_loss log Z) - onehot
+    hit = jnp.arange(logits.shape[1]) == own
+    slope = jnp.where(trained, (1 + 2 * z_loss * log_z) / denominator, 0.0)
+    return loss, powers * slope[:, None] - (hit & trained[:, None])
+
+
+def _sharded(
+    local: Callable[..., Any],
+    mesh: Mesh,
+    x: Array,
+    head: Array,
+    targets: Array,
+    weights: Array | None,
+    teacher: Teacher,
+    result: PartitionSpec | None,
+    want_x: bool,
+    want_head: bool,
+) -> Any:
+    """`local` on every device; its result lies as `result` says, or as the targets where that is None."""
+    rows = partition_spec(mesh, ("batch", None, None), x.shape, "hidden")
+    weight = partition_spec(mesh, ("embed", "vocab"), head.shape, "lm_head")
+    each = PartitionSpec(*rows[:2])
+    theirs = None
+    if teacher is not None:
+        theirs = (rows, partition_spec(mesh, ("embed", "vocab"), teacher[1].shape, "the teacher's lm_head"))
+    # No differentiation passes through the shard_map, so its replication checks would add nothing.
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, weight, each, None if weights is None else each, theirs),
+        out_specs=(each if result is None else result, rows if want_x else None, weight if want_head else None),
+        check_vma=False,
+    )(x, head, targets, weights, teacher)
 
 
 def _local(
     x: Array,
     head: Array,
     targets: Array,
-    weights: Array | None = None,
+    weights: Array | None,
+    teacher: Teacher,
     *,
+    of: Slopes,
     chunk: int,
-    z_loss: float,
     want_x: bool,
     want_head: bool,
     mesh: Mesh,
@@ -138,37 +189,27 @@ def _local(
     B, T, D = x.shape
     dtype = head.dtype
     vocab_first = cpu.sums_vocabulary_first(mesh.devices.flat[0].platform)
-    head = head.astype(x.dtype)
-    if mesh.shape["fsdp"] > 1:
-        head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
+    head = _whole(head, x.dtype, mesh)
     first = jax.lax.axis_index("tensor") * head.shape[1]
     size = min(chunk, B * T)
     flat, wanted = _chunks(x.reshape(B * T, D), size, 0), _chunks(targets.reshape(B * T), size, IGNORE_INDEX)
     weighed = None if weights is None else _chunks(weights.reshape(B * T), size, 0)
+    shown = their_head = None
+    if teacher is not None:
+        shown = _chunks(teacher[0].reshape(B * T, -1), size, 0)
+        their_head = _whole(teacher[1], shown.dtype, mesh)
 
-    def step(carry: tuple[Array | None, Array | None], rows: tuple[Array, Array, Array | None]) -> tuple[Any, Any]:
-        (total, dhead), (h, target, weight) = carry, rows
+    def step(carry: tuple[Array | None, Array | None], rows: tuple[Any, ...]) -> tuple[Any, Any]:
+        (total, dhead), (h, target, weight, y) = carry, rows
         logits = jnp.matmul(h, head, preferred_element_type=jnp.float32)
-        top = jax.lax.pmax(logits.max(axis=-1), "tensor")
-        powers = jnp.exp(logits - top[:, None])
-        denominator = jax.lax.psum(powers.sum(axis=-1), "tensor")
-        log_z = top + jnp.log(denominator)
-        own = (target - first)[:, None]  # the column of each row's target, which one shard of the vocabulary has
-        chosen = jnp.take_along_axis(logits, own.clip(0, head.shape[1] - 1), axis=1, mode="promise_in_bounds")
-        is_here = (own >= 0) & (own < head.shape[1])
-        chosen = jax.lax.psum(jnp.where(is_here, chosen, 0.0)[:, 0], "tensor")
-        trained = target != IGNORE_INDEX
-        loss, each = log_z - chosen + z_loss * jnp.square(log_z), None
-        if total is None:
-            each = jnp.where(trained, loss, 0.0)
-        else:
-            total += jnp.sum(loss, where=trained)
+        theirs = None
+        if y is not None and their_head is not None:
+            theirs = jnp.matmul(y, their_head, preferred_element_type=jnp.float32)
+        each, dlogits = of(logits, theirs, target, first)
+        if total is not None:
+            total, each = total + each.sum(), None
         if not (want_x or want_head):
             return (total, None), (each, None)
-        # d loss / d logits = softmax * (1 + 2 z_loss log Z) - onehot
-        hit = jnp.arange(head.shape[1]) == own
-        slope = jnp.where(trained, (1 + 2 * z_loss * log_z) / denominator, 0.0)
-        dlogits = powers * slope[:, None] - (hit & trained[:, None])
         dlogits = (dlogits if weight is None else dlogits * weight[:, None]).astype(x.dtype)
         if dhead is not None:
             left, right = (dlogits, h) if vocab_first else (h, dlogits)
@@ -178,7 +219,7 @@ def _local(
 
     shape = head.shape[::-1] if vocab_first else head.shape
     start = None if by_token else jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32) if want_head else None
-    (total, dhead), (each, dx) = jax.lax.scan(step, start, (flat, wanted, weighed))
+    (total, dhead), (each, dx) = jax.lax.scan(step, start, (flat, wanted, weighed, shown))
     result = each.reshape(-1)[: B * T].reshape(B, T) if by_token else jax.lax.psum(total, ("data", "fsdp"))
     if dx is not None:
         dx = jax.lax.psum(dx.reshape(-1, D)[: B * T].reshape(x.shape), "tensor")
@@ -188,6 +229,12 @@ def _local(
         dhead = jax.lax.psum(dhead, "data")
         dhead = (dhead.T if vocab_first else dhead).astype(dtype)
     return result, dx, dhead
+
+
+def _whole(head: Array, dtype: Any, mesh: Mesh) -> Array:
+    """A head [D / fsdp, V / tensor] with all of its rows."""
+    head = head.astype(dtype)
+    return jax.lax.all_gather(head, "fsdp", axis=0, tiled=True) if mesh.shape["fsdp"] > 1 else head
 
 
 def _chunks(x: Array, size: int, fill: int) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
+from convert.source import find_source
 from model import cpu, lora
 from model.attention import ATTENTIONS
 from model.config import LlamaConfig
@@ -18,11 +19,13 @@ from model.params import Params
 from model.pieces import checked, load_function
 from train.config import Config
 from train.data.encode import IGNORE_INDEX
+from train.distill import DistillConfig, slopes_of
 from train.loss import make_loss, make_token_losses
 from train.preference import PreferenceConfig, by_segment, dpo, most_segments, orpo, pairs_of
 
 Batch = Mapping[str, Array]
 Forward = Callable[[Params, Batch], Array]
+Part = tuple[Array, Mapping[str, Array]]
 BATCH_KEYS = ("tokens", "labels", "segments")
 
 
@@ -31,12 +34,12 @@ class Objective:
     """What a step minimizes: a mean over a whole batch, of which each microbatch gives its part of the sum.
 
     Attributes:
-        loss: of (params, rows, batch): the sum over `rows`, a microbatch of `batch`, float32; and what else is summed
-            over them, by the name of its metric.
+        loss: of (params, rows, batch, teacher): the sum over `rows`, a microbatch of `batch`, float32; and what else is
+            summed over them, by the name of its metric. `teacher` is the parameters of [distill]'s model, or None.
         units: of what these are sums: how many there are in a batch, int32.
     """
 
-    loss: Callable[[Params, Batch, Batch], tuple[Array, Mapping[str, Array]]]
+    loss: Callable[..., Part]
     units: Callable[[Batch], Array]
 
 
@@ -59,6 +62,8 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Objective:
     forward = make_forward(config, model, mesh)
     if config.preference is not None:
         return _of_preferences(config, config.preference, model, mesh, forward)
+    if config.distill is not None:
+        return _of_teacher(config, config.distill, model, mesh, forward)
     if (name := config.model.loss) is not None:
         call = "loss(x [B, T, D], head [D, V], labels [B, T]) -> the float32 sum over trained tokens"
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
@@ -67,12 +72,16 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Objective:
     else:
         sum_of = make_loss(mesh, config.model.loss_chunk, config.optim.z_loss)
 
-    def loss(params: Params, rows: Batch, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+    def loss(params: Params, rows: Batch, batch: Batch, teacher: Params | None = None) -> Part:
         x = forward(params, rows)
         with jax.named_scope("loss"):
             return sum_of(x, head_of(params, model), rows["labels"]), {}
 
-    return Objective(loss, lambda batch: jnp.sum(batch["labels"] != IGNORE_INDEX))
+    return Objective(loss, _trained_tokens)
+
+
+def _trained_tokens(batch: Batch) -> Array:
+    return jnp.sum(batch["labels"] != IGNORE_INDEX)
 
 
 def make_forward(config: Config, model: LlamaConfig, mesh: Mesh) -> Forward:
@@ -100,6 +109,34 @@ def make_forward(config: Config, model: LlamaConfig, mesh: Mesh) -> Forward:
         return x
 
     return forward
+
+
+# --- a teacher
+
+
+def _of_teacher(config: Config, wanted: DistillConfig, model: LlamaConfig, mesh: Mesh, forward: Forward) -> Objective:
+    source = find_source(wanted.teacher)
+    shape = source.config
+    if shape.vocab_size != model.vocab_size:
+        raise PunaError(
+            f"distill.teacher {wanted.teacher} has {shape.vocab_size} tokens and the model {model.vocab_size}: choose "
+            "one with the same vocabulary"
+        )
+    if config.data.max_length > shape.max_position_embeddings:
+        raise PunaError(
+            f"data.max_length {config.data.max_length} is beyond the max_position_embeddings "
+            f"{shape.max_position_embeddings} of distill.teacher {wanted.teacher}: shorten it"
+        )
+    shown, sum_of = make_forward(config, shape, mesh), make_loss(mesh, config.model.loss_chunk, of=slopes_of(wanted))
+
+    def loss(params: Params, rows: Batch, batch: Batch, teacher: Params | None = None) -> Part:
+        assert teacher is not None
+        y = jax.lax.stop_gradient(shown(teacher, rows))
+        x = forward(params, rows)
+        with jax.named_scope("loss"):
+            return sum_of(x, head_of(params, model), rows["labels"], (y, head_of(teacher, shape))), {}
+
+    return Objective(loss, _trained_tokens)
 
 
 # --- preferences
@@ -137,13 +174,13 @@ def _of_preferences(
     losses, log_probs = make_token_losses(mesh, config.model.loss_chunk), make_log_probs(config, model, mesh)
     count = most_segments(config.data.max_length, config.data.packing)
 
-    def compare(params: Params, rows: Batch, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+    def compare(params: Params, rows: Batch, batch: Batch, teacher: Params | None = None) -> Part:
         reference = rows.get("reference")
         if reference is None:
             reference = jax.lax.stop_gradient(log_probs(lora.bases(params), rows))
         return summed(*dpo(log_probs(params, rows), reference, wanted), rows)
 
-    def compare_odds(params: Params, rows: Batch, batch: Batch) -> tuple[Array, Mapping[str, Array]]:
+    def compare_odds(params: Params, rows: Batch, batch: Batch, teacher: Params | None = None) -> Part:
         x, learned = forward(params, rows), _chosen_targets(rows)
         is_answer = rows["labels"] != IGNORE_INDEX
         with jax.named_scope("loss"):
@@ -155,7 +192,7 @@ def _of_preferences(
         entropy = jnp.sum(each, where=learned != IGNORE_INDEX) * pairs_of(batch["segments"]) / jnp.maximum(tokens, 1)
         return total + entropy, {**known, "nll_loss": entropy}
 
-    def summed(each: Array, known: Mapping[str, Array], rows: Batch) -> tuple[Array, Mapping[str, Array]]:
+    def summed(each: Array, known: Mapping[str, Array], rows: Batch) -> Part:
         is_there = rows["segments"].max(axis=1, keepdims=True) >= 2 * jnp.arange(1, count // 2 + 1)
         return jnp.sum(each, where=is_there), {k: jnp.sum(value, where=is_there) for k, value in known.items()}
 

@@ -20,7 +20,7 @@ from train.config import Config
 from train.metrics import flops_per_token
 from train.optim import make_schedule
 from train.start import base_of, mesh_of, model_of, tokenizer_of, with_adapter_settings
-from train.state import abstract_batch, abstract_state, shardings_of
+from train.state import abstract_batch, abstract_state, abstract_teacher, shardings_of
 from train.step import make_step
 
 GPUS_GIB = {"24 GB": 24.0, "40 GB": 40.0, "80 GB": 80.0, "141 GB": 140.0}
@@ -42,7 +42,7 @@ class Plan:
         model: the model's shape.
         mesh: the size of each axis.
         parameters: those that train.
-        frozen: the base under adapters.
+        frozen: the base under adapters, and a teacher.
         optimizer: the optimizer's state, what is offloaded left out.
         gradients: as large as the parameters that train.
         activations: everything alive during the step that is neither state nor gradients.
@@ -98,6 +98,7 @@ def make_plan(config: Config) -> Plan:
     config = with_adapter_settings(config, base)
     model, mesh = _model_of(config, base), mesh_of(config)
     state, batch = abstract_state(config, model, mesh, base), abstract_batch(config, mesh)
+    state = replace(state, teacher=abstract_teacher(config, mesh))
     step: Any = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardings_of(state))
     traced = step.trace(state, batch)
     compiled = traced.lower().compile(_UNOPTIMIZED)
@@ -106,7 +107,7 @@ def make_plan(config: Config) -> Plan:
         raise PunaError("this backend does not say how much memory a compiled step takes")
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    parameters, frozen = cost.shard_bytes(state.params), cost.shard_bytes(state.frozen)
+    parameters, frozen = cost.shard_bytes(state.params), cost.shard_bytes((state.frozen, state.teacher))
     host = cost.shard_bytes(state.opt_state, "pinned_host")
     optimizer = cost.shard_bytes(state.opt_state) - host
     gradients = parameters

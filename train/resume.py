@@ -23,6 +23,7 @@ from train.data.cache import tokenizer_hash
 from train.data.config import sources
 from train.objective import reads_reference
 from train.optim import make_schedule, owns_learning_rate
+from train.schema import flat
 
 Inputs = dict[str, Any]  # as JSON: what each input was, by its name
 
@@ -104,17 +105,18 @@ def _change(setting: str, before: Any, now: Any) -> str:
     return f"{setting} was {before!r} and is {now!r}"
 
 
-def check_weights(config: Config, saved: Inputs, now: dict[str, int] | None) -> None:
-    """Raises PunaError where the weights that model.path names are not those that the run started from."""
-    before = saved.get("base")
+def check_weights(config: Config, before: dict[str, int] | None, now: dict[str, int] | None, setting: str) -> None:
+    """Raises PunaError where the weights that a setting names are not those that the run started with."""
     if before is None or now is None or before == now:
         return
     changed = [name for name in now if now[name] != before.get(name)]
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    path = dict(flat(config))[setting]
+    what = "base" if setting == "model.path" else "teacher"
     raise PunaError(
-        f"{config.run.output_dir} holds a run on another base: the weights that model.path {config.model.path} names "
-        f"are not those that it started from ({changed[0] if changed else 'fewer'}{more} changed); give that base "
-        "back, or give another run.output_dir"
+        f"{config.run.output_dir} holds a run on another {what}: the weights that {setting} {path} names are not those "
+        f"that it started from ({changed[0] if changed else 'fewer'}{more} changed); give that {what} back, or give "
+        "another run.output_dir"
     )
 
 

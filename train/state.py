@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from convert.adapters import apply_adapters
 from convert.checkpoint import Checkpoint
 from convert.load import load_params
-from convert.source import Source
+from convert.source import Source, find_source
 from model import lora
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -42,6 +42,7 @@ class TrainState:
         skipped: int32, non-finite updates in a row.
         seed: uint32, from which the step makes its own randomness (dropout).
         frozen: the base under adapters, which is neither trained nor saved; None without [lora].
+        teacher: the parameters of [distill]'s model, which are not saved either; None without it.
     """
 
     step: Any
@@ -50,6 +51,7 @@ class TrainState:
     skipped: Any
     seed: Any
     frozen: Any = None
+    teacher: Any = None
 
 
 # --- the parameters that a run starts from
@@ -111,6 +113,28 @@ def _stored(base: Checkpoint) -> QuantizeConfig | None:
         return None
     like = next(iter(quantized.values())).like
     return QuantizeConfig(like.format, like.nested_absmax is not None, like.block)
+
+
+def teacher_params(config: Config, mesh: Mesh) -> Params | None:
+    """The parameters of distill.teacher, read shard by shard, those that are stored quantized as they are; None without
+    [distill].
+
+    Raises:
+        PunaError: naming what is wrong with its files, or a size that does not divide over the mesh.
+    """
+    if config.distill is None:
+        return None
+    source = find_source(config.distill.teacher)
+    params = load_params(source.checkpoint, config.model.param_dtype, mesh)
+    return apply_adapters(params, source.checkpoint.config, source.adapters, mesh)[1]
+
+
+def abstract_teacher(config: Config, mesh: Mesh) -> Params | None:
+    """The shapes, dtypes and shardings of `teacher_params`, as of a model of floats without adapters."""
+    if config.distill is None:
+        return None
+    model = find_source(config.distill.teacher).checkpoint.config
+    return _placed(abstract_params(model, config.model.param_dtype), model, mesh)
 
 
 # --- the state

@@ -69,7 +69,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def microbatch(trained: Params, rows: Batch, key: Array) -> tuple[Array, Metrics]:
-            return objective.loss(join(trained, state.frozen, key), rows, batch)
+            return objective.loss(join(trained, state.frozen, key), rows, batch, state.teacher)
 
         (total, known), sums = accumulate(microbatch, state.params, batch, key, config.run.gradient_accumulation_steps)
         per_unit = 1 / jnp.maximum(objective.units(batch), 1)
@@ -126,7 +126,7 @@ def make_evaluation(
     objective = make_objective(config, model, mesh)
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[Metrics, Array]:
-        total, known = objective.loss(join(state.params, state.frozen), batch, batch)
+        total, known = objective.loss(join(state.params, state.frozen), batch, batch, state.teacher)
         return {"loss": total, **known}, objective.units(batch)
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
