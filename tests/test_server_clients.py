@@ -370,7 +370,10 @@ def test_the_command_finds_the_same_of_a_model_and_of_its_server(server, model, 
     found = results(CHOICE["task"], "--include", str(tasks_folder), "--context", str(LENGTH))
     expected = evaluated(transformers_own(model), tasks, CHOICE["task"])[0][CHOICE["task"]]
     assert found["ours"]["scores"]["acc"] == expected["acc,none"] and found["ours"]["questions"] == len(DOCS)
-    assert found["theirs"]["scores"].keys() == found["ours"]["scores"].keys()
+    assert found["theirs"]["scores"] == pytest.approx(found["ours"]["scores"], abs=1e-9)
+    theirs = f"named={server.url}"
+    given = results(CHOICE["task"], "--include", str(tasks_folder), "--context", str(LENGTH), "--tokenizer", str(model))
+    assert given["named"]["scores"] == pytest.approx(found["ours"]["scores"], abs=1e-9)
 
 
 def test_conversations_and_special_tokens_are_those_of_transformers(model, engine, tasks):

@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from infer.endpoint import one_line
 from infer.evaluate.subject import Local, Remote, Subject
 from infer.evaluate.task import Scores
 from infer.evaluation import for_lm_eval
@@ -77,8 +78,16 @@ def _client(subject: Subject, tokenizer: str | None) -> Any:
     except ModuleNotFoundError as error:
         raise PunaError(f"lm-eval is not installed ({error.name} is missing): pip install 'puna[eval]'") from None
     client = subject.endpoint.client
-    own = {"tokenizer": tokenizer, "tokenizer_backend": "huggingface"} if tokenizer else {"tokenizer_backend": "remote"}
-    return make(
+    own: dict[str, Any] = {}
+    with one_line(client):
+        lengths = {one.id: getattr(one, "max_model_len", None) for one in client.models.list()}
+    if length := lengths.get(subject.endpoint.model):  # vLLM and ours say it; lm-eval takes 2,047 tokens otherwise
+        own["max_length"] = length + 1  # it keeps a token for what a request must make
+    if tokenizer:  # texts begin as transformers' tokenizer begins them, as they do for a model here
+        own |= {"tokenizer": tokenizer, "tokenizer_backend": "huggingface", "add_bos_token": True}
+    else:
+        own["tokenizer_backend"] = "remote"
+    made = make(
         base_url=f"{str(client.base_url).rstrip('/')}/completions",
         model=subject.endpoint.model,
         num_concurrent=subject.parallel,
@@ -86,3 +95,16 @@ def _client(subject: Subject, tokenizer: str | None) -> Any:
         header={"Authorization": f"Bearer {client.api_key}"},
         **own,
     )
+    if not tokenizer:
+        _begin_texts(made.tokenizer)
+    return made
+
+
+def _begin_texts(tokenizer: Any) -> None:
+    """Lets a server's tokenizer put the beginning-of-text token first, which lm-eval asks servers to leave out."""
+    encode, name, bos = tokenizer.encode, tokenizer.bos_token, tokenizer.bos_token_id
+
+    def with_bos(text: str) -> list[int]:
+        return encode(text) if bos is None or text.startswith(name) else [bos, *encode(text)]
+
+    tokenizer.encode = with_bos
