@@ -1,6 +1,7 @@
 """What a LLaMA is: pure functions over trees of arrays."""
 
 from model.cache import KVCache, init_cache
+from model.capture import captured
 from model.config import PRESETS, LlamaConfig, RopeScaling
 from model.llama import forward, hidden, logits
 from model.params import Params, abstract_params, init_params, param_count, stack, unstack
@@ -13,6 +14,7 @@ __all__ = [
     "Params",
     "RopeScaling",
     "abstract_params",
+    "captured",
     "forward",
     "hidden",
     "init_cache",

@@ -23,6 +23,7 @@ from model.params import Params
 from model.pieces import checked, load_function
 from model.rope import rotate, tables
 from model.sharding import constrain
+from model.taps import Capture, stacked, untouched, unwatched
 
 REPLICATED_SEQUENCE = ("batch", None, None)
 SPLIT_SEQUENCE = ("batch", "sequence", None)  # sequence parallelism (arXiv:2205.05198): norms and residuals split too
@@ -119,6 +120,7 @@ def block(
     norm: Callable = rms_norm,
     mlp: Callable = mlp,
     residual: tuple[str | None, ...] = REPLICATED_SEQUENCE,
+    tap: Callable[[str, Array], Array] = untouched,
 ) -> tuple[Array, LayerCache | None]:
     """One decoder layer. For a variation, pass `partial(block, attend=..., norm=..., mlp=..., residual=...)`.
 
@@ -132,17 +134,19 @@ def block(
         norm: as `rms_norm`.
         mlp: as the function `mlp`.
         residual: logical axes of the residual stream (see sharding.RULES).
+        tap: is shown activations by name (see model.taps), and gives them back.
 
     Returns:
         The residual stream after the layer, and its cache with this pass's keys.
     """
     x = constrain(x, residual)
     with jax.named_scope("attention"):
-        normed = norm(x, layer["attn_norm"], config.rms_norm_eps)
+        normed = tap("attn_norm", norm(x, layer["attn_norm"], config.rms_norm_eps))
         mixed, cache = attention(normed, layer, config, context, cache, attend)
-    x = x + mixed
+    x = x + tap("attention", mixed)
     with jax.named_scope("mlp"):
-        return x + mlp(norm(x, layer["mlp_norm"], config.rms_norm_eps), layer), cache
+        normed = tap("mlp_norm", norm(x, layer["mlp_norm"], config.rms_norm_eps))
+        return x + tap("mlp", mlp(normed, layer)), cache
 
 
 def norm_of(config: LlamaConfig) -> Callable:
@@ -214,6 +218,7 @@ def hidden(
     block: Callable | None = None,
     norm: Callable | None = None,
     remat: str = "none",
+    capture: Capture | None = None,
 ) -> tuple[Array, KVCache | None]:
     """Runs all layers and the final norm.
 
@@ -233,6 +238,7 @@ def hidden(
         block: the decoder layer, as a function; None for that of the config's `pieces`.
         norm: the final norm, as a function; None for that of the config's `pieces`.
         remat: none, dots or full, what the backward pass recomputes.
+        capture: collects activations; see `model.capture.captured`.
 
     Returns:
         The normalized residual stream [B, T, D], and the cache with this pass's keys.
@@ -245,6 +251,7 @@ def hidden(
     if remat not in REMAT:
         raise PunaError(f"remat {remat!r} is not known; choose {', '.join(REMAT)}")
     block, norm = block or block_of(config), norm or norm_of(config)
+    seeing = unwatched(block) if capture is None else capture.watched(block)
     if cache is not None:
         _refuse_dynamic(config, cache)
     capacity = None if cache is None else cache.capacity
@@ -258,22 +265,28 @@ def hidden(
     cos, sin = tables(config, where, segments if cache is None else None)
     context = Context(cos, sin, mask, where)
 
-    def layer_step(x: Array, layer: Params, cache: LayerCache | None) -> tuple[Array, LayerCache | None]:
-        return block(x, layer, config, context, cache)
+    def layer_step(x: Array, layer: Params, cache: LayerCache | None) -> tuple[Array, LayerCache | None, dict]:
+        return seeing(x, layer, config, context, cache)
 
     step = REMAT[remat](layer_step)
     with jax.named_scope("embed"):
         x = look_up(params["embed"], tokens)
         x = constrain(x if dtype is None else x.astype(dtype), REPLICATED_SEQUENCE)
+    embedded = x
     if isinstance(params["layers"], tuple):
-        x, cache = _loop(step, x, params["layers"], cache, slots, window)
+        x, cache, parts = _loop(step, x, params["layers"], cache, slots, window)
     else:
-        x, cache = _scan(step, x, params["layers"], cache, slots, window)
+        x, cache, parts = _scan(step, x, params["layers"], cache, slots, window)
     if cache is not None:
         seen = jnp.where(where < cache.capacity, where + 1, 0).max(axis=1)
         cache = cache.replace(lengths=cache.lengths.at[rows].max(seen, mode="drop"))
     with jax.named_scope("final_norm"):
-        return norm(x, params["final_norm"], config.rms_norm_eps), cache
+        normed = norm(x, params["final_norm"], config.rms_norm_eps)
+    if capture is not None:
+        capture.keep("embed", embedded)
+        capture.keep_layers(parts, config.num_hidden_layers)
+        capture.keep("final_norm", normed)
+    return normed, cache
 
 
 def head_of(params: Params, config: LlamaConfig) -> Any:
@@ -343,35 +356,39 @@ def _refuse_dynamic(config: LlamaConfig, cache: KVCache) -> None:
 
 def _loop(
     step: Callable, x: Array, layers: tuple[Params, ...], cache: KVCache | None, slots: Array | None, window: int | None
-) -> tuple[Array, KVCache | None]:
+) -> tuple[Array, KVCache | None, dict[str, Any]]:
     """Runs unstacked layers: no weight is sliced, each layer's cache is an array of its own."""
+    parts = []
     if cache is None:
         for layer in layers:
-            x, _ = step(x, layer, None)
-        return x, None
+            x, _, seen = step(x, layer, None)
+            parts.append(seen)
+        return x, None, stacked(parts)
     cache = cache.unstack()
     ks, vs = [], []
     for layer, k, v in zip(layers, cache.k, cache.v, strict=True):
-        x, new = step(x, layer, LayerCache(k, v, None, slots, window or cache.capacity))
+        x, new, seen = step(x, layer, LayerCache(k, v, None, slots, window or cache.capacity))
         ks.append(new.k)
         vs.append(new.v)
-    return x, cache.replace(k=tuple(ks), v=tuple(vs))
+        parts.append(seen)
+    return x, cache.replace(k=tuple(ks), v=tuple(vs)), stacked(parts)
 
 
 def _scan(
     step: Callable, x: Array, layers: Params, cache: KVCache | None, slots: Array | None, window: int | None
-) -> tuple[Array, KVCache | None]:
+) -> tuple[Array, KVCache | None, dict[str, Any]]:
     """Runs stacked layers as one scan; the cache is carried, never an output."""
     if cache is None:
-        return jax.lax.scan(lambda x, layer: (step(x, layer, None)[0], None), x, layers)[0], None
+        x, seen = jax.lax.scan(lambda x, layer: step(x, layer, None)[::2], x, layers)
+        return x, None, seen
     cache = cache.stack()
     extent = window or cache.capacity
 
-    def body(carry: tuple[Array, Array, Array], scanned: tuple[Params, Array]) -> tuple[Any, None]:
+    def body(carry: tuple[Array, Array, Array], scanned: tuple[Params, Array]) -> tuple[Any, dict[str, Any]]:
         (x, k, v), (layer, index) = carry, scanned
-        x, new = step(x, layer, LayerCache(k, v, index, slots, extent))
-        return (x, new.k, new.v), None
+        x, new, seen = step(x, layer, LayerCache(k, v, index, slots, extent))
+        return (x, new.k, new.v), seen
 
     indices = jnp.arange(cache.k.shape[0])
-    (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (layers, indices))
-    return x, cache.replace(k=k, v=v)
+    (x, k, v), seen = jax.lax.scan(body, (x, cache.k, cache.v), (layers, indices))
+    return x, cache.replace(k=k, v=v), seen

@@ -204,6 +204,8 @@ class RunConfig:
         keep_every: beside them the checkpoints of its multiples stay; 0: none.
         keep_best: the checkpoint of the lowest held-out loss stays too, and is what final/ holds.
         eval_steps: steps between two evaluations, beside those at the start and the end; 0: none. [transformers]
+        stats_steps: at its multiples metrics have the norms of each layer's activations, gradients and updates, and
+            layer_stats.png shows them; such a step takes about twice as long, and changes no number; 0: none.
         max_skipped_steps: so many non-finite updates in a row end the run.
         report_to: where metrics go beside metrics.jsonl. [transformers]
         deterministic: asks the backend for bitwise repeatable kernels.
@@ -224,6 +226,7 @@ class RunConfig:
     keep_every: int = 0
     keep_best: bool = False
     eval_steps: int = 0
+    stats_steps: int = 0
     max_skipped_steps: int = 10
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     deterministic: bool = False
@@ -271,6 +274,7 @@ MAY_CHANGE = (
     "run.keep_every",
     "run.keep_best",
     "run.eval_steps",
+    "run.stats_steps",
     "run.max_skipped_steps",
     "run.report_to",
     "run.deterministic",
@@ -358,6 +362,7 @@ def _check(config: Config) -> None:
             raise PunaError(f"{name} is {value}; it must be above 0")
     not_negative = {
         **{f"run.{name}": getattr(run, name) for name in ("max_steps", "save_steps", "save_minutes", "eval_steps")},
+        "run.stats_steps": run.stats_steps,
         **{f"optim.{name}": getattr(optim, name) for name in ("weight_decay", "warmup_steps", "max_grad_norm")},
         "optim.z_loss": optim.z_loss,
         "run.keep_every": run.keep_every,

@@ -45,6 +45,7 @@ from train.state import (
     state_like,
     teacher_params,
 )
+from train.stats import make_stats
 from train.step import make_evaluation, make_step
 
 Evaluate = Callable[[TrainState, Batch], tuple[Mapping[str, Array], Array]]
@@ -179,7 +180,9 @@ def train(config: Config) -> None:
         painter = stack.enter_context(closing(Painter(run_dir, outputs)))
 
         # --- the functions
-        step = make_step(config, model, mesh, make_schedule(config.optim, total), shardings_of(abstract))
+        schedule, places = make_schedule(config.optim, total), shardings_of(abstract)
+        step = make_step(config, model, mesh, schedule, places)
+        stats = make_stats(config, model, mesh, schedule, places) if run.stats_steps else None
         evaluate = make_evaluation(config, model, mesh)
         batches = (to_devices(partial(sampler.batch, number), sharding, shape) for number in range(done, total))
         ready = stack.enter_context(prefetch(batches))
@@ -196,9 +199,10 @@ def train(config: Config) -> None:
         # --- the loop
         try:
             for number, rows in enumerate(ready, done + 1):
+                seen = stats(state, rows) if stats is not None and number % run.stats_steps == 0 else {}
                 with profile.step(number):
                     state, metrics = step(state, rows)
-                record.push(number, metrics)
+                record.push(number, {**metrics, **seen}, due=bool(seen))
                 is_best = False
                 if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
                     with record.paused():

@@ -26,6 +26,7 @@ class _Pending:
 
     step: int
     metrics: Mapping[str, Any]
+    is_due: bool
     more: dict[str, float] = field(default_factory=dict)
     done: bool = False
 
@@ -66,18 +67,19 @@ class MetricsLogger:
         self._display.say("step 0  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
         self._since = time.monotonic()
 
-    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def push(self, step: int, metrics: Mapping[str, Any], due: bool = False) -> None:
         """Takes the metrics of a step and finishes the step before.
 
         Args:
             step: counted from 1.
             metrics: scalars by name, as `make_step` documents them; they may still be on their way.
+            due: its line is written even if it was not to be logged.
 
         Raises:
             NonFinite: see `flush`.
         """
         self.flush()
-        self._pending = _Pending(step, metrics)
+        self._pending = _Pending(step, metrics, due or step % self._every == 0)
 
     def add(self, **values: float) -> None:
         """Adds values to the line of the step pushed last, which will be written even if it was not to be logged."""
@@ -103,9 +105,9 @@ class MetricsLogger:
             return
         self._wait()
         step, numbers, more = self._pending.step, dict(self._pending.metrics), self._pending.more
-        self._pending = None
+        is_due, self._pending = self._pending.is_due, None
         skipped = numbers.pop("skipped")
-        if step % self._every == 0 or more or skipped:
+        if is_due or more or skipped:
             self._line(step, numbers, more | ({"skipped": skipped} if skipped else {}))
         if skipped >= self._max_skipped:
             raise NonFinite(self._remedy(step, skipped))

@@ -86,15 +86,7 @@ def _trained_tokens(batch: Batch) -> Array:
 
 def make_forward(config: Config, model: LlamaConfig, mesh: Mesh) -> Forward:
     """The function from parameters and rows to what the head multiplies, [B, T, D]. See `make_objective`."""
-    wanted, platform = config.model, mesh.devices.flat[0].platform
-    keywords: dict[str, Any] = {}  # how the block computes, not what: no part of the model
-    if wanted.attention == "cudnn" and platform == cpu.PLATFORM:
-        raise PunaError(f"model.attention 'cudnn' needs an NVIDIA GPU, not {platform}; choose 'xla'")
-    if wanted.attention in ATTENTIONS and wanted.attention != "xla":
-        keywords["attend"] = ATTENTIONS[wanted.attention]
-    if config.mesh.sequence_parallel:
-        keywords["residual"] = SPLIT_SEQUENCE
-    block = block_of(model, **keywords)
+    wanted, block = config.model, make_block(config, model, mesh)
 
     def forward(params: Params, rows: Batch) -> Array:
         x, _ = hidden(
@@ -109,6 +101,19 @@ def make_forward(config: Config, model: LlamaConfig, mesh: Mesh) -> Forward:
         return x
 
     return forward
+
+
+def make_block(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[..., Any]:
+    """The decoder layer as the config wants it computed. See `make_objective`."""
+    wanted, platform = config.model, mesh.devices.flat[0].platform
+    keywords: dict[str, Any] = {}  # how the block computes, not what: no part of the model
+    if wanted.attention == "cudnn" and platform == cpu.PLATFORM:
+        raise PunaError(f"model.attention 'cudnn' needs an NVIDIA GPU, not {platform}; choose 'xla'")
+    if wanted.attention in ATTENTIONS and wanted.attention != "xla":
+        keywords["attend"] = ATTENTIONS[wanted.attention]
+    if config.mesh.sequence_parallel:
+        keywords["residual"] = SPLIT_SEQUENCE
+    return block_of(model, **keywords)
 
 
 # --- a teacher

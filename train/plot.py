@@ -12,6 +12,7 @@ from cli.files import atomic_path
 from model.errors import PunaError
 from train.metrics import read_metrics
 from train.outputs import Outputs
+from train.plot_stats import plot_stats
 
 SECONDS_BETWEEN_PICTURES = 10.0
 
@@ -97,7 +98,7 @@ def _column(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float],
 
 
 class Painter:
-    """Draws a run's training_loss.png in a thread, now and then and at the end.
+    """Draws a run's training_loss.png in a thread, now and then and at the end, and layer_stats.png where it logs them.
 
     Args:
         run_dir: the run's folder.
@@ -120,6 +121,8 @@ class Painter:
         self._thread.shutdown()
 
     def _paint(self) -> None:
-        file = self._run_dir / "training_loss.png"
+        file, layers = self._run_dir / "training_loss.png", self._run_dir / "layer_stats.png"
         with self._outputs.spared(file):
             plot([self._run_dir], file)
+        with self._outputs.spared(layers):
+            plot_stats(self._run_dir, layers)

@@ -59,11 +59,24 @@ def make_step(
     Raises:
         PunaError: a function that the config names is not there, or see `make_objective`.
     """
+    advance = make_advance(config, model, mesh, schedule, shardings)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return advance(state, batch)[:2]
+
+    options = cpu.COMPILER_OPTIONS if mesh.devices.flat[0].platform == cpu.PLATFORM else None
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step), compiler_options=options)
+
+
+def make_advance(
+    config: Config, model: LlamaConfig, mesh: Mesh, schedule: Schedule, shardings: TrainState
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Params]]:
+    """What `make_step` compiles, which returns the gradients before clipping too. See there."""
     objective, optimizer = make_objective(config, model, mesh), make_optimizer(config.optim, schedule)
     on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
     offload = config.optim.offload
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics, Params]:
         opt_state = jax.device_put(state.opt_state, on_device) if offload else state.opt_state
         trained_tokens = jnp.sum(batch["labels"] != IGNORE_INDEX)
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
@@ -77,8 +90,8 @@ def make_step(
         grads = jax.tree.map(lambda g, p: (g * per_unit).astype(p.dtype), sums, state.params)
         norm = global_norm(grads)
         rate = schedule(state.step)
-        grads = clip(grads, norm, config.optim.max_grad_norm)
-        updates, new_opt_state = optimizer.update(grads, opt_state, state.params)
+        clipped = clip(grads, norm, config.optim.max_grad_norm)
+        updates, new_opt_state = optimizer.update(clipped, opt_state, state.params)
         if owns_learning_rate(config.optim):
             params = optax.apply_updates(state.params, updates)
         else:
@@ -105,10 +118,9 @@ def make_step(
             opt_state=keep(new_opt_state, opt_state),
             skipped=skipped,
         )
-        return new, metrics
+        return new, metrics, grads
 
-    options = cpu.COMPILER_OPTIONS if mesh.devices.flat[0].platform == cpu.PLATFORM else None
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step), compiler_options=options)
+    return advance
 
 
 def make_evaluation(
@@ -157,14 +169,19 @@ def accumulate(
     if count == 1:
         return gradients(params, batch, key)
 
-    def cut(x: Array) -> Array:
-        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-
     def add(sums: Any, each: tuple[Batch, Array]) -> tuple[Any, Metrics]:
         (loss, known), grads = gradients(params, *each)
         return jax.tree.map(jnp.add, sums, (loss, grads)), known
 
     zeros = jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    microbatches = jax.tree.map(cut, dict(batch)), jax.random.split(key, count)
-    (loss, grads), known = jax.lax.scan(add, zeros, microbatches)
+    (loss, grads), known = jax.lax.scan(add, zeros, (microbatches(batch, count), jax.random.split(key, count)))
     return (loss, {name: values.sum() for name, values in known.items()}), grads
+
+
+def microbatches(batch: Batch, count: int) -> Batch:
+    """Arrays [B, ...] as [count, B / count, ...]: each every count-th row, so that no row leaves its device."""
+
+    def cut(x: Array) -> Array:
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(cut, dict(batch))
