@@ -76,12 +76,13 @@ class Server:
     Args:
         entry: what Python runs.
         environment: variables beside those of this process.
+        folder: where it starts; this process's own by default.
     """
 
-    def __init__(self, *arguments, entry=("-m", "infer"), environment=None):
+    def __init__(self, *arguments, entry=("-m", "infer"), environment=None, folder=None):
         command = [sys.executable, *map(str, entry), "serve", *map(str, arguments), "--port", "0"]
         variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | (environment or {})
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables, cwd=folder)
         self.log, self.url = [], ""
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
