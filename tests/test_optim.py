@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 import torch
 import transformers
@@ -14,7 +16,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import init_params
 from train.config import OptimConfig
-from train.optim import clip, decay_mask, global_norm, make_optimizer, make_schedule
+from train.optim import clip, decay_mask, global_norm, make_optimizer, make_schedule, rate_scales
 
 STEPS, WARMUP = 40, 4
 
@@ -97,6 +99,62 @@ def test_adafactor_is_that_of_transformers():
         for param, own in zip(theirs[3 * layer : 3 * layer + 3], _layer(params, layer), strict=True):
             if not (layer and param.shape == (6, 10)):
                 np.testing.assert_allclose(own, param.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_is_that_of_optax_matrix_by_matrix():
+    """Theirs of layers that are not stacked, with AdamW for what is no matrix of a layer."""
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    shapes = {"layers": {"wide": (3, 6, 10), "tall": (3, 8, 4), "norm": (3, 6)}, "embed": (12, 6), "final_norm": (6,)}
+
+    def draw() -> dict:
+        return jax.tree.map(lambda s: jax.random.normal(next(keys), s), shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+    def unstacked(tree: dict) -> dict:
+        layers = {f"{i}.{name}": x[i] for name, x in tree["layers"].items() for i in range(3)}
+        return {**layers, "embed": tree["embed"], "final_norm": tree["final_norm"]}
+
+    params = draw()
+    apart = unstacked(params)
+    matrices = {name: x.ndim == 2 and name != "embed" for name, x in apart.items()}
+    axes = {name: optax.contrib.MuonDimensionNumbers() if is_one else None for name, is_one in matrices.items()}
+    muon = optax.contrib.muon(
+        0.01, beta=0.9, weight_decay=0.1, consistent_rms=0.2, muon_weight_dimension_numbers=axes
+    )  # fmt: skip
+    decays = {name: "norm" not in name for name in apart}
+    adamw = optax.adamw(0.01, b2=0.95, weight_decay=0.1, mask=decays)  # theirs would be with Nesterov's momentum
+    ours = make_optimizer(OptimConfig(optimizer="muon", weight_decay=0.1, muon_momentum=0.9, adam_beta2=0.95))
+    state, update = ours.init(params), jax.jit(ours.update)
+    their_states = {theirs: theirs.init(apart) for theirs in (muon, adamw)}
+    for _ in range(4):
+        grads = draw()
+        updates, state = update(grads, state, params)
+        moved = {}
+        for theirs in (muon, adamw):
+            moved[theirs], their_states[theirs] = theirs.update(unstacked(grads), their_states[theirs], apart)
+        for name, x in unstacked(updates).items():
+            expected = moved[muon if matrices[name] else adamw][name]
+            np.testing.assert_allclose(-0.01 * x, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+        params = jax.tree.map(lambda p, u: p - 0.01 * u, params, updates)
+        apart = unstacked(params)
+    plain, tree = make_optimizer(OptimConfig(optimizer="muon")), draw()
+    first = plain.update(tree, plain.init(tree), tree)[0]["layers"]["tall"][0]
+    values = np.linalg.svd(np.asarray(first), compute_uv=False)
+    assert np.all((values > 0.5 * 0.2 * 8**0.5) & (values < 1.3 * 0.2 * 8**0.5))  # nearly orthogonal
+
+
+def test_a_pattern_scales_the_rate_of_the_modules_that_it_ends():
+    model = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+    params = init_params(model, jax.random.key(0))
+    optim = OptimConfig(learning_rate_pattern={r"layers\.1\..*": 0.0, "[qk]_proj": 0.5, "lm_head": 2.0})
+    scales = rate_scales(optim, model, params)
+    assert jax.tree.structure(scales) == jax.tree.structure(params)
+    assert scales["lm_head"] == 2.0 and scales["embed"] == scales["final_norm"] == 1.0
+    assert scales["layers"]["wq"].reshape(-1).tolist() == [0.5, 0.0, 0.5]
+    assert scales["layers"]["mlp_norm"].shape == (3, 1) and scales["layers"]["wo"].reshape(-1).tolist() == [1, 0, 1]
+    assert rate_scales(OptimConfig(), model, params) is None
+    for pattern, named in (("q_porj", "'q_porj' matches no module that is trained"), ("(", "is no regular expression")):
+        with pytest.raises(PunaError, match=named):
+            rate_scales(OptimConfig(learning_rate_pattern={pattern: 2.0}), model, params)
 
 
 def _layer(tree: dict, layer: int) -> list:

@@ -81,6 +81,7 @@ def test_a_transcript_is_messages_or_the_text_that_it_is():
         ({"chosen": "a", "rejected": None}, "key 'rejected' is missing; the record has 'chosen', 'rejected'"),
         ({"chosen": "a", "rejected": [SAID]}, "expected two texts or two lists, got text and a list"),
         ({"chosen": 1, "rejected": 2}, "expected two texts or two lists, got the number 1 and the number 2"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "key 'prompt': expected text or a list with messages, got the"),
         ({"prompt": [ASKED], "chosen": "a", "rejected": "b"}, "key 'prompt' is a list, and .* are text"),
         ({"chosen": [ASKED, SAID], "rejected": [SAID, OTHER]}, "begin with no message in common"),
         ({"chosen": [], "rejected": []}, "begin with no message in common"),

@@ -47,7 +47,7 @@ def read(**sections) -> Config:
         ({"data": {"path": "a", "packing": "yes"}}, 'data.packing is "yes"; it must be true or false'),
         (
             {"optim": {"optimizer": "adam"}},
-            "optim.optimizer 'adam' is not known; choose adamw, adafactor, or write \"module:function\"",
+            "optim.optimizer 'adam' is not known; choose adamw, muon, adafactor, or write \"module:function\"",
         ),
         ({"run": {"report_to": ["wandbb"]}}, 'run.report_to[0] is "wandbb"; it must be one of'),
         ({"lora": {"rank_pattern": {"q_proj": "8"}}}, 'lora.rank_pattern.q_proj is "8"; it must be an integer'),

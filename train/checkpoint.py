@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from convert import manifest
+from convert.run import is_step
 from train import integrity
 from train.integrity import CheckpointError, SaveFailed
 
@@ -264,6 +265,36 @@ class Checkpoints:
         if changed:
             _say(f"checkpoint step {step} is not used: arrays that changed: {', '.join(changed)}")
         return changed
+
+
+def read_checkpoint(folder: Path, abstract_state: Any) -> tuple[Any, int]:
+    """The state that one step of another run's checkpoints holds; nothing there is changed.
+
+    Args:
+        folder: the step's, as runs/long/checkpoints/800.
+        abstract_state: as for `Checkpoints.restore`.
+
+    Returns:
+        The state, and the step.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it does not have the arrays that are asked for.
+    """
+    folder = folder.absolute()
+    if not is_step(folder):
+        saved = manifest.steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
+        steps = f", as {folder / 'checkpoints' / str(saved[-1])}" if saved else ""
+        raise CheckpointError(f"run.from_checkpoint {folder} is no checkpoint: give one step of a run{steps}")
+    tree = integrity.to_nested_dict(abstract_state)
+    damage = manifest.damaged_files(folder, jax.process_index(), jax.process_count())
+    for line in damage:
+        _say(line)
+    if not np.sum(multihost_utils.process_allgather(np.asarray(len(damage)))):
+        integrity.check_fit(folder, tree, complete=True)
+        restored = _read(folder, tree)
+        if not integrity.changed_arrays(folder, restored.state):
+            return integrity.from_nested_dict(abstract_state, restored.state), int(folder.name)
+    raise CheckpointError(f"run.from_checkpoint {folder} is damaged: give another step")
 
 
 class _Schedule:

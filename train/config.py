@@ -90,9 +90,12 @@ class OptimConfig:
     """[optim]: the optimizer and its schedule, under transformers' names.
 
     Attributes:
-        optimizer: "adamw", "adafactor", or a "module:function" that makes an optax transformation (train.optim).
+        optimizer: "adamw", "muon" (for the layers' matrices, AdamW for the rest), "adafactor", or a "module:function"
+            that makes an optax transformation (train.optim).
         learning_rate: the highest rate of the schedule; 2e-4 under [lora] where it is not given. [transformers; QLoRA,
             arXiv:2305.14314]
+        learning_rate_pattern: what the rate is multiplied by for modules whose name, as model.layers.0.mlp.up_proj,
+            ends in a key, a regular expression; the first that matches counts, and 0 keeps them as they are.
         lr_scheduler_type: how the rate falls after warming up; wsd holds it and decays it over the last decay_ratio of
             the steps. [transformers; WSD, arXiv:2404.06395]
         warmup_ratio: the part of all steps in which the rate rises. [transformers]
@@ -104,6 +107,7 @@ class OptimConfig:
         adam_beta1: how much of the mean of gradients stays at a step. [Adam, arXiv:1412.6980]
         adam_beta2: how much of the mean of their squares stays. [Adam, arXiv:1412.6980]
         adam_epsilon: what is added to the root of that mean. [Adam, arXiv:1412.6980]
+        muon_momentum: with muon, how much of the mean of gradients stays at a step. [Muon; arXiv:2502.16982]
         max_grad_norm: longer gradients are scaled down to it; 0 turns clipping off. [arXiv:1211.5063]
         z_loss: the weight of log(Z)^2 in the loss; 1e-4 in its paper. [PaLM, arXiv:2204.02311]
         offload: keeps the optimizer state in host memory between steps. [ZeRO-Offload, arXiv:2101.06840]
@@ -111,6 +115,7 @@ class OptimConfig:
 
     optimizer: str = "adamw"
     learning_rate: float = 2e-5
+    learning_rate_pattern: dict[str, float] = field(default_factory=dict)
     lr_scheduler_type: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_ratio: float = 0.0
     warmup_steps: int = 0
@@ -120,6 +125,7 @@ class OptimConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    muon_momentum: float = 0.95
     max_grad_norm: float = 1.0
     z_loss: float = 0.0
     offload: bool = False
@@ -206,6 +212,10 @@ class RunConfig:
         eval_steps: steps between two evaluations, beside those at the start and the end; 0: none. [transformers]
         stats_steps: at its multiples metrics have the norms of each layer's activations, gradients and updates, and
             layer_stats.png shows them; such a step takes about twice as long, and changes no number; 0: none.
+        ema: how much of the moving average of the weights stays at a step; it is kept beside them and exported as
+            final-ema; 0: none. [arXiv:1806.04498]
+        from_checkpoint: a step of another run's checkpoints, as runs/long/checkpoints/800: weights, optimizer and the
+            number of the step come from there, and the schedule and the data go on from it. With wsd, a cooldown.
         max_skipped_steps: so many non-finite updates in a row end the run.
         report_to: where metrics go beside metrics.jsonl. [transformers]
         deterministic: asks the backend for bitwise repeatable kernels.
@@ -227,6 +237,8 @@ class RunConfig:
     keep_best: bool = False
     eval_steps: int = 0
     stats_steps: int = 0
+    ema: float = 0.0
+    from_checkpoint: PathText | None = None
     max_skipped_steps: int = 10
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     deterministic: bool = False
@@ -251,10 +263,10 @@ class Config:
 
 LORA_LEARNING_RATE = 2e-4  # QLoRA's (arXiv:2305.14314), for models of up to 13 billion parameters
 LARGEST = 16 * 2**20  # bytes of a file of settings
-OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZERS = ("adamw", "muon", "adafactor")
 
 # What may lie elsewhere when a run resumes: that it is the same is told by fingerprints of its content.
-PLACES = ("model.path", "model.tokenizer", "data.path", "data.eval_path", "distill.teacher")
+PLACES = ("model.path", "model.tokenizer", "data.path", "data.eval_path", "distill.teacher", "run.from_checkpoint")
 
 # What a run may change when it resumes: nothing that alters the numbers beyond rounding, and how long it goes on.
 MAY_CHANGE = (
@@ -365,6 +377,7 @@ def _check(config: Config) -> None:
         "run.stats_steps": run.stats_steps,
         **{f"optim.{name}": getattr(optim, name) for name in ("weight_decay", "warmup_steps", "max_grad_norm")},
         "optim.z_loss": optim.z_loss,
+        **{f"optim.learning_rate_pattern {name!r}": value for name, value in optim.learning_rate_pattern.items()},
         "run.keep_every": run.keep_every,
     }
     for name, value in not_negative.items():
@@ -373,7 +386,9 @@ def _check(config: Config) -> None:
     below_one = {
         "optim.adam_beta1": optim.adam_beta1,
         "optim.adam_beta2": optim.adam_beta2,
+        "optim.muon_momentum": optim.muon_momentum,
         "lora.dropout": config.lora.dropout if config.lora else 0.0,
+        "run.ema": run.ema,
     }
     for name, value in below_one.items():
         if not 0 <= value < 1:
@@ -468,6 +483,8 @@ def _refuse_unread(config: Config) -> None:
         ("optim.adam_beta1", "optim.optimizer", is_adafactor),
         ("optim.adam_beta2", "optim.optimizer", is_adafactor),
         ("optim.adam_epsilon", "optim.optimizer", is_adafactor),
+        ("optim.muon_momentum", "optim.optimizer", optim.optimizer != "muon"),
+        ("optim.learning_rate_pattern", "optim.optimizer", ":" in optim.optimizer),
         ("optim.decay_ratio", "optim.lr_scheduler_type", optim.lr_scheduler_type != "wsd"),
         ("optim.min_lr_ratio", "optim.lr_scheduler_type", optim.lr_scheduler_type == "constant"),
         ("run.eval_steps", "data.eval_path", data.eval_path is None and not data.validation_split),
@@ -538,4 +555,5 @@ def _without_places(config: Config) -> Config:
         model=replace(config.model, path=base, tokenizer=None),
         data=replace(data, path=paths, eval_path=held_out),
         distill=distill,
+        run=replace(config.run, from_checkpoint=None if config.run.from_checkpoint is None else ""),
     )

@@ -1,7 +1,7 @@
 """What others read of a run: final/, any step on request, and model/, which is all of a model but its weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,11 @@ class Exporter:
                 folder.mkdir()
                 self._companions.save(folder)
                 write_json(folder / name, said)
+
+    def export_average(self, state: TrainState, folder: Path) -> None:
+        """Writes the moving average of the weights as `export` writes the weights, in their dtypes."""
+        own = jax.tree.map(lambda mean, x: mean.astype(x.dtype), state.ema, state.params)
+        self.export(replace(state, params=own), folder)
 
     def export(self, state: TrainState, folder: Path) -> None:
         """Writes a Hugging Face folder, or a PEFT adapter's where adapters were trained."""

@@ -18,7 +18,7 @@ from jax.sharding import Sharding
 from cli.files import atomic_path
 from model.errors import PunaError
 from train import distributed, resume
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, read_checkpoint
 from train.config import LORA_LEARNING_RATE, Config
 from train.data import Datasets, Sampler, in_order, load_dataset
 from train.export import Exporter, export_step
@@ -105,7 +105,8 @@ def train(config: Config) -> None:
         before = None if checkpoints.latest() is None else resume.check_settings(config)
         abstract = start = None
         shape_of = model if base is None else base.config
-        if before is None or config.lora is not None or resume.reads_base_again(config, before):
+        begins = before is None and run.from_checkpoint is None  # with fresh weights, or those of model.path
+        if begins or resume.reads_base_again(config, before):
             start = base_params(config, model, mesh, base)
         weights = None if start is None or base is None else resume.weights_of(start)
         if reads_reference(config):
@@ -113,7 +114,7 @@ def train(config: Config) -> None:
             alive = partial(distributed.heartbeat, run_dir)
             datasets = with_reference(datasets, config, model, mesh, start, alive, display.say)
             sampler = Sampler(datasets, run.batch_size, run.seed)
-        if before is not None and config.lora is None:
+        if not begins and config.lora is None:
             start = None  # what was read of it is compared, and gone before the state comes
         if start is None:
             abstract, state = abstract_state(config, model, mesh, base), None
@@ -121,11 +122,16 @@ def train(config: Config) -> None:
             abstract = state_like(config, shape_of, start, mesh)
             state = init_state(config, shape_of, start, abstract)
             del start
-        if before is None:
+        frozen = None if state is None else state.frozen
+        if begins:
             assert state is not None
             done, best, inputs = 0, None, inputs | {"base": weights}
+        elif before is None:
+            assert run.from_checkpoint is not None
+            del state
+            state, done = read_checkpoint(Path(run.from_checkpoint), replace(abstract, frozen=None))
+            state, best, inputs = replace(state, frozen=frozen), None, inputs | {"base": weights}
         else:
-            frozen = None if state is None else state.frozen
             del state
             state, saved, done = checkpoints.restore(replace(abstract, frozen=None))
             resume.check_inputs(config, before, saved, inputs)
@@ -242,6 +248,8 @@ def train(config: Config) -> None:
             )
             if first:
                 export_step(run_dir, run_dir / "final", best["step"], overwrite=True)
+        if state.ema is not None:
+            exporter.export_average(state, run_dir / "final-ema")
         display.say(f"done: {run_dir / 'final'}")
         if failure is not None:
             raise failure

@@ -11,14 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import optax.contrib
 from jax import Array
 
+from convert.names import parameters
+from model.config import LlamaConfig
 from model.errors import PunaError
+from model.lora import module_value
 from model.pieces import load_function
 from train.config import OptimConfig
 
 Schedule = Callable[[Array], Array]
+MUON_RMS = 0.2  # of an update of AdamW, about (arXiv:2502.16982)
 
 
 def make_schedule(optim: OptimConfig, total_steps: int) -> Schedule:
@@ -78,9 +84,10 @@ def owns_learning_rate(optim: OptimConfig) -> bool:
 def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> optax.GradientTransformation:
     """The optimizer that [optim] names.
 
-    adamw (arXiv:1711.05101), or adafactor (arXiv:1804.04235) as transformers sets it up for a given rate: no relative
-    step, no scaling by the parameter, no momentum; both without the learning rate. "module:function" is called with
-    `optim` and `schedule`, and returns a transformation whose updates are added to the parameters, as optax's are.
+    adamw (arXiv:1711.05101), muon (see `scale_by_muon`) over the matrices of the layers with AdamW for the rest, or
+    adafactor (arXiv:1804.04235) as transformers sets it up for a given rate: no relative step, no scaling by the
+    parameter, no momentum; all without the learning rate. "module:function" is called with `optim` and `schedule`, and
+    returns a transformation whose updates are added to the parameters, as optax's are.
 
     Args:
         optim: the settings.
@@ -113,7 +120,90 @@ def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> opta
         )
     else:
         scale = optax.scale_by_adam(optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon)
+        if optim.optimizer == "muon":
+            scale = optax.chain(
+                optax.masked(scale_by_muon(optim.muon_momentum), _matrices), optax.masked(scale, _others)
+            )
     return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
+
+
+def scale_by_muon(momentum: float) -> optax.GradientTransformation:
+    """Muon, as optax has it, of matrices [L, in, out]: each layer's update is made orthogonal.
+
+    It is scaled to the root mean square that AdamW's updates have, so that both share a learning rate and a weight
+    decay (arXiv:2502.16982).
+
+    Args:
+        momentum: how much of the mean of gradients stays at a step.
+    """
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    inner = optax.contrib.scale_by_muon(
+        beta=momentum, weight_dimension_numbers=lambda tree: jax.tree.map(lambda x: axes, tree)
+    )
+
+    def init(params: Any) -> Any:
+        state: Any = inner.init(params)
+        return state._replace(ns_coeffs=())  # constants: no part of what is saved
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        constants: Any = inner.init({})
+        updates, state = inner.update(updates, state._replace(ns_coeffs=constants.ns_coeffs), params)
+        updates = jax.tree.map(lambda u: MUON_RMS * math.sqrt(max(u.shape[1:])) * u, updates)
+        return updates, state._replace(ns_coeffs=())
+
+    return optax.GradientTransformation(init, update)
+
+
+def _matrices(params: Any) -> Any:
+    """True for the matrices of the layers, which Muon is for; not for the embedding, the head, norms and biases."""
+
+    def is_matrix(path: Any, leaf: Any) -> bool:
+        return path[0].key == "layers" and leaf.ndim == 3
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _others(params: Any) -> Any:
+    return jax.tree.map(lambda is_matrix: not is_matrix, _matrices(params))
+
+
+def rate_scales(optim: OptimConfig, model: LlamaConfig, params: Any) -> Any:
+    """What optim.learning_rate_pattern multiplies the learning rate of each weight by.
+
+    Args:
+        optim: the settings.
+        model: whose weights they are.
+        params: the tree that is trained.
+
+    Returns:
+        A tree like `params` of numbers, [L, 1, ...] for layers; None where all of them are 1.
+
+    Raises:
+        PunaError: a pattern is no regular expression, or matches no weight that is trained.
+    """
+    if not (patterns := optim.learning_rate_pattern):
+        return None
+    modules = {each.name: each.hf.removesuffix(".weight").removesuffix(".bias") for each in parameters(model)}
+    matched: set[str] = set()
+
+    def scale(name: str) -> float:
+        module = modules[name]
+        matched.update(pattern for pattern in patterns if module_value({pattern: True}, module, False))
+        return module_value(patterns, module, 1.0)
+
+    def each(path: Any, leaf: Any) -> Any:
+        if path[0].key != "layers":
+            return scale(path[0].key)
+        values = [scale(f"layers.{layer}.{path[1].key}") for layer in range(leaf.shape[0])]
+        return np.array(values, np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    scales = jax.tree_util.tree_map_with_path(each, params)
+    if unmatched := [pattern for pattern in patterns if pattern not in matched]:
+        raise PunaError(
+            f"optim.learning_rate_pattern {unmatched[0]!r} matches no module that is trained; modules are named as "
+            "model.layers.0.self_attn.q_proj"
+        )
+    return scales
 
 
 def per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -155,7 +245,7 @@ def may_overflow(optim: OptimConfig) -> bool:
     below 1.9e19. So with usual settings they cannot, and the step need not look at every new parameter, which takes 5 %
     of a step on CPU.
     """
-    usual = optim.optimizer == "adamw" and optim.adam_epsilon >= 1e-15
+    usual = optim.optimizer == "adamw" and optim.adam_epsilon >= 1e-15 and not optim.learning_rate_pattern
     return not (usual and optim.learning_rate <= 1 and optim.learning_rate * optim.weight_decay <= 1)
 
 

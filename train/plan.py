@@ -43,7 +43,7 @@ class Plan:
         mesh: the size of each axis.
         parameters: those that train.
         frozen: the base under adapters, and a teacher.
-        optimizer: the optimizer's state, what is offloaded left out.
+        optimizer: the optimizer's state, what is offloaded left out, and the weights' moving average.
         gradients: as large as the parameters that train.
         activations: everything alive during the step that is neither state nor gradients.
         total: the program's arguments, results and temporaries.
@@ -109,7 +109,7 @@ def make_plan(config: Config) -> Plan:
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     parameters, frozen = cost.shard_bytes(state.params), cost.shard_bytes((state.frozen, state.teacher))
     host = cost.shard_bytes(state.opt_state, "pinned_host")
-    optimizer = cost.shard_bytes(state.opt_state) - host
+    optimizer = cost.shard_bytes((state.opt_state, state.ema)) - host
     gradients = parameters
     traffic = cost.collectives(compiled.as_text())
     theory = cost.theory(model, mesh.shape, config, width=4)  # the width of whatever is computed here

@@ -145,12 +145,13 @@ def schedule_change(config: Config, done: int, before: int, total: int) -> str |
     )
 
 
-def reads_base_again(config: Config, before: Config) -> bool:
-    """Whether a run that resumes reads the weights of model.path: the frozen base of adapters, the reference of
-    preferences, or to see that what another path names are those of the start."""
-    if config.model.path is None:
-        return False
-    return config.lora is not None or reads_reference(config) or before.model.path != config.model.path
+def reads_base_again(config: Config, before: Config | None) -> bool:
+    """Whether a run that resumes, or goes on from a checkpoint of another (`before` is None), reads the weights that it
+    started from: the frozen base of adapters, the reference of preferences, or to see that what another model.path
+    names are those of the start."""
+    if config.lora is not None or reads_reference(config):
+        return True
+    return before is not None and config.model.path is not None and before.model.path != config.model.path
 
 
 def _code(config: Config, model: LlamaConfig) -> dict[str, str]:

@@ -43,6 +43,7 @@ class TrainState:
         seed: uint32, from which the step makes its own randomness (dropout).
         frozen: the base under adapters, which is neither trained nor saved; None without [lora].
         teacher: the parameters of [distill]'s model, which are not saved either; None without it.
+        ema: float32, the exponential moving average of `params`, with run.ema; else None.
     """
 
     step: Any
@@ -52,6 +53,7 @@ class TrainState:
     seed: Any
     frozen: Any = None
     teacher: Any = None
+    ema: Any = None
 
 
 # --- the parameters that a run starts from
@@ -164,6 +166,7 @@ def make_state(config: Config, model: LlamaConfig, params: Params) -> TrainState
         skipped=jnp.int32(0),
         seed=jnp.uint32(config.run.seed),
         frozen=frozen,
+        ema=jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained) if config.run.ema else None,
     )
 
 
@@ -226,7 +229,12 @@ def state_like(config: Config, model: LlamaConfig, params: Params, mesh: Mesh) -
         skipped=number(shapes.skipped),
         seed=number(shapes.seed),
         frozen=frozen,
+        ema=jax.tree.map(_as_float32, trained) if config.run.ema else None,
     )
+
+
+def _as_float32(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
 
 
 def init_state(config: Config, model: LlamaConfig, params: Params, abstract: TrainState) -> TrainState:

@@ -29,6 +29,7 @@ from train.optim import (
     make_optimizer,
     may_overflow,
     owns_learning_rate,
+    rate_scales,
     stays_finite,
 )
 from train.state import TrainState, join
@@ -95,6 +96,8 @@ def make_advance(
         if owns_learning_rate(config.optim):
             params = optax.apply_updates(state.params, updates)
         else:
+            if (scales := rate_scales(config.optim, model, state.params)) is not None:
+                updates = jax.tree.map(jnp.multiply, updates, scales)
             params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -111,16 +114,23 @@ def make_advance(
             "trained_tokens": trained_tokens,
             "skipped": skipped,
         }
+        kept = keep(params, state.params)
         new = replace(
             state,
             step=state.step + 1,
-            params=keep(params, state.params),
+            params=kept,
             opt_state=keep(new_opt_state, opt_state),
             skipped=skipped,
+            ema=None if state.ema is None else averaged(state.ema, kept, config.run.ema),
         )
         return new, metrics, grads
 
     return advance
+
+
+def averaged(ema: Params, params: Params, decay: float) -> Params:
+    """The exponential moving average of parameters after one more step; float32."""
+    return jax.tree.map(lambda mean, p: decay * mean + (1 - decay) * p.astype(jnp.float32), ema, params)
 
 
 def make_evaluation(

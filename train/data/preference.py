@@ -42,6 +42,8 @@ def as_pair(record: Record, as_text: bool = False) -> tuple[Record, Record]:
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         given = f"{kind(chosen)} and {kind(rejected)}"
         raise PunaError(f"keys 'chosen' and 'rejected': expected two texts or two lists, got {given}")
+    if prompt is not None and not isinstance(prompt, str | list):
+        raise PunaError(f"key 'prompt': expected text or a list with messages, got {kind(prompt)}")
     if isinstance(chosen, str) and isinstance(prompt, list):
         raise PunaError("key 'prompt' is a list, and 'chosen' and 'rejected' are text: give all three as one kind")
     if type(prompt) is not type(chosen):  # a text beside whole conversations is their first message again
