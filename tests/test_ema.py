@@ -4,45 +4,38 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_step import SMALL, config_of, make_rows, mesh_of, start
 
 from convert import load_model
+from model import init_params
 from model.errors import PunaError
 from train import distributed, loop
 from train.config import read_config
 from train.data.toy import make_examples, write_tokenizer
 from train.metrics import read_metrics
-from train.state import abstract_batch
+from train.step import averaged
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-def test_the_average_is_its_recurrence(param_dtype):
-    config = config_of(run={"ema": 0.8}, model={"param_dtype": param_dtype})
-    mesh = mesh_of(2, 2, 2)
-    state, step = start(config, SMALL, mesh)
-    shapes, expected = abstract_batch(config, mesh), jax.device_get(state.params)
-    expected = jax.tree.map(lambda x: np.asarray(x, np.float32), expected)
-    for number in range(4):
-        rows = make_rows(number)
-        state, _ = step(state, {name: jax.device_put(x, shapes[name].sharding) for name, x in rows.items()})
-        params = jax.device_get(state.params)
-        expected = jax.tree.map(lambda mean, x: 0.8 * mean + 0.2 * np.asarray(x, np.float32), expected, params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state.ema, expected)
-    assert all(x.dtype == np.float32 for x in jax.tree.leaves(state.ema))
+def test_the_average_is_its_recurrence_in_float32():
+    params = {"w": jnp.asarray([1.0, 3.0], jnp.bfloat16)}
+    mean = averaged({"w": jnp.asarray([0.5, 0.25])}, params, 0.999)
+    assert mean["w"].dtype == jnp.float32
+    np.testing.assert_allclose(mean["w"], [0.999 * 0.5 + 0.001, 0.999 * 0.25 + 0.003], rtol=1e-6)
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """`run(name, **changes)`: a small run with an average; returns what its steps logged and its folder."""
+    tmp_path, patch = tmp_path_factory.mktemp("runs"), pytest.MonkeyPatch()
     write_tokenizer(tmp_path)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(example) + "\n" for example in make_examples(200)))
 
     def make(name: str, stop: int | None = None, optim: dict | None = None, **changes) -> tuple[dict, Path]:
-        monkeypatch.setattr(distributed, "reached_preemption", lambda step: step == stop)
+        patch.setattr(distributed, "reached_preemption", lambda step: step == stop)
         folder = tmp_path / name
         sections = {
             "model": {
@@ -56,11 +49,27 @@ def run(tmp_path, monkeypatch):
         loop.train(read_config(sections))
         return {line["step"]: line for line in read_metrics(folder)}, folder
 
-    return make
+    yield make
+    patch.undo()
 
 
-def test_a_run_from_a_checkpoint_is_the_rest_of_the_other(run):
-    whole, first = run("whole")
+@pytest.fixture(scope="module")
+def long(run):
+    """A run of eight steps, which saves two of them."""
+    return run("long")
+
+
+def test_the_average_of_one_step_is_between_the_fresh_weights_and_its_own(run):
+    _, folder = run("one", max_steps=1)
+    config, last = load_model(folder / "final")
+    fresh, mean = init_params(config, jax.random.key(0)), load_model(folder / "final-ema")[1]
+    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, fresh, last)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), mean, expected)
+    assert np.abs(np.asarray(fresh["embed"] - last["embed"])).max() > 1e-3
+
+
+def test_a_run_from_a_checkpoint_is_the_rest_of_the_other(run, long):
+    whole, first = long
     files = {path: path.stat().st_mtime_ns for path in (first / "checkpoints").rglob("*") if path.is_file()}
     rest, second = run("rest", from_checkpoint=str(first / "checkpoints" / "4"))
     assert list(rest) == [5, 6, 7, 8]
@@ -74,8 +83,8 @@ def test_a_run_from_a_checkpoint_is_the_rest_of_the_other(run):
     assert files == {path: path.stat().st_mtime_ns for path in (first / "checkpoints").rglob("*") if path.is_file()}
 
 
-def test_a_cooldown_from_a_kept_checkpoint_resumes_as_a_run_of_its_own(run):
-    _, first = run("long")
+def test_a_cooldown_from_a_kept_checkpoint_resumes_as_a_run_of_its_own(run, long):
+    _, first = long
     cooldown = {
         "optim": {"lr_scheduler_type": "wsd", "decay_ratio": 0.5},
         "from_checkpoint": str(first / "checkpoints/4"),
@@ -90,9 +99,9 @@ def test_a_cooldown_from_a_kept_checkpoint_resumes_as_a_run_of_its_own(run):
     assert {step: line["loss"] for step, line in parts.items()} == {step: line["loss"] for step, line in whole.items()}
 
 
-def test_what_is_no_checkpoint_is_refused_by_name(run):
-    _, first = run("first", max_steps=4)
-    with pytest.raises(PunaError, match="run.from_checkpoint .*first is no checkpoint: .*, as .*first/checkpoints/4"):
+def test_what_is_no_checkpoint_is_refused_by_name(run, long):
+    _, first = long
+    with pytest.raises(PunaError, match="run.from_checkpoint .*long is no checkpoint: .*, as .*long/checkpoints/8"):
         run("second", from_checkpoint=str(first))
     with pytest.raises(PunaError, match="does not fit this configuration"):
         run("third", from_checkpoint=str(first / "checkpoints" / "4"), ema=0.0)

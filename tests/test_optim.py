@@ -15,8 +15,11 @@ from convert.names import parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import init_params
-from train.config import OptimConfig
+from model.sharding import make_mesh
+from train.config import Config, ModelConfig, OptimConfig
+from train.data import DataConfig
 from train.optim import clip, decay_mask, global_norm, make_optimizer, make_schedule, rate_scales
+from train.state import abstract_state, shardings_of
 
 STEPS, WARMUP = 40, 4
 
@@ -140,6 +143,23 @@ def test_muon_is_that_of_optax_matrix_by_matrix():
     first = plain.update(tree, plain.init(tree), tree)[0]["layers"]["tall"][0]
     values = np.linalg.svd(np.asarray(first), compute_uv=False)
     assert np.all((values > 0.5 * 0.2 * 8**0.5) & (values < 1.3 * 0.2 * 8**0.5))  # nearly orthogonal
+
+
+def test_muon_over_a_mesh_is_that_of_one_device():
+    model = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    mesh = make_mesh(2, 2, 2)
+    config = Config(ModelConfig(), DataConfig(path="x"), OptimConfig(optimizer="muon"))
+    abstract = abstract_state(config, model, mesh)
+    params, grads = (init_params(model, jax.random.key(seed)) for seed in (0, 1))
+    muon = make_optimizer(config.optim)
+    alone = jax.jit(muon.update)(grads, muon.init(params), params)
+    places = shardings_of(abstract.params), shardings_of(abstract.opt_state)
+    held = jax.device_put(muon.init(params), places[1])
+    sharded = jax.jit(muon.update, out_shardings=places)(
+        jax.device_put(grads, places[0]), held, jax.device_put(params, places[0])
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), sharded, alone)
+    assert sharded[0]["layers"]["wq"].sharding == abstract.params["layers"]["wq"].sharding
 
 
 def test_a_pattern_scales_the_rate_of_the_modules_that_it_ends():

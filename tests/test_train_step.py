@@ -114,13 +114,6 @@ def test_every_mesh_gives_the_same_curve(alone, sizes, sections):
     np.testing.assert_allclose(losses, alone[:, 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("optim", [{"optimizer": "muon"}, {"learning_rate_pattern": {"mlp.*": 0.5}}], ids=str)
-def test_muon_and_groups_of_rates_are_the_same_on_a_mesh(alone, optim):
-    losses, other = (curve(config_of(optim=optim), sizes, 4)[0][:, 0] for sizes in ((1, 1, 1), (2, 2, 2)))
-    np.testing.assert_allclose(other, losses, rtol=1e-5)
-    assert losses[0] == pytest.approx(alone[0, 0], rel=1e-6) and abs(losses[3] - alone[3, 0]) > 1e-5
-
-
 @pytest.mark.parametrize(("count", "sizes"), [(2, (1, 1, 1)), (8, (1, 1, 1)), (4, (1, 2, 1))], ids=str)
 def test_accumulation_is_the_big_batch(alone, count, sizes):
     split = curve(config_of(run={"gradient_accumulation_steps": count}), sizes, 3)[0]
