@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
 TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
 
-.PHONY: demo test check lint types fast-tests soak bench figures settings wheel-check interpreter lock clean
+.PHONY: recipes demo test check lint types fast-tests soak bench figures settings wheel-check interpreter lock clean
 
 # A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
 demo: $(VENV)/.core
@@ -34,7 +34,15 @@ demo: $(VENV)/.core
 	$(BIN)/python -m infer generate demo/hf --max-new-tokens 8 --prompt "sort jihgf = " --prompt "reverse abcde = "
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not soak"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not soak and not recipe"
+
+# One of the pipelines of configs/recipes, whole, at a size that two cores run in minutes: make recipe-alpaca, and so on.
+recipe-%: $(VENV)/.dev
+	PY=$(BIN)/python bash configs/recipes/$*/run.sh
+
+# All of them, with checks of what they made.
+recipes: $(VENV)/.dev
+	$(BIN)/python -m pytest -o faulthandler_timeout=0 tests/test_recipes.py
 
 # Lint, types and the fast tests, side by side.
 check: $(VENV)/.dev
@@ -50,7 +58,7 @@ types:
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fast-tests:
-	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow and not soak"
+	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not slow and not soak and not recipe"
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=0
