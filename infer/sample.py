@@ -75,8 +75,11 @@ class SamplingRows(NamedTuple):
     Attributes:
         temperature: float32 [B].
         top_k: int32 [B].
-        top_p, min_p: float32 [B].
-        repetition_penalty, presence_penalty, frequency_penalty: float32 [B].
+        top_p: float32 [B].
+        min_p: float32 [B].
+        repetition_penalty: float32 [B].
+        presence_penalty: float32 [B].
+        frequency_penalty: float32 [B].
         bias_ids: int32 [B, BIASES]; unused places are token 0 with bias 0.
         bias: float32 [B, BIASES].
         key: uint32 [B, 2], the words of JAX's keys.

@@ -149,7 +149,8 @@ class Template:
     Attributes:
         render: gives the pieces of (messages, add_generation_prompt).
         encode: gives the token ids of pieces and which are trained, as `encode_counted`.
-        stop, stop_tokens: texts and special tokens that end a reply; the tokens are named as in `Piece`.
+        stop: texts that end a reply.
+        stop_tokens: special tokens that end it, named as in `Piece`.
         reads: names that it mentions: keys of a message beyond role, content and input may be among them.
         with_tools: the same template beside functions that the model may call (JSON schemas, as OpenAI's `tools`); None
             where it has no place for them.

@@ -29,7 +29,8 @@ class LlamaConfig:
     """The numbers of a LLaMA, under Hugging Face's names. Hashable, so it may be a static argument of `jit`.
 
     Attributes:
-        num_key_value_heads, head_dim: 0 for num_attention_heads, and for hidden_size / num_attention_heads.
+        num_key_value_heads: 0 for num_attention_heads.
+        head_dim: 0 for hidden_size / num_attention_heads.
         max_position_embeddings: the context in tokens.
         rope_theta: the RoPE base.
         initializer_range: the standard deviation of fresh weights.

@@ -46,7 +46,10 @@ class Tokenizer:
 
     Attributes:
         vocab_size: one more than the largest id.
-        bos_id, eos_id, unk_id, pad_id: ids by role; None where no token has it.
+        bos_id: the token that begins a text; None where there is none, as for the other roles.
+        eos_id: the token that ends it.
+        unk_id: the token of what no other spells.
+        pad_id: the token that fills rows up.
         chat_template: the checkpoint's own jinja template, if any.
     """
 
