@@ -1,4 +1,4 @@
-"""Attention over keys that lie in index order: one signature, one mask, two implementations.
+"""Attention over keys that lie in index order: one signature, one mask. cudnn.py has another implementation.
 
 A mask is made of positions and segments, never of a mode: training, packing, prefill and decoding differ only in
 which of them are given.
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from model import cpu
-from model.errors import PunaError
 
+ATTENTIONS = ("auto", "xla", "cudnn")  # the names of what we have; any other is a "module:function"
 MASKED = -1e30  # finite: a query that may see nothing (padding) averages instead of giving NaN
 
 
@@ -100,37 +100,3 @@ def _attend(q: Array, k: Array, v: Array, seen: Array) -> Array:
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum("BKQS,BKSd->BKQd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     return out.astype(q.dtype).reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
-
-
-def attend_cudnn(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """As `attend`, through cuDNN's fused kernel on NVIDIA GPUs.
-
-    Plain causal passes need no mask in memory; segments and explicit positions are passed as one, [B, 1, T, S].
-    Other platforms have no such kernel: a program with it does not compile there.
-
-    Args:
-        q: queries [B, T, H, d], bfloat16 or float16; d is a multiple of 8 up to 256.
-        k: keys [B, K, S, d].
-        v: values [B, K, S, d].
-
-    Returns:
-        [B, T, H, d] in q's dtype.
-
-    Raises:
-        PunaError: the kernel does not apply: it is chosen by name and never silently replaced.
-    """
-    d = q.shape[-1]
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise PunaError(f"attention 'cudnn' computes in bfloat16 or float16, not {q.dtype}; choose 'xla' or a dtype")
-    if d % 8 or d > 256:
-        raise PunaError(f"attention 'cudnn' takes a head_dim that is a multiple of 8 up to 256, not {d}; choose 'xla'")
-    T, S = q.shape[1], k.shape[2]
-    by_index = mask.by_index(T, S)
-    seen = mask.same_segment() if by_index else mask.dense(T, S)
-    if seen is not None:
-        seen = jnp.broadcast_to(seen, (q.shape[0], T, S))[:, None]
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=by_index, implementation="cudnn")
-
-
-ATTENTIONS = {"xla": attend, "cudnn": attend_cudnn}

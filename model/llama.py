@@ -195,10 +195,19 @@ def block_of(config: LlamaConfig, **keywords: Any) -> Callable:
     return partial(watched, **keywords)
 
 
+def _is_fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a result is that of cuDNN's attention: as dear as a product's, and as small as its inputs."""
+    return "dot_product_attention_fwd" in primitive.name
+
+
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda f: f,
     "dots": lambda f: jax.checkpoint(
-        f, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        f,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_fused_attention
+        ),
     ),
     "full": lambda f: jax.checkpoint(f, prevent_cse=False),
 }

@@ -1,6 +1,7 @@
 """Rotary position embedding (arXiv:2104.09864) and its stretchings, with transformers' numbers bit for bit."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,14 @@ def frequencies(config: LlamaConfig) -> tuple[Array, float]:
     linear is position interpolation (arXiv:2306.15595), llama3 Meta's rule for Llama 3.1, yarn arXiv:2309.00071. For
     dynamic these are the plain ones: see `dynamic_frequencies`.
 
-    Computed outside any trace: a compiler folding the power would round it otherwise, and an error of one unit in
-    the last place is 5e-4 radians at position 8,192.
+    Computed outside any trace, and on the CPU: a compiler folding the power would round it otherwise, as a GPU may, and
+    an error of one unit in the last place is 5e-4 radians at position 8,192.
 
     Returns:
         Inverse frequencies, float32 [d/2], radians per position; and the factor on cos and sin (YaRN's; else 1).
     """
     scaling, base, d = config.rope_scaling, config.rope_theta, config.head_dim
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), jax.default_device(_cpu()):
         periods = base ** (jnp.arange(0, d, 2, dtype=jnp.float32) / d)
         inverse = 1.0 / periods
         match scaling:
@@ -34,6 +35,13 @@ def frequencies(config: LlamaConfig) -> tuple[Array, float]:
                 return _yarn(periods, scaling, base, d), _yarn_attention_factor(scaling)
             case _:
                 return inverse, 1.0
+
+
+def _cpu() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None
 
 
 def dynamic_frequencies(config: LlamaConfig, longest: Array) -> Array:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import model.attention
-from model.attention import Mask, attend_cudnn
+from model.attention import Mask
 from model.cache import LayerCache
+from model.cudnn import attend_cudnn, segment_lengths
 from model.errors import PunaError
 
 attend = jax.jit(model.attention.attend)
@@ -99,6 +100,27 @@ def test_a_float32_cache_holds_16_bit_keys_exactly():
     assert out.dtype == jnp.bfloat16
     exactly = attend(*(x.astype(jnp.float32) for x in (q, k, v)), Mask())
     assert (out == exactly.astype(jnp.bfloat16)).all()
+
+
+def test_packed_lengths_mean_the_mask_of_segments():
+    """Read as JAX's code for cuDNN reads them, each segment of each row is attended to by itself."""
+    from jax._src.cudnn.fused_attention_stablehlo import _fix_seqlen_offsets
+
+    q, k, v = qkv(B=3, T=24, S=24, H=4, K=2)
+    segments = jnp.asarray([[1] * 5 + [2] * 12 + [3] * 7, [1] * 20 + [0] * 4, [1] * 1 + [2] * 3 + [3] * 9 + [0] * 11])
+    lengths, begins = segment_lengths(segments, 4)
+    lengths, _, begins, _ = _fix_seqlen_offsets(lengths, lengths, begins, begins, q, k.transpose(0, 2, 1, 3))
+    flat = [x.reshape(3 * 24, 1, -1, 16) for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))]
+    out, covered = np.zeros((3 * 24, 4, 16)), np.zeros(3 * 24, int)
+    for length, begin in zip(lengths.reshape(-1), begins.reshape(-1) // (4 * 16), strict=False):
+        if length:
+            one, keys, values = (x[begin : begin + length, 0][None] for x in flat)
+            out[begin : begin + length] = attend(one, keys.swapaxes(1, 2), values.swapaxes(1, 2), Mask())[0]
+            covered[begin : begin + length] += 1
+    assert (covered == 1).all()  # padding too: no result is left as memory happened to be
+    whole = attend(q, k, v, Mask(q_segments=segments, k_segments=segments))
+    real = np.asarray(segments != 0)
+    np.testing.assert_allclose(out.reshape(3, 24, 4, 16)[real], whole[real], atol=1e-5)
 
 
 def test_cudnn_is_never_silently_replaced():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizer import small_tokenizer
 
+from model.cudnn import segment_lengths
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
 from train.data import IGNORE_INDEX, DataConfig, Datasets, DataSource, Sampler, encode, in_order, load_dataset
@@ -154,6 +155,20 @@ def test_batches_hold_what_encode_gives(tokenizer, config, packing):
     assert (len(dataset) < len(RECORDS)) == packing
     assert dataset.counts.records == len(RECORDS) and dataset.counts.rows == len(dataset)
     assert dataset.counts.tokens == sum(len(ids) for ids, _ in found)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_segment_lengths_are_those_that_rows_were_packed_with(tokenizer, config, packing):
+    datasets = load_dataset(config(packing=packing), tokenizer)
+    rows, most = datasets.train[0].rows, datasets.row_segments
+    assert (most == 1) != packing
+    lengths, begins = segment_lengths(datasets.train[0].batch(range(len(rows)))["segments"], most + 1)
+    for row in range(len(rows)):
+        packed = rows.length[rows.offsets[row] : rows.offsets[row + 1]].tolist()
+        rest = [128 - sum(packed)] if sum(packed) < 128 else []
+        filled = [*packed, *rest] + [-1] * (most + 1 - len(packed) - len(rest))
+        assert lengths[row].tolist() == filled
+        assert begins[row].tolist() == [sum(filled[:i]) if n >= 0 else -1 for i, n in enumerate(filled)] + [-1]
 
 
 def test_padding_is_segment_0_with_no_target(tokenizer, config):

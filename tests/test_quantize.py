@@ -13,7 +13,7 @@ from model.layout import place, weight_shardings
 from model.linear import linear
 from model.params import LINEARS, abstract_params, param_specs, stack, unstack
 from model.quantize import NF4, block_scales, dequantize, dynamic_map, quantize
-from model.quantized_matmul import quantized_matmul
+from model.quantized_matmul import fused_product, fused_transposed_product, quantized_matmul
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +92,20 @@ def test_the_product_and_its_gradient_are_those_of_the_dequantized_weight(name, 
             y, back = jax.vjp(lambda x: quantized_matmul(x, q), x)
             np.testing.assert_allclose(y, x @ w, atol=1e-5)
             np.testing.assert_allclose(back(dy)[0], dy @ w.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_products_of_other_platforms_are_those_of_the_dequantized_weight_too(name, shape):
+    q = quantize(weight(shape), **FORMATS[name])
+    w = dequantize(q)
+    with jax.default_matmul_precision("highest"):
+        for rows in (1, 8, 9):  # up to 8 are multiplied inside a sum
+            x = weight((rows, shape[0]), 1)
+            np.testing.assert_allclose(jax.jit(fused_product)(x, q), x @ w, atol=1e-5)
+        dy = weight((9, shape[1]), 2)
+        scaled = dy * (q.absmax / 127) if q.format == "int8" else dy
+        np.testing.assert_allclose(jax.jit(fused_transposed_product)(scaled, q), dy @ w.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -167,7 +167,9 @@ def test_a_block_without_the_keyword_of_a_setting_is_refused(monkeypatch):
 
 def test_cudnn_attention_is_refused_on_other_devices():
     config = read(model={"preset": "llama2-7b", "attention": "cudnn"})
-    with pytest.raises(PunaError, match="model.attention 'cudnn' needs an NVIDIA GPU, not cpu; choose 'xla'"):
+    with pytest.raises(
+        PunaError, match="model.attention 'cudnn' needs an NVIDIA GPU, Ampere or newer, not cpu; choose 'auto' or 'xla'"
+    ):
         make_objective(config, PRESETS["llama2-7b"], mesh_of(config))
 
 

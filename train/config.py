@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from model.attention import ATTENTIONS
 from model.errors import PunaError
 from model.lora import check_saved_modules, target_weights
 from model.quantize import quantizer
@@ -50,9 +51,10 @@ class ModelConfig:
         dtype: what is computed in.
         param_dtype: how weights are kept (float32 masters by default); gradients and optimizer state follow it.
         remat: what the backward pass recomputes: nothing, all but products, or whole blocks. [arXiv:1604.06174]
-        loss_chunk: rows of logits alive at a time.
+        loss_chunk: rows of logits alive at a time; 512 on CPUs and 2,048 on others by default.
         block: a "module:function" in place of LLaMA's block.
-        attention: "xla", "cudnn" or "module:function".
+        attention: "auto" is "cudnn" on NVIDIA GPUs, where dtype is bfloat16, and "xla" elsewhere; or
+            "module:function". [FlashAttention, arXiv:2205.14135]
         norm: a "module:function" in place of RMSNorm.
         loss: a "module:function" in place of the cross-entropy.
     """
@@ -78,9 +80,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    loss_chunk: int = 512
+    loss_chunk: int | None = None
     block: str | None = None
-    attention: str = "xla"
+    attention: str = "auto"
     norm: str | None = None
     loss: str | None = None
 
@@ -362,7 +364,7 @@ def _check(config: Config) -> None:
         "run.num_train_epochs": run.num_train_epochs,
         "run.max_skipped_steps": run.max_skipped_steps,
         "run.keep_last": run.keep_last,
-        "model.loss_chunk": model.loss_chunk,
+        **({} if model.loss_chunk is None else {"model.loss_chunk": model.loss_chunk}),
         "optim.adam_epsilon": optim.adam_epsilon,
         **(_positive_lora(config.lora) if config.lora else {}),
     }
@@ -500,7 +502,7 @@ def _refuse_unread(config: Config) -> None:
     for name, cause, holds in unread:
         if holds and given.get(name) != plain.get(name):
             raise PunaError(
-                f"{name} is {given[name]!r}, which nothing reads with {cause} = {given.get(cause)!r}: "
+                f"{name} is {given.get(name)!r}, which nothing reads with {cause} = {given.get(cause)!r}: "
                 f"leave it out, or change {cause}"
             )
 
@@ -531,6 +533,7 @@ def refuse_changes(old: Config, new: Config) -> None:
         for name, (before, after) in changes(old, new).items()
         if not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
         and (name not in PLACES or name in moved)
+        and not (name == "model.attention" and {before, after} <= {*ATTENTIONS})
     ]
     if refused:
         raise PunaError(

@@ -18,6 +18,7 @@ from jax.sharding import Sharding
 from cli.files import atomic_path
 from model.errors import PunaError
 from train import distributed, resume
+from train.attention import describe_attention
 from train.checkpoint import Checkpoints, read_checkpoint
 from train.config import LORA_LEARNING_RATE, Config
 from train.data import Datasets, Sampler, in_order, load_dataset
@@ -187,9 +188,12 @@ def train(config: Config) -> None:
 
         # --- the functions
         schedule, places = make_schedule(config.optim, total), shardings_of(abstract)
-        step = make_step(config, model, mesh, schedule, places)
+        segments = datasets.row_segments
+        if said := describe_attention(config, model, mesh, segments):
+            display.say(said)
+        step = make_step(config, model, mesh, schedule, places, segments)
         stats = make_stats(config, model, mesh, schedule, places) if run.stats_steps else None
-        evaluate = make_evaluation(config, model, mesh)
+        evaluate = make_evaluation(config, model, mesh, segments)
         batches = (to_devices(partial(sampler.batch, number), sharding, shape) for number in range(done, total))
         ready = stack.enter_context(prefetch(batches))
         profile = stack.enter_context(Profile(run.profile_steps, run_dir / "profile"))

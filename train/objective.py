@@ -10,13 +10,14 @@ from jax import Array
 from jax.sharding import Mesh
 
 from convert.source import find_source
-from model import cpu, lora
-from model.attention import ATTENTIONS
+from model import lora
 from model.config import LlamaConfig
+from model.cudnn import Attend, attend_cudnn
 from model.errors import PunaError
 from model.llama import SPLIT_SEQUENCE, block_of, head_of, hidden
 from model.params import Params
 from model.pieces import checked, load_function
+from train.attention import choose_attention, make_attend
 from train.config import Config
 from train.data.encode import IGNORE_INDEX
 from train.distill import DistillConfig, slopes_of
@@ -43,13 +44,14 @@ class Objective:
     units: Callable[[Batch], Array]
 
 
-def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Objective:
+def make_objective(config: Config, model: LlamaConfig, mesh: Mesh, row_segments: int | None = None) -> Objective:
     """What a step minimizes: the model's losses on a batch, summed over its trained tokens, or over its preferences.
 
     Args:
         config: how to compute: attention, remat, dtype, loss.
         model: what to compute, with the pieces that replace parts of it.
         mesh: where.
+        row_segments: how many segments a packed row has at most, padding left out; None where that is not known.
 
     Returns:
         The objective, of batches that have BATCH_KEYS, int32 [B, T] each; and "reference", float32 [B, S], where
@@ -59,11 +61,11 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh) -> Objective:
         PunaError: cuDNN attention on other devices than GPUs, a block that does not take what is set, or a function
             that the config names and that is not there.
     """
-    forward = make_forward(config, model, mesh)
+    forward = make_forward(config, model, mesh, row_segments)
     if config.preference is not None:
         return _of_preferences(config, config.preference, model, mesh, forward)
     if config.distill is not None:
-        return _of_teacher(config, config.distill, model, mesh, forward)
+        return _of_teacher(config, config.distill, model, mesh, forward, row_segments)
     if (name := config.model.loss) is not None:
         call = "loss(x [B, T, D], head [D, V], labels [B, T]) -> the float32 sum over trained tokens"
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
@@ -84,18 +86,20 @@ def _trained_tokens(batch: Batch) -> Array:
     return jnp.sum(batch["labels"] != IGNORE_INDEX)
 
 
-def make_forward(config: Config, model: LlamaConfig, mesh: Mesh) -> Forward:
+def make_forward(config: Config, model: LlamaConfig, mesh: Mesh, row_segments: int | None = None) -> Forward:
     """The function from parameters and rows to what the head multiplies, [B, T, D]. See `make_objective`."""
-    wanted, block = config.model, make_block(config, model, mesh)
+    wanted, own_attend = config.model, make_attend(config, model, mesh, row_segments)
+    make_block(config, model, mesh)  # refuses at once what does not fit
 
     def forward(params: Params, rows: Batch) -> Array:
+        attend = None if own_attend is None else own_attend(rows["segments"])
         x, _ = hidden(
             params,
             rows["tokens"],
             model,
             segments=rows["segments"],  # positions follow from them: they restart at each segment
             dtype=wanted.dtype,
-            block=block,
+            block=make_block(config, model, mesh, attend),
             remat=wanted.remat,
         )
         return x
@@ -103,14 +107,18 @@ def make_forward(config: Config, model: LlamaConfig, mesh: Mesh) -> Forward:
     return forward
 
 
-def make_block(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[..., Any]:
-    """The decoder layer as the config wants it computed. See `make_objective`."""
-    wanted, platform = config.model, mesh.devices.flat[0].platform
+def make_block(config: Config, model: LlamaConfig, mesh: Mesh, attend: Attend | None = None) -> Callable[..., Any]:
+    """The decoder layer as the config wants it computed. See `make_objective`.
+
+    Args:
+        config: the run's.
+        model: its shape.
+        mesh: its devices.
+        attend: the form of cuDNN's attention that the rows allow; None for the one that takes any.
+    """
     keywords: dict[str, Any] = {}  # how the block computes, not what: no part of the model
-    if wanted.attention == "cudnn" and platform == cpu.PLATFORM:
-        raise PunaError(f"model.attention 'cudnn' needs an NVIDIA GPU, not {platform}; choose 'xla'")
-    if wanted.attention in ATTENTIONS and wanted.attention != "xla":
-        keywords["attend"] = ATTENTIONS[wanted.attention]
+    if choose_attention(config, model, mesh) == "cudnn":
+        keywords["attend"] = attend or attend_cudnn
     if config.mesh.sequence_parallel:
         keywords["residual"] = SPLIT_SEQUENCE
     return block_of(model, **keywords)
@@ -119,7 +127,9 @@ def make_block(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[..., 
 # --- a teacher
 
 
-def _of_teacher(config: Config, wanted: DistillConfig, model: LlamaConfig, mesh: Mesh, forward: Forward) -> Objective:
+def _of_teacher(
+    config: Config, wanted: DistillConfig, model: LlamaConfig, mesh: Mesh, forward: Forward, row_segments: int | None
+) -> Objective:
     source = find_source(wanted.teacher)
     shape = source.config
     if shape.vocab_size != model.vocab_size:
@@ -132,7 +142,8 @@ def _of_teacher(config: Config, wanted: DistillConfig, model: LlamaConfig, mesh:
             f"data.max_length {config.data.max_length} is beyond the max_position_embeddings "
             f"{shape.max_position_embeddings} of distill.teacher {wanted.teacher}: shorten it"
         )
-    shown, sum_of = make_forward(config, shape, mesh), make_loss(mesh, config.model.loss_chunk, of=slopes_of(wanted))
+    shown = make_forward(config, shape, mesh, row_segments)
+    sum_of = make_loss(mesh, config.model.loss_chunk, of=slopes_of(wanted))
 
     def loss(params: Params, rows: Batch, batch: Batch, teacher: Params | None = None) -> Part:
         assert teacher is not None

@@ -38,7 +38,12 @@ Metrics = Mapping[str, Array]
 
 
 def make_step(
-    config: Config, model: LlamaConfig, mesh: Mesh, schedule: Schedule, shardings: TrainState
+    config: Config,
+    model: LlamaConfig,
+    mesh: Mesh,
+    schedule: Schedule,
+    shardings: TrainState,
+    row_segments: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted training step; the state that it is given is donated.
 
@@ -51,6 +56,7 @@ def make_step(
         mesh: where.
         schedule: the learning rate at a step, from 0.
         shardings: those of the state, before and after.
+        row_segments: as in `make_objective`.
 
     Returns:
         `step(state, batch) -> (state, metrics)` for a batch [B, T]. Metrics are scalars: loss (mean over trained
@@ -60,7 +66,7 @@ def make_step(
     Raises:
         PunaError: a function that the config names is not there, or see `make_objective`.
     """
-    advance = make_advance(config, model, mesh, schedule, shardings)
+    advance = make_advance(config, model, mesh, schedule, shardings, row_segments)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return advance(state, batch)[:2]
@@ -70,10 +76,15 @@ def make_step(
 
 
 def make_advance(
-    config: Config, model: LlamaConfig, mesh: Mesh, schedule: Schedule, shardings: TrainState
+    config: Config,
+    model: LlamaConfig,
+    mesh: Mesh,
+    schedule: Schedule,
+    shardings: TrainState,
+    row_segments: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Params]]:
     """What `make_step` compiles, which returns the gradients before clipping too. See there."""
-    objective, optimizer = make_objective(config, model, mesh), make_optimizer(config.optim, schedule)
+    objective, optimizer = make_objective(config, model, mesh, row_segments), make_optimizer(config.optim, schedule)
     on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
     offload = config.optim.offload
 
@@ -134,9 +145,15 @@ def averaged(ema: Params, params: Params, decay: float) -> Params:
 
 
 def make_evaluation(
-    config: Config, model: LlamaConfig, mesh: Mesh
+    config: Config, model: LlamaConfig, mesh: Mesh, row_segments: int | None = None
 ) -> Callable[[TrainState, Batch], tuple[Metrics, Array]]:
     """The jitted `evaluate(state, batch)` for a batch [B, T]: without dropout, and the state is not donated.
+
+    Args:
+        config: how to compute.
+        model: what is evaluated.
+        mesh: where.
+        row_segments: as in `make_objective`.
 
     Returns:
         A function that gives sums over the batch's trained tokens, or preferences, by name: "loss", float32, and what
@@ -145,7 +162,7 @@ def make_evaluation(
     Raises:
         PunaError: see `make_objective`.
     """
-    objective = make_objective(config, model, mesh)
+    objective = make_objective(config, model, mesh, row_segments)
 
     def evaluate(state: TrainState, batch: Batch) -> tuple[Metrics, Array]:
         total, known = objective.loss(join(state.params, state.frozen), batch, batch, state.teacher)

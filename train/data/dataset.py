@@ -61,6 +61,11 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def row_segments(self) -> int:
+        """How many segments a row has at most, padding left out."""
+        return 1 if self.rows.joined or not len(self) else int(np.diff(self.rows.offsets).max())
+
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> HostBatch:
         """The rows with these numbers; -1 is an empty row.
 
@@ -133,6 +138,11 @@ class Datasets:
     train: tuple[PackedDataset, ...]
     weights: tuple[float, ...] | None = None
     evaluation: PackedDataset | None = None
+
+    @property
+    def row_segments(self) -> int:
+        """How many segments a row has at most, padding left out."""
+        return max(each.row_segments for each in (*self.train, self.evaluation) if each is not None)
 
 
 def load_dataset(
