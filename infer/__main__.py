@@ -1,5 +1,5 @@
 """The commands that make text: `python -m infer generate MODEL --prompt TEXT`, and chat, serve, batch, eval,
-judge and synthesize."""
+judge, plan and synthesize."""
 
 import typer
 
@@ -9,6 +9,7 @@ from infer.commands.chat import chat
 from infer.commands.eval import evaluate
 from infer.commands.generate import generate
 from infer.commands.judge import judge
+from infer.commands.plan import plan
 from infer.commands.serve import serve
 from infer.commands.synthesize import synthesize
 
@@ -20,7 +21,7 @@ def commands() -> None:
     """Text out of a model."""
 
 
-for command in (generate, chat, serve, batch, judge):
+for command in (generate, chat, serve, batch, judge, plan):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(synthesize, name="synthesize")

@@ -1,4 +1,7 @@
-"""Every test runs on eight virtual CPU devices, without a network, and with warnings as errors (pyproject.toml)."""
+"""Every test runs on eight virtual CPU devices, without a network, and with warnings as errors (pyproject.toml).
+
+On a machine with a GPU, PUNA_TEST_PLATFORM=cuda runs on it what needs one device, as `pytest tests/test_attention.py`.
+"""
 
 import gc
 import os
@@ -22,12 +25,12 @@ for name, value in (
 # PyTorch and NumPy read it when they are imported: at these sizes threads wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, and by the commands tests start
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("PUNA_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 # LLVM's optimizations take most of the time of compiling, and gain nothing at the sizes of tests. XLA's own passes run
 # as ever, and so does everything in the modules below and in the commands that tests start.
-OPTIMIZED_MODULES = {"truths"}
+OPTIMIZED_MODULES = {"truths", "gpu_programs"}
 
 DATA = os.environ.get("PUNA_TEST_DATA")
 

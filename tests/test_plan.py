@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from convert import save_model
 from model import LlamaConfig, init_params
-from train import cost
+from train import cost, plan_gpu
 from train.config import Config, QuantizeConfig, read_config
 from train.plan import alternatives, differences, make_plan, report, suggest, use_virtual_devices
 from train.start import base_of, mesh_of
@@ -96,26 +96,6 @@ def test_flops_of_a_step_are_those_of_its_products():
     assert full.flops == plan.flops + tokens * 4 * again
 
 
-def test_collectives_are_read_from_hlo():
-    hlo = """HloModule m
-%body (p: (f32[4])) -> (f32[4]) {
-  %g = f32[8,4]{1,0} all-gather(%x), replica_groups=[1,8]<=[8], dimensions={0}
-  %n = f32[8,4]{1,0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
-}
-ENTRY %main (p: f32[4]) -> f32[4] {
-  %w = (f32[4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %s = bf16[2,4]{1,0} reduce-scatter(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
-  %r = (f32[], s32[3]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}, to_apply=%add
-  %q = bf16[2,4]{1,0} reduce-scatter(%x), replica_groups=mesh['data'=2,'fsdp'=4,'tensor'=1] {'data','fsdp'}
-}
-"""
-    assert cost.collectives(hlo) == {
-        "all-gather": cost.Traffic(3, 3 * 8 * 4 * 4),
-        "reduce-scatter": cost.Traffic(2, 4 * 2 * 4 * 2 + 8 * 2 * 4 * 2),
-        "all-reduce": cost.Traffic(1, 4 + 12),
-    }
-
-
 @pytest.mark.slow
 def test_alternatives_need_less_and_say_what_they_change():
     plan = make_plan(small({"data": 2, "fsdp": 4}))
@@ -129,6 +109,14 @@ def test_alternatives_need_less_and_say_what_they_change():
     assert smaller.total < plan.total
     text = report(plan, suggest(plan))
     assert "24 GB   fits" in text and "An estimate" in text
+
+
+def test_without_the_gpus_compiler_the_estimate_says_so(monkeypatch):
+    monkeypatch.setattr(plan_gpu, "has_compiler", lambda: False)
+    monkeypatch.setattr(plan_gpu, "use_virtual_devices", lambda config, devices: None)
+    text = plan_gpu.plan_for(small({"fsdp": 8}), "h100")
+    assert text.startswith("Not compiled for h100, whose compiler is not here: install it on Python 3.12 with `pip")
+    assert "\n  h100    fits\n" in text and "An estimate: compiled for CPU devices" in text
 
 
 def mesh_sizes(config: Config) -> dict[str, int]:

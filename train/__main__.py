@@ -74,11 +74,17 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     devices: Annotated[int | None, typer.Option(help="How many; as few as [mesh] can be laid over by default.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Compile for it, h100 or h200, with the extra gpu-plan.")] = None,
 ) -> None:
-    """Say what a step costs in memory, FLOPs and collectives, and which GPUs it fits, without running it."""
-    from train.plan import plan as cost_report
+    """Say what a step costs in memory, FLOPs and collectives, and which GPUs it fits, without running it.
 
-    print(cost_report(load_config(config, overrides or ()), devices))
+    With --gpu the step is compiled by that GPU's compiler, which needs no GPU, and its time is estimated too.
+    """
+    from train.plan import plan as cost_report
+    from train.plan_gpu import plan_for
+
+    read = load_config(config, overrides or ())
+    print(cost_report(read, devices) if gpu is None else plan_for(read, gpu, devices))
 
 
 @app.command()

@@ -1,14 +1,9 @@
-"""What a compiled step costs: FLOPs counted in the jaxpr, collectives in the HLO, both with loops unrolled in thought.
-
-XLA's own cost analysis counts the body of a loop once. `theory` states what the collectives should move, from the
-sizes of the model alone.
+"""What a step costs: FLOPs counted in the jaxpr, loops as often as they go round; and what its collectives should
+move, from the sizes of the model alone. What they do move is read from the compiled program (cli/hlo.py).
 """
 
 import math
-import re
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,22 +12,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from model.config import LlamaConfig
 from model.params import LINEARS, param_specs
 from train.config import Config
-
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-}
-_BYTES |= {"s16": 2, "u16": 2, "s64": 8, "u64": 8}
 
 
 def flops(jaxpr: Jaxpr | ClosedJaxpr, platform: str = "cpu") -> float:
@@ -69,84 +48,6 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, Jaxpr | ClosedJaxpr)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """The collectives of one kind in a step.
-
-    Attributes:
-        count: how many.
-        bytes: what they hand to or take from each device, all together.
-    """
-
-    count: int
-    bytes: float
-
-
-def collectives(hlo: str) -> dict[str, Traffic]:
-    """The collectives of one step, those in loops times their trips.
-
-    Bytes are of the whole array: the result of a gather, the operand of a reduction. Groups of one device are left
-    out: nothing travels.
-
-    Args:
-        hlo: the text of the compiled module.
-
-    Returns:
-        The traffic by the kind of collective, as "all-gather".
-    """
-    bodies, entry = _computations(hlo)
-    totals: dict[str, list[tuple[int, float]]] = defaultdict(list)
-
-    def visit(name: str, times: int) -> None:
-        for line in bodies[name]:
-            if called := re.search(r" while\(.*body=%?([\w.\-]+)", line):
-                trips = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
-                visit(called[1], times * (int(trips[1]) if trips else 1))
-            elif called := re.search(r" call\(.*to_apply=%?([\w.\-]+)", line):
-                visit(called[1], times)
-            elif found := re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})\(", line):
-                group = _group_size(line)
-                if group > 1:
-                    size = _size(found[1]) * (group if found[2] == "reduce-scatter" else 1)
-                    totals[found[2]].append((times, times * size))
-
-    visit(entry, 1)
-    return {kind: Traffic(sum(n for n, _ in all_), sum(b for _, b in all_)) for kind, all_ in totals.items()}
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation by its name, and the name of the entry."""
-    bodies: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = head[2]
-            bodies[name] = []
-            entry = name if head[1] else entry
-        elif name and line.startswith(" "):
-            bodies[name].append(line)
-    return bodies, entry
-
-
-def _group_size(line: str) -> int:
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(iota[2])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):  # XLA of jax 0.12
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    return 2  # all devices, or pairs of a permutation
-
-
-def _size(shapes: str) -> float:
-    """Bytes of an HLO type such as `f32[8,128]{1,0}` or a tuple of them."""
-    return sum(
-        _BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    )
 
 
 def theory(model: LlamaConfig, mesh: Mapping[str, int], config: Config, width: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from cli.gpu import gpu_count, unset
 from convert import manifest
 from model.errors import PunaError
 from train.distributed import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG, HEARTBEAT_FILE, free_port
@@ -53,12 +54,16 @@ def launch(
         raise PunaError(f"-n {processes}: give at least one process")
     run_dir = Path(run_dir).absolute()
     shares = _device_shares(processes, cpu_devices)
+    own = unset(os.environ) if cpu_devices is None and gpu_count(os.environ) else {}
+    if own:
+        _say(f"for GPUs, and where the environment says nothing: {' '.join(f'{k}={v}' for k, v in own.items())}")
     command = [sys.executable, "-m", "train", "run", *arguments]
 
     def start() -> list[subprocess.Popen[bytes]]:
         address = f"127.0.0.1:{free_port()}"
         return [
-            start_process(command, _environment(run_dir, address, processes, i) | shares[i]) for i in range(processes)
+            start_process(command, own | _environment(run_dir, address, processes, i) | shares[i])
+            for i in range(processes)
         ]
 
     return Supervisor(
@@ -203,26 +208,13 @@ def _device_shares(processes: int, cpu_devices: int | None) -> list[dict[str, st
     """The environment that gives every process its devices: virtual CPU devices, or an equal share of the GPUs."""
     if cpu_devices is not None:
         return [{"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cpu_devices)}] * processes
-    gpus = _gpu_count()
+    gpus = gpu_count(os.environ)
     if processes == 1 or gpus == 0:
         return [{}] * processes
     if gpus % processes:
         raise PunaError(f"-n {processes} does not divide the {gpus} GPUs of this host")
     each = gpus // processes
     return [{"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(i * each, (i + 1) * each)))} for i in range(processes)]
-
-
-def _gpu_count() -> int:
-    """GPUs that a child would see, without starting a backend here."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return 0
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len([gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu])
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listing.splitlines())
 
 
 def _newest_step(run_dir: Path) -> int:

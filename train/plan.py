@@ -1,16 +1,19 @@
 """The cost of a run before it: the real step is compiled for as many devices as asked, and no weight is allocated.
 
 Devices are virtual CPU devices of this process, so no accelerator is needed. What the compiler says of memory and
-collectives is exact for this backend; for a GPU it is an estimate, and it is labelled as one.
+collectives is exact for this backend; for a GPU it is an estimate, and it is labelled as one. plan_gpu.py compiles the
+same step for a GPU.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
+from cli import hlo
+from cli.gpu import GIB, USABLE
 from convert.source import Source
 from model.config import LlamaConfig
 from model.errors import PunaError
@@ -23,9 +26,8 @@ from train.start import base_of, mesh_of, model_of, tokenizer_of, with_adapter_s
 from train.state import abstract_batch, abstract_state, abstract_teacher, shardings_of
 from train.step import make_step
 
+TEXTS_A_ROW = 16  # under data.packing: how many a row is taken to hold, for the data is not read
 GPUS_GIB = {"24 GB": 24.0, "40 GB": 40.0, "80 GB": 80.0, "141 GB": 140.0}
-_USABLE = 0.92  # of a GPU's memory: the rest is the driver's, the libraries' and fragmentation
-_GIB = 2**30
 # No program is run here, so LLVM need not take care; what is read off it was decided before, by XLA's own passes.
 _UNOPTIMIZED: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
@@ -52,6 +54,8 @@ class Plan:
         traffic: the collectives of one device, by kind.
         gathered: bytes of a device's gathers: as compiled, and in theory (which is for full training).
         reduced: the same of its reductions.
+        temporaries: bytes that the program takes beside its arguments and results.
+        program: what was compiled.
     """
 
     config: Config
@@ -65,13 +69,20 @@ class Plan:
     total: int
     host: int
     flops: float
-    traffic: dict[str, cost.Traffic]
+    traffic: dict[str, hlo.Traffic]
     gathered: tuple[float, float]
     reduced: tuple[float, float]
+    temporaries: int
+    program: hlo.Program
 
     def fits(self, gib: float) -> bool:
         """Whether the step fits a GPU of `gib` GiB."""
-        return self.total <= _USABLE * gib * _GIB
+        return self.total <= USABLE * gib * GIB
+
+
+def fewest_devices(config: Config) -> int:
+    """The fewest devices that [mesh] can be laid over: a size of -1 takes those that the others leave."""
+    return math.prod(max(size, 1) for size in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
 
 
 def use_virtual_devices(config: Config, devices: int | None) -> None:
@@ -81,14 +92,19 @@ def use_virtual_devices(config: Config, devices: int | None) -> None:
         config: the run's.
         devices: how many; None for the fewest that [mesh] can be laid over.
     """
-    if devices is None:  # a size of -1 takes the devices that the others leave
-        devices = math.prod(max(size, 1) for size in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_num_cpu_devices", fewest_devices(config) if devices is None else devices)
 
 
-def make_plan(config: Config) -> Plan:
-    """Compile the step that `config` describes for the devices of this process and read its cost off the program.
+def make_plan(
+    config: Config, devices: Sequence[Any] | None = None, options: Mapping[str, str | bool] | None = _UNOPTIMIZED
+) -> Plan:
+    """Compile the step that `config` describes and read its cost off the program.
+
+    Args:
+        config: the run's.
+        devices: what it is compiled for; None for those of this process.
+        options: of the compiler.
 
     Raises:
         PunaError: a size does not divide over the mesh, [model] is wrong, or the backend does not say how
@@ -96,12 +112,12 @@ def make_plan(config: Config) -> Plan:
     """
     base = base_of(config)
     config = with_adapter_settings(config, base)
-    model, mesh = _model_of(config, base), mesh_of(config)
+    model, mesh = _model_of(config, base), mesh_of(config, devices)
     state, batch = abstract_state(config, model, mesh, base), abstract_batch(config, mesh)
     state = replace(state, teacher=abstract_teacher(config, mesh))
-    step: Any = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardings_of(state))
+    step: Any = make_step(config, model, mesh, make_schedule(config.optim, 1000), shardings_of(state), TEXTS_A_ROW)
     traced = step.trace(state, batch)
-    compiled = traced.lower().compile(_UNOPTIMIZED)
+    compiled = traced.lower().compile(options)
     memory = compiled.memory_analysis()
     if memory is None:
         raise PunaError("this backend does not say how much memory a compiled step takes")
@@ -111,7 +127,8 @@ def make_plan(config: Config) -> Plan:
     host = cost.shard_bytes(state.opt_state, "pinned_host")
     optimizer = cost.shard_bytes((state.opt_state, state.ema)) - host
     gradients = parameters
-    traffic = cost.collectives(compiled.as_text())
+    program = hlo.Program(compiled.as_text())
+    traffic = hlo.collectives(program)
     theory = cost.theory(model, mesh.shape, config, width=4)  # the width of whatever is computed here
     moved = {kind: amount.bytes for kind, amount in traffic.items()}
     return Plan(
@@ -125,10 +142,12 @@ def make_plan(config: Config) -> Plan:
         max(0, total - parameters - frozen - optimizer - gradients),
         total,
         host,
-        cost.flops(traced.jaxpr),
+        cost.flops(traced.jaxpr, mesh.devices.flat[0].platform),
         traffic,
         (moved.get("all-gather", 0.0), theory["gathered"]),
         (moved.get("all-reduce", 0.0) + moved.get("reduce-scatter", 0.0), theory["reduced"]),
+        memory.temp_size_in_bytes,
+        program,
     )
 
 
@@ -173,17 +192,24 @@ def alternatives(config: Config, mesh: dict[str, int]) -> Iterator[Config]:
         yield config
 
 
-def suggest(plan: Plan, compilations: int = 4) -> dict[str, Plan | None]:
+def suggest(
+    plan: Plan,
+    compilations: int = 4,
+    sizes: Mapping[str, float] = GPUS_GIB,
+    make: Callable[[Config], Plan] = make_plan,
+) -> dict[str, Plan | None]:
     """For every GPU that `plan` does not fit, the first alternative that does, compiled too.
 
     Args:
         plan: what does not fit.
         compilations: how many alternatives are tried at most, evenly over the list with its last.
+        sizes: the memory of each GPU in GiB, by its name.
+        make: plans an alternative.
 
     Returns:
-        By the name of the GPU (a key of GPUS_GIB); None where no alternative fits.
+        By the name of the GPU; None where no alternative fits.
     """
-    wanted = [name for name, gib in GPUS_GIB.items() if not plan.fits(gib)]
+    wanted = [name for name, gib in sizes.items() if not plan.fits(gib)]
     found: dict[str, Plan | None] = dict.fromkeys(wanted)
     every = list(alternatives(plan.config, plan.mesh))
     steps = range(min(compilations, len(every)))
@@ -192,11 +218,11 @@ def suggest(plan: Plan, compilations: int = 4) -> dict[str, Plan | None]:
         if all(found.values()):
             break
         try:
-            candidate = make_plan(config)
+            candidate = make(config)
         except PunaError:  # a size that does not divide over this mesh
             continue
         for name in wanted:
-            if found[name] is None and candidate.fits(GPUS_GIB[name]):
+            if found[name] is None and candidate.fits(sizes[name]):
                 found[name] = candidate
     return found
 
@@ -212,21 +238,34 @@ def differences(plan: Plan, other: Plan) -> str:
     return " ".join(f"{name}={new}" for name, (old, new) in changes.items() if old != new)
 
 
-def report(plan: Plan, suggestions: dict[str, Plan | None]) -> str:
+def headline(plan: Plan) -> str:
+    """What is planned, in a line."""
+    config = plan.config
+    devices = math.prod(plan.mesh.values())
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    return (
+        f"{param_count(plan.model):,} parameters on {devices} devices ({mesh}); {tokens_of(config):,} tokens a step in "
+        f"{config.run.gradient_accumulation_steps} microbatches; {config.model.dtype}, remat {config.model.remat}"
+    )
+
+
+def tokens_of(config: Config) -> int:
+    """The tokens of a step, padding too."""
+    return config.run.batch_size * config.data.max_length
+
+
+def report(plan: Plan, suggestions: dict[str, Plan | None], sizes: Mapping[str, float] = GPUS_GIB) -> str:
     """`plan` in words, for a person to decide by.
 
     Args:
         plan: what to report.
         suggestions: what `suggest` gave for it.
+        sizes: the GPUs to judge by, GiB of each by its name.
     """
-    config = plan.config
     devices = math.prod(plan.mesh.values())
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    tokens = config.run.batch_size * config.data.max_length
-    model_flops = tokens * flops_per_token(plan.model, config.data.max_length)
+    model_flops = tokens_of(plan.config) * flops_per_token(plan.model, plan.config.data.max_length)
     lines = [
-        f"{param_count(plan.model):,} parameters on {devices} devices ({mesh}); {tokens:,} tokens a step in "
-        f"{config.run.gradient_accumulation_steps} microbatches; {config.model.dtype}, remat {config.model.remat}",
+        headline(plan),
         "",
         "memory of a device (estimate)",
         *_rows(plan),
@@ -239,12 +278,12 @@ def report(plan: Plan, suggestions: dict[str, Plan | None]) -> str:
         *([] if plan.frozen else [_against_theory(plan)]),
         "",
         "GPUs",
-        *_verdicts(plan, suggestions),
+        *verdicts(plan, suggestions, sizes),
         "",
         "An estimate: compiled for CPU devices, where runs of 154M parameters in float32 peaked within 5 % of it (a "
         "process takes 40 to 90 MiB of its own beside). This backend computes bfloat16 in float32, keeps the attention "
         "matrix, and reduces where a GPU scatters: activations and bytes are upper bounds. A GPU is taken to give "
-        f"{_USABLE:.0%} of its memory.",
+        f"{USABLE:.0%} of its memory.",
     ]
     return "\n".join(lines)
 
@@ -268,17 +307,18 @@ def _rows(plan: Plan) -> list[str]:
         "on the host": plan.host,
     }
     needed = ("parameters", "optimizer", "gradients", "activations", "total")
-    return [f"  {name:<18} {size / _GIB:>8.2f} GiB" for name, size in rows.items() if size or name in needed]
+    return [f"  {name:<18} {size / GIB:>8.2f} GiB" for name, size in rows.items() if size or name in needed]
 
 
-def _verdicts(plan: Plan, suggestions: dict[str, Plan | None]) -> list[str]:
+def verdicts(plan: Plan, suggestions: dict[str, Plan | None], sizes: Mapping[str, float]) -> list[str]:
+    """A line for each GPU: whether the step fits it, and what makes it fit. The arguments are those of `report`."""
     lines = []
-    for name, gib in GPUS_GIB.items():
+    for name, gib in sizes.items():
         other = suggestions.get(name)
         if plan.fits(gib):
             lines.append(f"  {name:<7} fits")
         elif other:
-            lines.append(f"  {name:<7} fits with {differences(plan, other)} ({other.total / _GIB:.1f} GiB)")
+            lines.append(f"  {name:<7} fits with {differences(plan, other)} ({other.total / GIB:.1f} GiB)")
         else:
             lines.append(f"  {name:<7} does not fit: more devices, a shorter data.max_length, or [lora]")
     return lines

@@ -2,6 +2,7 @@
 
 import inspect
 import traceback
+from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
@@ -50,13 +51,17 @@ def prepare(config: Config) -> None:
         ) from error
 
 
-def mesh_of(config: Config) -> Mesh:
+def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of [mesh] over all devices.
+
+    Args:
+        config: the run's.
+        devices: others than those of this process.
 
     Raises:
         PunaError: the sizes do not multiply to the number of devices.
     """
-    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
