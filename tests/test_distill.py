@@ -129,7 +129,7 @@ def test_the_loss_is_that_of_trl(models, settings, sizes, monkeypatch):
         ({"distill": {"alpha": 0.0}}, "distill.alpha is 0.0; it must be above 0 and at most 1"),
         ({"distill": {"teacher": ""}}, "distill.teacher is empty: name a model"),
         ({"preference": {"loss": "orpo"}}, r"\[distill\] and \[preference\] are both given"),
-        ({"model": {"loss": "a:b", "loss_chunk": 512}}, "model.loss is 'a:b', which nothing reads with distill"),
+        ({"model": {"loss": "a:b", "loss_chunk": None}}, "model.loss is 'a:b', which nothing reads with distill"),
         ({"optim": {"z_loss": 1e-4}}, "optim.z_loss is 0.0001, which nothing reads with distill.teacher"),
     ],
     ids=str,

@@ -198,7 +198,8 @@ for line in sys.stdin:
 
 @pytest.mark.slow
 def test_the_commands_of_readme_run_as_printed(readers_folder):
-    """All but `plan` of 70B, which is test_plan.py's; the server gets a port of its own and is asked what it has."""
+    """All but `plan`, which test_plan.py and test_gpu_programs.py run; the server gets a port of its own and is asked
+    what it has."""
     folder, environment = readers_folder
     (folder / "typed").write_text("What is the puna?\n")
     commands = [line.partition("  #")[0].strip() for line in using_it("sh").splitlines()]
@@ -208,7 +209,7 @@ def test_the_commands_of_readme_run_as_printed(readers_folder):
         for command in commands:
             if command.startswith("python -m infer serve"):
                 check_served(command, folder, environment)
-            elif not command.startswith("python -m train plan"):
+            elif not command.startswith(("python -m train plan", "python -m infer plan")):
                 print(command, file=process.stdin, flush=True)
                 assert process.stdout.readline() == "0\n", f"{command}\n{(folder / 'printed').read_text()}"
 
