@@ -25,7 +25,9 @@ from train.data.preference import as_pair
 from train.data.toy import write_tokenizer
 from train.metrics import read_metrics
 from train.objective import make_log_probs, make_objective
-from train.state import abstract_batch, shardings_of
+from train.optim import make_schedule
+from train.state import abstract_batch, abstract_state, init_state, shardings_of
+from train.step import make_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -337,28 +339,45 @@ SMALL = LlamaConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "mesh_sizes"), [("dpo", (2, 2, 2)), ("orpo", (1, 1, 1))])
-def test_packed_and_sharded_is_the_same(folder, loss, mesh_sizes):
+def test_packed_and_sharded_is_the_same(folder):
     tokenizer, found = load_tokenizer(folder), []
     params = jax.tree.map(lambda x: x * 3, init_params(SMALL, jax.random.key(0)))
-    for packing, sizes in ((False, (1, 1, 1)), (True, mesh_sizes)):
+    for packing, sizes in ((False, (1, 1, 1)), (True, (2, 2, 2))):
         mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
         settings = {"packing": packing, "max_length": 128}
-        config = config_of(folder, data=settings, preference={"loss": loss}, run={"batch_size": 72})
+        config = config_of(folder, data=settings, run={"batch_size": 72})
         dataset = load_dataset(config.data, tokenizer).train[0]
         chosen = np.full(72, -1)
         chosen[: len(dataset)] = np.arange(len(dataset))
         batch: dict = dataset.batch(chosen)
-        if loss == "dpo":
-            plain = {name: jnp.asarray(values) for name, values in batch.items()}
-            reference = init_params(SMALL, jax.random.key(1))
-            batch["reference"] = jax.jit(make_log_probs(config, SMALL, mesh))(reference, plain)
+        plain = {name: jnp.asarray(values) for name, values in batch.items()}
+        reference = init_params(SMALL, jax.random.key(1))
+        batch["reference"] = jax.jit(make_log_probs(config, SMALL, mesh))(reference, plain)
         batch = jax.device_put(batch, shardings_of(abstract_batch(config, mesh)))
         found.append((len(dataset), *our_gradients(config, SMALL, params, batch, mesh)))
     (rows, *alone), (packed_rows, *packed) = found
     assert packed_rows < rows == 72
     np.testing.assert_allclose(packed[0], alone[0], rtol=1e-5)
     assert_same(packed[1:], alone[1:])
+
+
+@pytest.mark.slow
+def test_accumulation_is_the_big_batch(folder):
+    """Of orpo, whose means are over tokens and over pairs: microbatches hold different numbers of both."""
+    tokenizer, found = load_tokenizer(folder), []
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for count in (1, 4):
+        run = {"batch_size": 8, "gradient_accumulation_steps": count}
+        config = config_of(folder, preference={"loss": "orpo"}, run=run)
+        abstract = abstract_state(config, SMALL, mesh)
+        state = init_state(config, SMALL, init_params(SMALL, jax.random.key(0)), abstract)
+        step = make_step(config, SMALL, mesh, make_schedule(config.optim, 10), shardings_of(abstract))
+        rows = np.array([0, 1, 2, 3, 4, 5, 6, -1])  # the last microbatch is half empty
+        batch = load_dataset(config.data, tokenizer).train[0].batch(rows)
+        found.append(jax.device_get(step(state, {name: jnp.asarray(x) for name, x in batch.items()})[1]))
+    assert found[0].keys() == found[1].keys() > {"nll_loss", "reward_margin", "reward_accuracy"}
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
