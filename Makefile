@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # XLA on CPU allocates its temporaries at every step; glibc would map and unmap them each time.
 TUNED_MALLOC := GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=20000000000:glibc.malloc.trim_threshold=20000000000
 
-.PHONY: recipes demo test check lint types fast-tests soak bench figures settings wheel-check gpu-check interpreter which lock clean
+.PHONY: recipes demo test check lint types fast-tests soak bench figures settings docs wheel-check gpu-check interpreter which lock clean
 
 # A LLaMA from scratch, on data it makes itself: train it, carry it through the formats, check it, let it answer.
 demo: $(VENV)/.core
@@ -78,6 +78,11 @@ figures:
 settings: $(VENV)/.core
 	$(BIN)/python -m train settings --markdown > docs/settings.md
 
+# The site of docs/ in build/site, in an environment of its own; a link that leads nowhere, or a docstring that names an
+# argument that is not there, is an error.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 # The wheel as a stranger has it: built, installed into an empty environment, used from another folder.
 wheel-check:
 	.ci/wheel-check $(FOUND) $(call lock,$(FOUND))
@@ -110,6 +115,13 @@ clean:
 $(BIN)/python:
 	@echo "Making the environment $(VENV) with $(FOUND)"
 	$(FOUND) -m venv $(VENV)
+
+# What the site needs alone: pages are made from the source, which is not imported.
+.venv-docs/.installed: pyproject.toml
+	$(FOUND) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --no-compile $$($(FOUND) -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
 
 $(VENV)/.core: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
 	@echo "Installing Puna and its core dependencies into $(VENV)"
