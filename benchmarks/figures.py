@@ -248,6 +248,23 @@ def checkpoint(result: dict[str, Any]) -> str:
     )
 
 
+def gpu_check(result: dict[str, Any]) -> str:
+    rows = [
+        [row["what"], f"{row['found']:g}", "" if row["bound"] is None else f"{row['bound']:g}", row["unit"]]
+        for row in result["rows"]
+    ]
+    setting = result["setting"]
+    return section(
+        "Programs as XLA compiles them for an H100",
+        setting["command"],
+        setting,
+        f"Not measured: read off what the compiler makes, without a GPU and without autotuning, at commit "
+        f"{setting['commit']}. Steps are of rows of 4,096 tokens in bfloat16, the 8B ones of one row and with remat "
+        "full; weights of the 1B steps are float32. A run fails where a number is above its bound.",
+        table(["what", "found", "bound", "unit"], rows),
+    )
+
+
 def page() -> str:
     """The text of docs/figures.md."""
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
@@ -262,6 +279,7 @@ def page() -> str:
         gguf(results["gguf"]),
         convert(results["convert"]),
         checkpoint(results["checkpoint"]),
+        gpu_check(results["gpu_check"]),
     ]
     return "\n\n".join([HEAD.strip(), *parts]) + "\n"
 
