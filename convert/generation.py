@@ -26,8 +26,7 @@ _HARMLESS = {
     "what is returned beside a text": """
         output_attentions output_hidden_states output_scores output_logits return_dict_in_generate""",
     "of beams, which are refused by their number": "early_stopping length_penalty diversity_penalty num_beam_groups",
-    "of encoders and decoders": """
-        decoder_start_token_id encoder_repetition_penalty encoder_no_repeat_ngram_size""",
+    "of encoders and decoders": "decoder_start_token_id",
 }
 HARMLESS = {name: reason for reason, names in _HARMLESS.items() for name in names.split()}
 
@@ -37,6 +36,8 @@ _ACTS: dict[str, Any] = {
     "begin_suppress_tokens": None,
     "constraints": None,
     "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "exponential_decay_length_penalty": None,

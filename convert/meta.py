@@ -83,7 +83,13 @@ def _joined(param: Parameter, shards: list[LazyTensor], config: LlamaConfig) -> 
         raise PunaError(
             f"{shards[0].where}: {param.meta} has not {len(param.shape)} axes in every shard; is it LLaMA's?"
         )
-    if len(param.shape) == 1:
+    if len(param.shape) == 1:  # every shard has all of it
+        first = shards[0].load()
+        for other in shards[1:]:
+            if other.load().tobytes() != first.tobytes():
+                raise PunaError(
+                    f"{other.where}: {param.meta} is not that of {shards[0].where}: shards of one model hold the same"
+                )
         shards = shards[:1]
     if kind in _KEY_VALUE:
         copies = max(len(shards) // config.num_key_value_heads, 1)

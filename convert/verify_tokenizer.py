@@ -65,7 +65,7 @@ def compare_tokenizers(first: Path, second: Path) -> bool:
 def _differences(a: Tokenizer, b: Tokenizer) -> Iterator[str]:
     if a.vocab_size != b.vocab_size:
         yield f"tokenizer vocab_size: {a.vocab_size} and {b.vocab_size}"
-    for name in ("bos_id", "eos_id", "unk_id", "pad_id"):
+    for name in ("bos_id", "eos_id", "unk_id", "pad_id", "adds_bos"):
         if (one := getattr(a, name)) != (other := getattr(b, name)):
             yield f"tokenizer {name}: {one} and {other}"
     specials = dict(a.special_tokens), dict(b.special_tokens)

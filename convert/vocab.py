@@ -45,8 +45,11 @@ def merge_vocabularies(
     (scripts/merge_tokenizer): ids of `base` stay, and merging the same files gives the same bytes.
 
     Raises:
-        PunaError: an input is no SentencePiece model, or `dst` exists and `overwrite` is false.
+        PunaError: an input is no SentencePiece model, a special piece is empty, or `dst` exists and `overwrite` is
+            false.
     """
+    if "" in specials:
+        raise PunaError("a special piece is empty, which SentencePiece does not read: name one, as [PAD]")
     proto, other = _read(base), _read(extra)
     before = len(proto.pieces)
     known = {piece.piece for piece in proto.pieces}

@@ -169,7 +169,7 @@ def _chat(messages: Sequence[Message], settings: Settings, most: int | None) -> 
 
 def _plain(text: str, settings: Settings, most: int | None) -> Ask:
     tokenizer = settings.tokenizer
-    return Ask(tokenizer.encode(text, add_bos=tokenizer.bos_id is not None), most)
+    return Ask(tokenizer.encode(text, add_bos=tokenizer.adds_bos), most)
 
 
 def _user(text: str) -> Message:

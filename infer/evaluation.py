@@ -6,6 +6,7 @@ are those of our tokenizer, though: SentencePiece's own where transformers' conv
 tokens and in leading spaces. lm-eval is imported by `for_lm_eval` alone.
 """
 
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from infer.engine import Engine
 from infer.request import Progress, Request
 from infer.sample import Sampling
 from model.chat import Template, special_ids
-from model.errors import PunaError
+from model.errors import JobFailed, PunaError
 from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Evaluated:
         tokenizer: the model's.
         template: how conversations are written; None where tasks are asked for without one.
         eos_ids: the tokens that end a text; None for the tokenizer's own.
-        add_bos: whether texts begin with the beginning-of-text token; None for whether there is one.
+        add_bos: whether texts begin with the beginning-of-text token; None for the tokenizer's own rule.
         seed: of texts that a task samples; each request adds its number.
 
     Raises:
@@ -58,7 +59,7 @@ class Evaluated:
         self.engine, self.tokenizer, self.template, self.prefix_id = engine, tokenizer, template, prefix
         own_end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self._eos_ids = own_end if eos_ids is None else tuple(eos_ids)
-        self._add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
+        self._add_bos = tokenizer.adds_bos if add_bos is None else add_bos
         self._seed = seed
         longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -113,6 +114,8 @@ class Evaluated:
 
         def keep(number: int, progress: Progress) -> None:
             scores = progress.prompt_logprobs[-len(pairs[number][1]) :]
+            if not all(one.top and math.isfinite(one.logprob) for one in scores):
+                raise JobFailed("the model's logits are not finite: see what `convert inspect` and `verify` say of it")
             found[number] = sum(one.logprob for one in scores), all(one.token == one.top[0][0] for one in scores)
 
         self._run(requests, keep)

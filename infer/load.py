@@ -1,11 +1,13 @@
 """What every command of `infer` starts with: a model, its tokenizer, its devices, and how it wishes to be sampled."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -156,7 +158,23 @@ def _load(
 ) -> tuple[LlamaConfig, Params]:
     with Console(stderr=True).status(f"Loading {source.checkpoint.folder}"):
         params = load_params(source.checkpoint, dtype, mesh, quantize, layout="per_layer")
-        return apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
+        config, params = apply_adapters(params, source.checkpoint.config, source.adapters, mesh)
+    if found := _not_finite(params):
+        more = f" and {len(found) - 1} more weights hold" if len(found) > 1 else " holds"
+        print(
+            f"{source.checkpoint.folder}: {found[0]}{more} NaN or infinite numbers: what is made with them is no text",
+            file=sys.stderr,
+        )
+    return config, params
+
+
+def _not_finite(params: Params) -> list[str]:
+    """The weights with a number that is NaN or infinite."""
+    is_finite = jax.jit(lambda x: jnp.isfinite(x).all())
+    floats = [each for each in jax.tree.leaves_with_path(params) if jnp.issubdtype(each[1].dtype, jnp.floating)]
+    finite = jax.device_get([is_finite(x) for _, x in floats])
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in floats]
+    return [name for name, one in zip(names, finite, strict=True) if not one]
 
 
 def _multiplied(params: Params, form: Quantization, mesh: Mesh | None) -> Params:

@@ -113,14 +113,14 @@ class Served:
         return [Request(ids, self._room(ids, 1, None), embed=True, adapter=adapter, deadline=deadline) for ids in rows]
 
     def ids(self, prompt: str | Sequence[int], param: str) -> list[int]:
-        """The token ids of a text, after the beginning-of-text token where there is one; ids stay as they are.
+        """The token ids of a text, after the beginning-of-text token where they get one; ids stay as they are.
 
         Raises:
             ApiError: no tokens, or one that the model lacks.
         """
         if isinstance(prompt, str):
             self._check_size([prompt], param)
-            ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.bos_id is not None)
+            ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.adds_bos)
         else:
             ids = list(prompt)
         if not ids:

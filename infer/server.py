@@ -330,7 +330,7 @@ class Api:
                     400, f"prompt has {size:,} bytes; at most {MAX_TOKENIZE:,} at once: send parts", "prompt"
                 )
             special = tokenizer.special_id(body.prompt)
-            add_bos = body.add_special_tokens is not False and tokenizer.bos_id is not None
+            add_bos = body.add_special_tokens is not False and tokenizer.adds_bos
             ids = [special] if special is not None else await asyncio.to_thread(tokenizer.encode, body.prompt, add_bos)
         return JSONResponse({"count": len(ids), "max_model_len": self.served.context, "tokens": ids})
 
@@ -346,7 +346,11 @@ class Api:
         names = {id: text for text, id in tokenizer.special_tokens.items()}
         roles = {f"{role}_token": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "unk", "pad")}
         about: dict[str, Any] = {role: None if id is None else names.get(id) for role, id in roles.items()}
-        about |= {"chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size}
+        about |= {
+            "chat_template": tokenizer.chat_template,
+            "vocab_size": tokenizer.vocab_size,
+            "add_bos_token": tokenizer.adds_bos,
+        }
         return JSONResponse(about | {"tokenizer_class": "puna", "model_max_length": self.served.context})
 
     async def health(self, _: Request) -> Response:

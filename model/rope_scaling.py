@@ -1,6 +1,7 @@
 """How a config says that RoPE is stretched: read from `rope_scaling` or `rope_parameters`, and written."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,6 +27,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 
 _HAVE_ORIGINAL = ("llama3", "yarn")
+_POSITIVE = {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
 # Keys of the authors' own code, which transformers passes over: `finetuned` says how the weights came to be, the
 # others do nothing at these values.
 _IDLE = {"finetuned": None, "attn_factor": 1, "extrapolation_factor": 1}
@@ -102,6 +104,10 @@ class RopeScaling:
         needed = ("factor",) if rope_type == "yarn" else _KEYS[rope_type]
         if missing := [key for key in needed if key not in given]:
             raise PunaError(f"rope_scaling: rope_type {rope_type!r} needs {_names(missing)}")
+        for key in _POSITIVE & given.keys():
+            number = given[key]
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+                raise PunaError(f"rope_scaling: {key} is {number!r}; give a number above 0")
         if given["factor"] < 1:
             raise PunaError(f"rope_scaling: factor {given['factor']} is below 1; it is the ratio new/original context")
         if derived:
@@ -119,6 +125,8 @@ def with_one_type(settings: dict[str, Any]) -> dict[str, Any]:
     names = {given.pop(key) for key in ("type", "rope_type") if key in given}
     if len(names) > 1:
         raise PunaError(f"rope_scaling: type and rope_type disagree ({', '.join(sorted(names))}); keep one")
+    if names == {"yarn"} and "truncate" in settings:
+        given["truncate"] = bool(settings["truncate"])  # transformers takes null and 0 as false here
     return given | ({"rope_type": names.pop()} if names else {})
 
 

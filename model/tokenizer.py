@@ -43,6 +43,7 @@ class Tokenizer:
         added: tokens beside the trained vocabulary, each with its id.
         roles: the special token's text by role, one of vocabulary.ROLES.
         files: what `save` copies, by the name it has in checkpoints.
+        add_bos: see `adds_bos`.
 
     Attributes:
         vocab_size: one more than the largest id.
@@ -51,6 +52,8 @@ class Tokenizer:
         unk_id: the token of what no other spells.
         pad_id: the token that fills rows up.
         chat_template: the checkpoint's own jinja template, if any.
+        adds_bos: whether a plain text to go on with begins with bos_id: where there is one, unless add_bos_token of
+            tokenizer_config.json is false.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Tokenizer:
         roles: Mapping[str, str],
         chat_template: str | None,
         files: Mapping[str, Path],
+        add_bos: bool = True,
     ):
         ids = {token.content: token.id for token in added if token.id is not None}
         self._special_ids = {token.content: ids[token.content] for token in added if token.special}
@@ -80,6 +84,7 @@ class Tokenizer:
         self._dummy_prefix, self._errors = vocabulary.dummy_prefix, vocabulary.errors
 
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self._special_ids.get(roles.get(r, "")) for r in ROLES)
+        self.adds_bos = add_bos and self.bos_id is not None
         self.chat_template = chat_template
         self._files = files
 
@@ -258,6 +263,7 @@ class Companions:
         specials: texts of special tokens that have no such role.
         chat_template: a jinja template, if any.
         prefix: which texts get a space in front, where the companions say so.
+        add_bos: whether they leave plain texts their beginning-of-text token.
     """
 
     added: list[AddedToken] = field(default_factory=list)
@@ -265,6 +271,7 @@ class Companions:
     specials: list[str] = field(default_factory=list)
     chat_template: str | None = None
     prefix: Prefix | None = None
+    add_bos: bool = True
 
 
 def _assemble(vocabulary: Vocabulary, companions: Companions, files: Mapping[str, Path]) -> Tokenizer:
@@ -283,7 +290,7 @@ def _assemble(vocabulary: Vocabulary, companions: Companions, files: Mapping[str
         if token.id is None:  # declared, but in no table: it takes the next id, as in transformers
             tokens[content] = replace(token, id=next_id)
             next_id += 1
-    return Tokenizer(vocabulary, tokens.values(), roles, companions.chat_template, files)
+    return Tokenizer(vocabulary, tokens.values(), roles, companions.chat_template, files, companions.add_bos)
 
 
 def _companions(files: Mapping[str, Path], folder: Path, main: Path) -> Companions:
@@ -320,6 +327,7 @@ def _companions(files: Mapping[str, Path], folder: Path, main: Path) -> Companio
             specials=[_content(token) for token in others if token],
             chat_template=template,
             prefix=prefix_of(main, config),
+            add_bos=config.get("add_bos_token") is not False,
         )
 
 

@@ -168,6 +168,12 @@ VARIANTS: dict[str, Variant] = {
             },
         }
     ),
+    **{
+        f"yarn, truncate {value}": Variant(
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": value}}
+        )
+        for value in (None, 0, False, True)
+    },
     "rope_scaling with type and rope_type": Variant(
         {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}}
     ),

@@ -307,3 +307,8 @@ def test_wrong_settings_are_said(small):
         encode({"text": "x"}, small, template="{text}", response_template="### Output:")
     with pytest.raises(PunaError, match="column 'body', named in data.columns, is missing"):
         encode({"text": "x"}, small, columns={"text": "body"})
+
+
+def test_a_template_that_is_not_there_is_refused_for_texts_too(small):
+    with pytest.raises(PunaError, match="template 'bogus' is unknown"):
+        encode({"text": "x"}, small, template="bogus")

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -13,6 +15,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from safetensors.numpy import load_file, save_file
 from serving import chat_model
 from typer.testing import CliRunner
 
@@ -315,3 +318,25 @@ def test_a_fault_of_the_data_is_said_with_its_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"dialogue": "a", "summary": "b"}\n{"dialogue": 3}\n')
     with pytest.raises(PunaError, match=r"bad.jsonl:2: dialogue is 3, which is no text"):
         DialogSum(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_said_and_score_nothing(tmp_path):
+    chat_model(tmp_path)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    save_file(tensors, path, {"format": "pt"})
+    (tmp_path / "text.jsonl").write_text('{"text": "the high grassland"}\n')
+    said = r"norm holds NaN or infinite numbers"
+    asked = ["eval", str(tmp_path / "model"), "--task", "perplexity", "--data", str(tmp_path / "text.jsonl")]
+    found = run_command(asked)
+    assert found.returncode == 1 and re.search(said, found.stderr) and "logits are not finite" in found.stderr
+    assert "Traceback" not in found.stderr
+    found = run_command(["generate", str(tmp_path / "model"), "--prompt", "the", "--max-new-tokens", "2"])
+    assert found.returncode == 0 and re.search(said, found.stderr)
+
+
+def run_command(arguments):
+    command = [sys.executable, "-m", "infer", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)

@@ -43,6 +43,8 @@ def test_what_transformers_writes_by_default_is_read(tmp_path, capsys):
         ("guidance_scale", 1.5),
         ("forced_bos_token_id", 3),
         ("penalty_alpha", 0.6),
+        ("encoder_no_repeat_ngram_size", 2),
+        ("encoder_repetition_penalty", 1.8),
     ],
 )
 def test_what_changes_a_text_and_is_not_done_is_refused(tmp_path, key, value):

@@ -9,6 +9,7 @@ from transformers import LlamaConfig as HFConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model import PRESETS, LlamaConfig, RopeScaling
+from model.errors import PunaError
 from model.rope import dynamic_frequencies, frequencies, tables
 
 BASE = {"hidden_size": 512, "num_attention_heads": 4, "max_position_embeddings": 4096, "vocab_size": 8}
@@ -87,3 +88,11 @@ def test_llama_3_1_scales_29_of_64_frequencies_and_smooths_6():
     ratio = np.asarray(plain / scaled)
     assert (ratio > 7.999).sum() == 29
     assert ((ratio > 1.0001) & (ratio < 7.999)).sum() == 6
+
+
+@pytest.mark.parametrize("key", ["low_freq_factor", "original_max_position_embeddings", "factor"])
+@pytest.mark.parametrize("value", [0.0, -1, float("nan"), float("inf"), True, "8"])
+def test_a_number_that_is_no_length_or_ratio_is_refused(key, value):
+    given = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.raises(PunaError, match=f"rope_scaling: {key} is .*; give a number above 0"):
+        RopeScaling.from_hf({"rope_type": "llama3", **given, key: value}, 512)

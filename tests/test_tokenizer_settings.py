@@ -53,6 +53,7 @@ MODELS = {
     "added_tokens.json": ({"legacy": False, "added_tokens_decoder": None}, {"added_tokens.json": {"<|x|>": 420}}),
     "added_tokens.json says more": ({"legacy": False, **extra()}, {"added_tokens.json": {"<|x|>": 420, "<|y|>": 421}}),
     "add_bos_token, add_eos_token": ({"legacy": False, "add_bos_token": True, "add_eos_token": True}, {}),
+    "add_bos_token False": ({"legacy": False, "add_bos_token": False}, {}),
     "clean_up_tokenization_spaces": ({"legacy": False, "clean_up_tokenization_spaces": True}, {}),
     "a model that puts no space, add_prefix_space True": ({"add_prefix_space": True, "legacy": False}, {}),
     "a model that puts no space, add_prefix_space False": ({"add_prefix_space": False, "legacy": False}, {}),
@@ -183,3 +184,9 @@ def test_tokens_that_transformers_does_not_read_are_said(tmp_path, caplog):
     assert ours.added_id("<|y|>") is None and "<|y|>" not in theirs.get_vocab() and ours.added_id("<|x|>") == 420
     (said,) = (record.getMessage() for record in caplog.records if record.name.startswith("model"))
     assert said.endswith("the table in tokenizer_config.json is, and has no '<|y|>' of that id")
+
+
+def test_texts_begin_without_bos_where_the_folder_says_so(folders):
+    ours, theirs = both(folders["add_bos_token False, old"])
+    assert ours.encode("the llama", add_bos=ours.adds_bos) == theirs("the llama").input_ids
+    assert both(folders["add_bos_token, add_eos_token, old"])[0].adds_bos and not ours.adds_bos

@@ -235,3 +235,9 @@ def test_the_commands(command, tmp_path):  # noqa: F811
     assert (code, said[1]) == (0, f"sha256 {hashlib.sha256(merged.read_bytes()).hexdigest()}")
     assert said[0].endswith(f": {size}")
     assert command("vocab", "merge", str(base), str(extra), str(merged))[0] == 2  # it exists
+
+
+def test_an_empty_special_piece_is_refused(models, tmp_path):
+    with pytest.raises(PunaError, match="a special piece is empty"):
+        merge_vocabularies(models["merged"], models["extra"], tmp_path / "x.model", specials=[""])
+    assert not (tmp_path / "x.model").exists()

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from converting import save_hf
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from cli import said
 from convert.formats import open_model
+from convert.safetensor import read_safetensors
 from convert.weight_files import read_weights
 from model.errors import PunaError
 
@@ -148,3 +150,27 @@ def test_a_line_is_said_once(capsys):
     for _ in range(2):
         said.say_once("once and no more")
     assert capsys.readouterr().err == "once and no more\n"
+
+
+HEADER_FAULTS = {
+    "overlap": lambda header: header["b"].update(data_offsets=header["a"]["data_offsets"]),
+    "negative": lambda header: header["a"].update(data_offsets=[-8, 8]),
+    "gap": lambda header: header["a"].update(data_offsets=[8, 24]),
+    "left over": lambda header: header.pop("b"),
+}
+
+
+@pytest.mark.parametrize("fault", HEADER_FAULTS)
+def test_tensors_that_do_not_fill_their_file_are_refused_as_the_library_refuses_them(tmp_path, fault):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({name: np.arange(4, dtype=np.float32) for name in "abc"}, path)
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    HEADER_FAULTS[fault](header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.safe_open(path, "np")
+    with pytest.raises(PunaError, match="x.safetensors is damaged: "):
+        read_safetensors(path)

@@ -134,7 +134,7 @@ def _continuing(source: ModelSource, text: str, new: int, settings: Sampling, st
             "a message under the model's template",
             file=sys.stderr,
         )
-    ids = tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
+    ids = tokenizer.encode(text, add_bos=tokenizer.adds_bos)
     return Request(ids, new, settings, source.eos_ids, stop)
 
 

@@ -107,4 +107,7 @@ def _begin_texts(tokenizer: Any) -> None:
     def with_bos(text: str) -> list[int]:
         return encode(text) if bos is None or text.startswith(name) else [bos, *encode(text)]
 
+    if tokenizer.tokenizer_info.get("add_bos_token") is False:
+        return
+
     tokenizer.encode = with_bos

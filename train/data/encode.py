@@ -129,6 +129,8 @@ def encoder(
             "name another data.format"
         )
     if form == "text":
+        if template != "auto":
+            get_template(template, tokenizer)
         bos_trained = template != "qlora"  # QLoRA's source is "<s>" alone, and a source is not trained on
 
         def text_pieces(record: Mapping[str, Any]) -> list[Piece]:
