@@ -54,27 +54,27 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     tensors = {}
     with malformed(path):
         header.pop("__metadata__", None)
-        _check_layout(path, header, len(data), 8 + length)
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
+            if stop > len(data):
+                end = 8 + length + stop
+                raise PunaError(f"{path} is truncated: {name} ends at byte {end:,} of {size:,}; fetch it again")
             if entry["dtype"] not in DTYPES:
                 raise PunaError(f"{path}: {name} has dtype {entry['dtype']}; known: {', '.join(DTYPES)}")
             dtype = DTYPES[entry["dtype"]]
             if math.prod(entry["shape"]) * dtype.itemsize != stop - start:
                 raise PunaError(f"{path}: {name} of shape {entry['shape']} does not fill its {stop - start:,} bytes")
             tensors[name] = from_array(data[start:stop].view(dtype).reshape(entry["shape"]), str(path))
+        _check_layout(path, header, len(data))
     return tensors
 
 
-def _check_layout(path: Path, header: Mapping[str, Any], size: int, begin: int) -> None:
+def _check_layout(path: Path, header: Mapping[str, Any], size: int) -> None:
     """Raises PunaError unless the tensors fill the data one after the other, as the library of the format asks."""
     last = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
-        if stop > size:
-            end = f"{begin + stop:,} of {begin + size:,}"
-            raise PunaError(f"{path} is truncated: {name} ends at byte {end}; fetch it again")
-        if start != last or stop < start:
+        if start != last:
             place = f"lies at bytes {start:,} to {stop:,}, and those before it end at {last:,}"
             raise PunaError(f"{path} is damaged: {name} {place}; fetch it again")
         last = stop
