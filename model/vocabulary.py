@@ -6,10 +6,11 @@ Three readers, one for each kind of file: SentencePiece models, tiktoken ranks a
 import base64
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -90,9 +91,21 @@ class AddedToken:
     @property
     def pattern(self) -> str:
         """A regular expression that finds the token in text, with its content as the one group."""
-        word = ("(?<!\\w)", "(?!\\w)") if self.single_word else ("", "")
+        word = (f"(?<!{_letters()})", f"(?!{_letters()})") if self.single_word else ("", "")
         blanks = ("\\s*" if self.lstrip else "", "\\s*" if self.rstrip else "")
         return f"{blanks[0]}{word[0]}({re.escape(self.content)}){word[1]}{blanks[1]}"
+
+
+@cache
+def _letters() -> str:
+    """The class of characters that make words for the tokenizers library, which counts marks and not fractions as such
+    (Unicode UTS 18, \\w), other than Python's own."""
+    kinds = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}
+    found = [code for code in range(0x110000) if unicodedata.category(chr(code)) in kinds]
+    starts = [code for code, before in zip(found, [-2, *found], strict=False) if code != before + 1]
+    ends = [code for code, after in zip(found, [*found[1:], -2], strict=True) if code != after - 1]
+    pairs = zip(starts, ends, strict=True)
+    return "[" + "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in pairs) + "\u200c\u200d]"
 
 
 @dataclass(frozen=True)
