@@ -1,4 +1,4 @@
-"""Attention over keys that lie in index order: one signature, one mask. cudnn.py has another implementation.
+"""Attention over keys that lie in index order: one signature, one mask. cudnn.py and ring.py have others.
 
 A mask is made of positions and segments, never of a mode: training, packing, prefill and decoding differ only in
 which of them are given.
@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from model import cpu
 
-ATTENTIONS = ("auto", "xla", "cudnn")  # the names of what we have; any other is a "module:function"
+ATTENTIONS = ("auto", "xla", "cudnn", "ring")  # the names of what we have; any other is a "module:function"
 MASKED = -1e30  # finite: a query that may see nothing (padding) averages instead of giving NaN
 
 

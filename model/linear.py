@@ -13,7 +13,7 @@ from model.lora import LoraArray
 from model.quantize import QuantizedArray
 from model.quantized_matmul import quantized_matmul
 from model.selected import SelectedLora, selected, selected_bias, selected_rows
-from model.sharding import constrain
+from model.sharding import constrain, flattened
 from model.tiles import TiledArray, tiled_product
 from model.transposed import TransposedArray
 
@@ -32,11 +32,12 @@ def linear(x: Array, w: Weight, b: Array | None = None, out_dtype: DTypeLike | N
     Returns:
         [..., out].
     """
-    y = product(x.reshape(-1, x.shape[-1]), w, out_dtype)
+    flat, back = flattened(x, in_order=isinstance(w, SelectedLora))
+    y = product(flat, w, out_dtype)
     for bias in (b, _added_bias(w, len(y))):
         if bias is not None:
             y = y + bias.astype(y.dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return back(y)
 
 
 def _added_bias(w: Weight, count: int) -> Array | None:

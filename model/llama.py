@@ -21,11 +21,11 @@ from model.errors import PunaError
 from model.linear import linear, look_up
 from model.params import Params
 from model.pieces import checked, load_function
-from model.rope import rotate, tables
+from model.rope import positions_of, rotate, tables
 from model.sharding import constrain
 from model.taps import Capture, stacked, untouched, unwatched
 
-REPLICATED_SEQUENCE = ("batch", None, None)
+REPLICATED_SEQUENCE = ("batch", "tokens", None)  # whole on every device of the tensor axis
 SPLIT_SEQUENCE = ("batch", "sequence", None)  # sequence parallelism (arXiv:2205.05198): norms and residuals split too
 
 
@@ -344,8 +344,7 @@ def _positions(
     if capacity is None or lengths is None:
         if positions is not None or segments is None:
             return index if positions is None else jnp.broadcast_to(positions, tokens.shape)
-        starts = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments)], axis=1) != 0
-        return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+        return positions_of(segments)
     if segments is None:
         return lengths[:, None] + index if positions is None else jnp.broadcast_to(positions, tokens.shape)
     real = segments != 0

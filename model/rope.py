@@ -86,6 +86,20 @@ def tables(config: LlamaConfig, positions: Array, segments: Array | None) -> tup
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def positions_of(segments: Array) -> Array:
+    """The position of every token of packed rows: they count from 0, anew at each segment.
+
+    Args:
+        segments: int32 [B, T]; a segment is one run of equal numbers.
+
+    Returns:
+        Int32 [B, T].
+    """
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments)], axis=1) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates heads in float32; dimension i pairs with i + d/2, Hugging Face's layout.
 

@@ -1,4 +1,5 @@
-"""Logical axes onto mesh axes. A mesh has three: data (replicas), fsdp (weights and batch), tensor (heads, mlp, vocab).
+"""Logical axes onto mesh axes. A mesh has four: data (replicas), fsdp (weights and batch), context (weights and a row's
+tokens), tensor (heads, mlp, vocab).
 
 Weights and activations name their axes by meaning; RULES says over which mesh axes each meaning is split. Meshes are
 of the Auto type, so the compiler propagates what is not said. The mesh travels with the arrays themselves: nothing
@@ -6,7 +7,7 @@ needs a context.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +17,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model.errors import PunaError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "sequence": ("tensor",),  # of the residual stream between blocks (sequence parallelism); attention gathers it
-    "embed": ("fsdp",),
+    "tokens": ("context",),  # of a row, as long as it is computed with (context parallelism)
+    "sequence": ("context", "tensor"),  # the same between blocks (sequence parallelism); attention gathers it
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -32,21 +34,24 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the axes data, fsdp and tensor; one size may be -1 for "the rest".
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None, context: int = 1
+) -> Mesh:
+    """A mesh of the axes data, fsdp, context and tensor; one size may be -1 for "the rest".
 
     Args:
         data: replicas.
         fsdp: parts of weights and of the batch.
         tensor: parts of heads, MLP and vocabulary.
         devices: all of the program's by default.
+        context: parts of each row of tokens, and of weights.
 
     Raises:
         PunaError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    said = " x ".join(f"{name}={size}" for name, size in sizes.items())
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    said = described(sizes).replace(" ", " x ")
     rest = [name for name, size in sizes.items() if size == -1]
     if len(rest) > 1 or any(size < 1 for name, size in sizes.items() if name not in rest):
         raise PunaError(f"mesh {said}: sizes are positive, and only one may be -1")
@@ -57,8 +62,13 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
         raise PunaError(f"mesh {said} does not make {len(devices)} devices; set one axis to -1 for the rest")
     shape = tuple(sizes.values())
     if devices == jax.devices():
-        return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def described(sizes: Mapping[str, int]) -> str:
+    """The sizes of a mesh's axes in words; one that nobody has asked for is left out."""
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "context" or size != 1)
 
 
 def ways(mesh: Mesh, axis: str | None) -> int:
@@ -121,7 +131,43 @@ def constrain(x: Array, axes: Sequence[str | None]) -> Array:
     Returns:
         x.
     """
+    mesh = _mesh_of(x)
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, relaxed_sharding(mesh, axes, x.shape))
+
+
+def flattened(x: Array, in_order: bool = False) -> tuple[Array, Callable[[Array], Array]]:
+    """The vectors of an activation as the rows of a matrix, each on its device.
+
+    Where a mesh splits both the batch and the tokens of its rows, vectors in their order would move to other devices:
+    there they come device by device.
+
+    Args:
+        x: [..., D].
+        in_order: whether they are to come in their order nevertheless.
+
+    Returns:
+        [M, D], and what turns rows [M, N] back into [..., N].
+    """
+    mesh = _mesh_of(x) if x.ndim == 3 and not in_order else None
+    if mesh is None or mesh.shape["context"] == 1:
+        return x.reshape(-1, x.shape[-1]), lambda y: y.reshape(*x.shape[:-1], y.shape[-1])
+    B, T, _ = x.shape
+    rows, tokens = (n if size % n == 0 else 1 for n, size in ((ways(mesh, "batch"), B), (ways(mesh, "tokens"), T)))
+    cut = rows, B // rows, tokens, T // tokens
+    over = (RULES["batch"] if rows > 1 else None, RULES["tokens"] if tokens > 1 else None, PartitionSpec.UNCONSTRAINED)
+    where = NamedSharding(mesh, PartitionSpec(*over))
+
+    def whole(x: Array) -> Array:  # over the tensor axis: gathered once for several products
+        return jax.lax.with_sharding_constraint(x, where)
+
+    def back(y: Array) -> Array:
+        y = y.reshape(rows, tokens, B // rows, T // tokens, -1).swapaxes(1, 2)
+        return whole(y.reshape(B, T, -1))
+
+    return whole(x).reshape(*cut, -1).swapaxes(1, 2).reshape(B * T, -1), back
+
+
+def _mesh_of(x: Array) -> Any:
+    """The mesh of ours that an array lies on, or its abstract form while it is traced; None for no or one device."""
     mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or mesh.axis_names != MESH_AXES or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, relaxed_sharding(mesh, axes, x.shape))
+    return None if mesh.empty or mesh.axis_names != MESH_AXES or mesh.size == 1 else mesh

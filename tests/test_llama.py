@@ -230,7 +230,7 @@ def test_dynamic_rope_refuses_a_cache_beyond_the_original_context():
         forward(params, jnp.ones((1, 4), jnp.int32), config, cache=init_cache(config, 1, 17))
 
 
-MESHES = [{"fsdp": 4, "tensor": 2}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [{"fsdp": 4, "tensor": 2}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "context": 2, "tensor": 2}]
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=["4x2", "8x1", "1x8", "2x2x2"])

@@ -120,7 +120,7 @@ def test_without_the_gpus_compiler_the_estimate_says_so(monkeypatch):
 
 
 def mesh_sizes(config: Config) -> dict[str, int]:
-    return {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    return {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "context", "tensor")}
 
 
 @pytest.mark.slow

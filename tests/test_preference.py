@@ -342,8 +342,8 @@ SMALL = LlamaConfig(
 def test_packed_and_sharded_is_the_same(folder):
     tokenizer, found = load_tokenizer(folder), []
     params = jax.tree.map(lambda x: x * 3, init_params(SMALL, jax.random.key(0)))
-    for packing, sizes in ((False, (1, 1, 1)), (True, (2, 2, 2))):
-        mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+    for packing, sizes in ((False, (1, 1, 1, 1)), (True, (1, 2, 2, 2))):
+        mesh = make_mesh(*sizes[:3], jax.devices()[: np.prod(sizes)], sizes[3])
         settings = {"packing": packing, "max_length": 128}
         config = config_of(folder, data=settings, run={"batch_size": 72})
         dataset = load_dataset(config.data, tokenizer).train[0]

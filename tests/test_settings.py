@@ -105,6 +105,7 @@ MESH = {
     "data": (2, {}),
     "fsdp": (2, {"mesh": {"data": -1, "fsdp": 1}}),
     "tensor": (2, {}),
+    "context": (2, {}),
     "sequence_parallel": (True, {"mesh": {"tensor": 2}}),
 }
 DATA = {
@@ -252,7 +253,7 @@ def test_docs_settings_is_written_from_them():
 def test_settings_are_described_by_name():
     expected = "lora.alpha: a number; default 16.0\n    the update is scaled by alpha / rank. Source: LoRA,"
     assert describe("lora.alpha").startswith(expected)
-    assert describe("[mesh]").count("mesh.") == 4 and describe("seed").count("seed:") == 2
+    assert describe("[mesh]").count("mesh.") == 5 and describe("seed").count("seed:") == 2
     assert all(f"{setting.name}: " in describe(None) for setting in EVERY if setting.source)
     assert all(f"data.path[].{name}: " in describe("data.path") for name in names_of(DataSource))
     with pytest.raises(PunaError, match="alhpa is not a setting; did you mean lora.alpha?"):

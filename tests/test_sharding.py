@@ -16,8 +16,8 @@ CONFIG = LlamaConfig(
 
 def test_minus_one_is_the_rest():
     mesh = make_mesh(fsdp=-1, tensor=2)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    assert mesh.axis_types == (AxisType.Auto,) * 4
     part = make_mesh(tensor=2, devices=jax.devices()[:2])
     assert part.size == 2
 
@@ -29,6 +29,7 @@ def test_minus_one_is_the_rest():
         ({"fsdp": -1, "tensor": 3}, "does not make 8 devices"),
         ({"fsdp": -1, "tensor": -1}, "only one may be -1"),
         ({"tensor": 0}, "sizes are positive"),
+        ({"context": 3}, "data=1 x fsdp=1 x context=3 x tensor=1 does not make 8 devices"),
     ],
 )
 def test_wrong_sizes(sizes, said):
@@ -44,6 +45,8 @@ def test_a_dimension_that_does_not_divide_is_named():
 def test_rules():
     shardings = param_shardings(CONFIG, make_mesh(data=2, fsdp=4))
     assert shardings["layers"]["wq"].spec == PartitionSpec(None, ("fsdp",), None)
+    split = param_shardings(CONFIG, make_mesh(data=2, fsdp=2, context=2))
+    assert split["layers"]["wq"].spec == PartitionSpec(None, ("fsdp", "context"), None)
     assert shardings["layers"]["attn_norm"].spec == PartitionSpec(None, None)
 
 

@@ -5,9 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_train_step import SMALL, config_of, make_rows, mesh_of, start
+from test_train_step import SMALL, config_of, make_rows, start
 
-from model import captured
+from model import captured, make_mesh
 from train import distributed, loop
 from train.config import read_config
 from train.data.toy import make_examples, write_tokenizer
@@ -27,7 +27,7 @@ def norm_of(tree, layer=None) -> float:
 
 
 def test_the_norms_are_those_of_the_step_that_follows():
-    config, mesh = config_of(run={"gradient_accumulation_steps": 2}), mesh_of(2, 2, 2)
+    config, mesh = config_of(run={"gradient_accumulation_steps": 2}), make_mesh(2, 2, 1, context=2)
     state, step = start(config, SMALL, mesh)
     places = shardings_of(abstract_state(config, SMALL, mesh))
     stats = make_stats(config, SMALL, mesh, make_schedule(config.optim, 20), places)

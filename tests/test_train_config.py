@@ -180,7 +180,7 @@ def test_a_config_that_is_not_text_is_refused(tmp_path):
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    assert dict(mesh_of(read()).shape) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
+    assert dict(mesh_of(read()).shape) == {"data": 1, "fsdp": jax.device_count(), "context": 1, "tensor": 1}
     with pytest.raises(PunaError, match="mesh data=3"):
         mesh_of(read(mesh={"data": 3}))
 

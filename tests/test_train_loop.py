@@ -112,7 +112,7 @@ def test_resumes_on_another_mesh_and_goes_on(settings, monkeypatch):
     with pytest.raises(SystemExit):
         loop.train(moved)
     monkeypatch.setattr(distributed, "reached_preemption", lambda step: False)
-    loop.train(settings("moved", mesh={"data": 1, "fsdp": 4, "tensor": 2}, run__max_steps=6))
+    loop.train(settings("moved", mesh={"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, run__max_steps=6))
     curve, other = (np.array([line[1] for line in losses(c.run.output_dir)]) for c in (whole, moved))
     np.testing.assert_array_equal(curve[:3], other[:3])
     np.testing.assert_allclose(other, curve, rtol=1e-6)

@@ -50,6 +50,7 @@ def config_of(**sections) -> Config:
             "optim": optim | sections.get("optim", {}),
             "mesh": sections.get("mesh", {}),
             "run": {"batch_size": BATCH} | sections.get("run", {}),
+            **({"lora": sections["lora"]} if "lora" in sections else {}),
         }
     )
 

@@ -1,6 +1,7 @@
-"""Which attention a run computes with: cuDNN's where it applies, and in the form that its rows allow."""
+"""Which attention a run computes with: cuDNN's where it applies, and in the form that its rows allow; a ring where the
+mesh splits the tokens of a row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from jax import Array
 from jax.sharding import Mesh
@@ -8,24 +9,37 @@ from jax.sharding import Mesh
 from model import cpu
 from model.attention import ATTENTIONS
 from model.config import LlamaConfig
-from model.cudnn import MOST_SEGMENTS, Attend, attend_for, form, is_nvidia, why_not
+from model.cudnn import MOST_SEGMENTS, Attend, attend_cudnn, attend_for, form, is_nvidia, why_not
 from model.errors import PunaError
+from model.ring import make_ring, zigzag
+from model.rope import positions_of
+from model.sharding import constrain
 from train.config import Config
+
+SPLIT = ("tokens", "labels", "segments", "positions", "learned")  # what batches hold of each token
 
 
 def choose_attention(config: Config, model: LlamaConfig, mesh: Mesh) -> str:
-    """Which of ours computes attention where no function of the model's does: "xla" or "cudnn".
+    """Which of ours computes attention where no function of the model's does: "xla", "cudnn" or "ring".
 
     It is what model.attention says, or with "auto" what is fastest.
 
     Raises:
-        PunaError: cuDNN is asked for and does not apply.
+        PunaError: what is asked for does not apply.
     """
-    wanted, device = config.model.attention, mesh.devices.flat[0]
-    if wanted not in ("auto", "cudnn") or model.pieces.attention is not None:
+    wanted, device, count = config.model.attention, mesh.devices.flat[0], mesh.shape["context"]
+    if wanted == "ring" and count == 1:
+        raise PunaError("model.attention 'ring' is for rows that mesh.context splits, and it is 1: choose 'auto'")
+    if wanted == "cudnn" and count > 1:
+        raise PunaError(
+            f"model.attention 'cudnn' needs whole rows, and mesh.context {count} splits them: choose 'auto' or 'ring'"
+        )
+    if wanted not in ("auto", "cudnn", "ring") or model.pieces.attention is not None:
         return "xla"
     if wanted == "auto" and model.pieces.block is not None:  # it may have no use for an attention that it is given
         return "xla"
+    if count > 1:
+        return "ring"
     if is_nvidia(device):
         if (reason := why_not(config.model.dtype, model.head_dim)) is None:
             return "cudnn"
@@ -47,7 +61,9 @@ def describe_attention(config: Config, model: LlamaConfig, mesh: Mesh, row_segme
     """
     if mesh.devices.flat[0].platform == cpu.PLATFORM or config.model.attention not in ATTENTIONS:
         return None
-    if choose_attention(config, model, mesh) == "xla":
+    if (chosen := choose_attention(config, model, mesh)) == "ring":
+        return "attention: a ring of XLA's blocks over the context axis"
+    if chosen == "xla":
         reason = why_not(config.model.dtype, model.head_dim)
         return "attention: XLA's" + (f"; cuDNN's {reason}" if reason else "")
     known = _known(config, row_segments)
@@ -62,7 +78,7 @@ def describe_attention(config: Config, model: LlamaConfig, mesh: Mesh, row_segme
 def make_attend(
     config: Config, model: LlamaConfig, mesh: Mesh, row_segments: int | None = None
 ) -> Callable[[Array], Attend] | None:
-    """What makes the attention of a batch from its segments, int32 [B, T]; None where it is the model's own.
+    """What makes the attention of a batch from its segments, int32 [B, T]; None where it does not depend on them.
 
     Args:
         config: the run's.
@@ -73,10 +89,38 @@ def make_attend(
     Raises:
         PunaError: cuDNN is asked for and does not apply.
     """
-    if choose_attention(config, model, mesh) == "xla":
+    if choose_attention(config, model, mesh) != "cudnn":
         return None
     known = _known(config, row_segments)
     return lambda segments: attend_for(segments, known)
+
+
+def attend_of(config: Config, model: LlamaConfig, mesh: Mesh) -> Attend | None:
+    """The attention that takes any rows; None where it is the model's own. See `choose_attention`."""
+    match choose_attention(config, model, mesh):
+        case "cudnn":
+            return attend_cudnn
+        case "ring":
+            return make_ring(mesh)
+        case _:
+            return None
+
+
+def laid_out(rows: Mapping[str, Array], mesh: Mesh) -> Mapping[str, Array]:
+    """Rows with their tokens in the order in which the model computes with them.
+
+    Over a mesh that splits rows the tokens are put in zigzag, once, and get their positions, as "positions": neither
+    the model nor the loss moves any. On any other mesh rows stay as they are.
+
+    Args:
+        rows: int32 [B, T] arrays by name; what is not of tokens stays.
+        mesh: where they are computed with.
+    """
+    count = mesh.shape["context"]
+    if count == 1:
+        return rows
+    each = {**rows, "positions": positions_of(rows["segments"])}
+    return {k: constrain(zigzag(x, count), ("batch", "tokens")) if k in SPLIT else x for k, x in each.items()}
 
 
 def _known(config: Config, row_segments: int | None) -> int | None:

@@ -53,8 +53,8 @@ class ModelConfig:
         remat: what the backward pass recomputes: nothing, all but products, or whole blocks. [arXiv:1604.06174]
         loss_chunk: rows of logits alive at a time; 512 on CPUs and 2,048 on others by default.
         block: a "module:function" in place of LLaMA's block.
-        attention: "auto" is "cudnn" on NVIDIA GPUs, where dtype is bfloat16, and "xla" elsewhere; or
-            "module:function". [FlashAttention, arXiv:2205.14135]
+        attention: "auto" is "ring" where mesh.context splits rows, else "cudnn" on NVIDIA GPUs, where dtype is
+            bfloat16, and "xla" elsewhere; or "module:function". [FlashAttention, arXiv:2205.14135]
         norm: a "module:function" in place of RMSNorm.
         loss: a "module:function" in place of the cross-entropy.
     """
@@ -184,12 +184,15 @@ class MeshConfig:
         data: copies of the weights; the batch is split over data and fsdp.
         fsdp: shards of the weights. [ZeRO, arXiv:1910.02054]
         tensor: parts of the heads, of the MLP and of the vocabulary. [Megatron-LM, arXiv:1909.08053]
+        context: parts of the tokens of each row, and shards of the weights beside fsdp; keys and values go round a
+            ring, two blocks of tokens from each part. [Ring Attention, arXiv:2310.01889; arXiv:2407.21783]
         sequence_parallel: splits the activations between blocks over the tensor axis too. [arXiv:2205.05198]
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    context: int = 1
     sequence_parallel: bool = False
 
 

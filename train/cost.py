@@ -51,38 +51,47 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def theory(model: LlamaConfig, mesh: Mapping[str, int], config: Config, width: int) -> dict[str, float]:
-    """Bytes that a device should gather and reduce in one step of full training.
+    """Bytes that a device should gather, reduce and pass on in one step of full training.
 
-    Fully sharded: the weights of every layer are gathered for the forward pass and again for the backward one,
-    embedding and head once a step, and every gradient is reduced once a microbatch (ZeRO-3, arXiv:1910.02054). Tensor
-    parallel: the activations are reduced after attention and after the MLP, again where they are recomputed, and once
-    for each input gradient of q, k, v, gate and up (Megatron-LM, arXiv:1909.08053, fuses these five into two), beside
-    embedding and head. Sequence parallel: they are gathered before each of these products too.
+    Fully sharded, over fsdp and context: the weights of every layer are gathered for the forward pass and again for the
+    backward one, embedding and head once a step, and every gradient is reduced once a microbatch (ZeRO-3,
+    arXiv:1910.02054). Tensor parallel: the activations are reduced after attention and after the MLP, again where they
+    are recomputed, and once for each input gradient of q, k, v, gate and up (Megatron-LM, arXiv:1909.08053, fuses these
+    five into two), beside embedding and head. Sequence parallel: they are gathered before each of these products too.
+    Context parallel: keys and values go to every other device of the ring, forward, where that is computed again, and
+    on the way back, then with their gradients in float32 (arXiv:2310.01889); and the segments of the keys with them.
 
     Args:
         model: the model's shape.
-        mesh: the sizes of the axes data, fsdp and tensor.
+        mesh: the sizes of the axes.
         config: the run's.
         width: bytes of an element that travels.
 
     Returns:
-        The bytes "gathered" and "reduced".
+        The bytes "gathered", "reduced" and "passed".
     """
-    data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
+    data, fsdp, context, tensor = (mesh[axis] for axis in ("data", "fsdp", "context", "tensor"))
+    shards = fsdp * context
     microbatches = config.run.gradient_accumulation_steps
     specs = param_specs(model)
     layers = sum(math.prod(specs["layers"][name].shape) for name in LINEARS) / tensor
     embed = head = math.prod(specs["embed"].shape) / tensor
-    gathered = (2 * microbatches * layers + embed + head) if fsdp > 1 else 0.0
-    reduced = (layers + head) * ((fsdp > 1) + (data > 1) / fsdp) + embed * (data * fsdp > 1)
+    gathered = (2 * microbatches * layers + embed + head) if shards > 1 else 0.0
+    reduced = (layers + head) * ((shards > 1) + (data > 1) / shards)
+    reduced += embed * ((data * fsdp > 1) + (context > 1))
+    tokens = config.run.batch_size / microbatches / (data * fsdp) * config.data.max_length / context
     if tensor > 1:
-        rows = config.run.batch_size / microbatches / (data * fsdp)
-        activations = rows * config.data.max_length * model.hidden_size
+        activations = tokens * model.hidden_size
         again = config.model.remat == "full"
         reduced += activations * (model.num_hidden_layers * (2 + 5 + again) + 2)
         if config.mesh.sequence_parallel:
             gathered += microbatches * activations * (model.num_hidden_layers * (4 + 2 * again) + 2)
-    return {"gathered": gathered * width, "reduced": microbatches * reduced * width}
+    heads = model.num_key_value_heads
+    numbers = 2 * (heads // tensor if heads % tensor == 0 else heads) * model.head_dim  # of a key and a value
+    again = config.model.remat != "none"  # but for the first hop, whose result the way back takes
+    hops = (context - 1) * (2 + again) - (again and context > 1)
+    passed = model.num_hidden_layers * tokens * (hops * (numbers * width + 4) + (context - 1) * numbers * 4)
+    return {"gathered": gathered * width, "reduced": microbatches * reduced * width, "passed": microbatches * passed}
 
 
 def shard_bytes(tree: Any, memory_kind: str | None = None) -> int:

@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from cli.files import atomic_path
 from model.errors import PunaError
+from model.sharding import described
 from train import distributed, resume
 from train.attention import describe_attention
 from train.checkpoint import Checkpoints, read_checkpoint
@@ -163,9 +164,7 @@ def train(config: Config) -> None:
                 )
         if (held_out := datasets.evaluation) is not None:
             display.say(f"held out: {held_out.counts}")
-        display.say(
-            f"{devices}; mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']} tensor={mesh.shape['tensor']}"
-        )
+        display.say(f"{devices}; mesh {described(mesh.shape)}")
         if config.lora is not None and config.optim.learning_rate == LORA_LEARNING_RATE:
             display.say(f"optim.learning_rate is {LORA_LEARNING_RATE:g}, as under [lora] where it is not given")
         if base is not None and base.adapters:

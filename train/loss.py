@@ -2,8 +2,8 @@
 
 Logits of all rows would be the largest array of a training step. Here a scan makes those of `chunk` rows, takes their
 loss and their gradients at once (three products instead of the four of a checkpointed chunk), and keeps only the
-gradients. Under a mesh it is one `shard_map`: the head is gathered over fsdp once, the vocabulary stays split over
-tensor, and its gradient is scattered once at the end.
+gradients. Under a mesh it is one `shard_map`: the head is gathered over fsdp and context once, the vocabulary stays
+split over tensor, and its gradient is scattered once at the end.
 
 Where the tokens' losses are wanted one by one, what each of them weighs in the gradient is known on the way back only:
 a gradient of the rows is scaled there, and one of the head is made there, of logits that are made again.
@@ -20,7 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 
 from model import cpu
-from model.sharding import partition_spec
+from model.sharding import RULES, partition_spec, ways
 from train.data.encode import IGNORE_INDEX
 
 Loss = Callable[..., Array]
@@ -167,7 +167,7 @@ def _sharded(
     want_head: bool,
 ) -> Any:
     """`local` on every device; its result lies as `result` says, or as the targets where that is None."""
-    rows = partition_spec(mesh, ("batch", None, None), x.shape, "hidden")
+    rows = partition_spec(mesh, ("batch", "tokens", None), x.shape, "hidden")
     weight = partition_spec(mesh, ("embed", "vocab"), head.shape, "lm_head")
     each = PartitionSpec(*rows[:2])
     theirs = None
@@ -197,8 +197,8 @@ def _local(
     mesh: Mesh,
     by_token: bool = False,
 ) -> tuple[Array, Array | None, Array | None]:
-    """One device's part: x [b, T, D], head [D / fsdp, V / tensor], targets and their weights [b, T]; the losses are
-    summed, or come as [b, T] where they are wanted `by_token`. See `make_loss`."""
+    """One device's part: x [b, t, D], head [D / (fsdp * context), V / tensor], targets and their weights [b, t]; the
+    losses are summed, or come as [b, t] where they are wanted `by_token`. See `make_loss`."""
     B, T, D = x.shape
     dtype = head.dtype
     vocab_first = cpu.sums_vocabulary_first(mesh.devices.flat[0].platform)
@@ -233,21 +233,22 @@ def _local(
     shape = head.shape[::-1] if vocab_first else head.shape
     start = None if by_token else jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32) if want_head else None
     (total, dhead), (each, dx) = jax.lax.scan(step, start, (flat, wanted, weighed, shown))
-    result = each.reshape(-1)[: B * T].reshape(B, T) if by_token else jax.lax.psum(total, ("data", "fsdp"))
+    everywhere = (*RULES["batch"], *RULES["tokens"])
+    result = each.reshape(-1)[: B * T].reshape(B, T) if by_token else jax.lax.psum(total, everywhere)
     if dx is not None:
         dx = jax.lax.psum(dx.reshape(-1, D)[: B * T].reshape(x.shape), "tensor")
     if dhead is not None:
-        if mesh.shape["fsdp"] > 1:
-            dhead = jax.lax.psum_scatter(dhead, "fsdp", scatter_dimension=int(vocab_first), tiled=True)
+        if ways(mesh, "embed") > 1:
+            dhead = jax.lax.psum_scatter(dhead, RULES["embed"], scatter_dimension=int(vocab_first), tiled=True)
         dhead = jax.lax.psum(dhead, "data")
         dhead = (dhead.T if vocab_first else dhead).astype(dtype)
     return result, dx, dhead
 
 
 def _whole(head: Array, dtype: Any, mesh: Mesh) -> Array:
-    """A head [D / fsdp, V / tensor] with all of its rows."""
+    """A device's part of a head, [D / (fsdp * context), V / tensor], with all of its rows."""
     head = head.astype(dtype)
-    return jax.lax.all_gather(head, "fsdp", axis=0, tiled=True) if mesh.shape["fsdp"] > 1 else head
+    return jax.lax.all_gather(head, RULES["embed"], axis=0, tiled=True) if ways(mesh, "embed") > 1 else head
 
 
 def _chunks(x: Array, size: int, fill: int) -> Array:

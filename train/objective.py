@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 from convert.source import find_source
 from model import lora
 from model.config import LlamaConfig
-from model.cudnn import Attend, attend_cudnn
+from model.cudnn import Attend
 from model.errors import PunaError
 from model.llama import SPLIT_SEQUENCE, block_of, head_of, hidden
 from model.params import Params
 from model.pieces import checked, load_function
-from train.attention import choose_attention, make_attend
+from train.attention import attend_of, laid_out, make_attend
 from train.config import Config
 from train.data.encode import IGNORE_INDEX
 from train.distill import DistillConfig, slopes_of
@@ -75,6 +75,7 @@ def make_objective(config: Config, model: LlamaConfig, mesh: Mesh, row_segments:
         sum_of = make_loss(mesh, config.model.loss_chunk, config.optim.z_loss)
 
     def loss(params: Params, rows: Batch, batch: Batch, teacher: Params | None = None) -> Part:
+        rows = laid_out(rows, mesh)
         x = forward(params, rows)
         with jax.named_scope("loss"):
             return sum_of(x, head_of(params, model), rows["labels"]), {}
@@ -87,7 +88,8 @@ def _trained_tokens(batch: Batch) -> Array:
 
 
 def make_forward(config: Config, model: LlamaConfig, mesh: Mesh, row_segments: int | None = None) -> Forward:
-    """The function from parameters and rows to what the head multiplies, [B, T, D]. See `make_objective`."""
+    """The function from parameters and rows, as `laid_out` gives them, to what the head multiplies, [B, T, D]. See
+    `make_objective`."""
     wanted, own_attend = config.model, make_attend(config, model, mesh, row_segments)
     make_block(config, model, mesh)  # refuses at once what does not fit
 
@@ -97,7 +99,8 @@ def make_forward(config: Config, model: LlamaConfig, mesh: Mesh, row_segments: i
             params,
             rows["tokens"],
             model,
-            segments=rows["segments"],  # positions follow from them: they restart at each segment
+            positions=rows.get("positions"),
+            segments=rows["segments"],  # without positions these follow from them: they restart at each segment
             dtype=wanted.dtype,
             block=make_block(config, model, mesh, attend),
             remat=wanted.remat,
@@ -117,8 +120,8 @@ def make_block(config: Config, model: LlamaConfig, mesh: Mesh, attend: Attend | 
         attend: the form of cuDNN's attention that the rows allow; None for the one that takes any.
     """
     keywords: dict[str, Any] = {}  # how the block computes, not what: no part of the model
-    if choose_attention(config, model, mesh) == "cudnn":
-        keywords["attend"] = attend or attend_cudnn
+    if (attend := attend or attend_of(config, model, mesh)) is not None:
+        keywords["attend"] = attend
     if config.mesh.sequence_parallel:
         keywords["residual"] = SPLIT_SEQUENCE
     return block_of(model, **keywords)
@@ -147,6 +150,7 @@ def _of_teacher(
 
     def loss(params: Params, rows: Batch, batch: Batch, teacher: Params | None = None) -> Part:
         assert teacher is not None
+        rows = laid_out(rows, mesh)
         y = jax.lax.stop_gradient(shown(teacher, rows))
         x = forward(params, rows)
         with jax.named_scope("loss"):
@@ -177,6 +181,7 @@ def make_log_probs(config: Config, model: LlamaConfig, mesh: Mesh) -> Callable[[
     count = most_segments(config.data.max_length, config.data.packing)
 
     def log_probs(params: Params, rows: Batch) -> Array:
+        rows = laid_out(rows, mesh)
         x = forward(params, rows)
         with jax.named_scope("loss"):
             return -by_segment(losses(x, head_of(params, model), rows["labels"]), rows["segments"], count)
@@ -197,12 +202,13 @@ def _of_preferences(
         return summed(*dpo(log_probs(params, rows), reference, wanted), rows)
 
     def compare_odds(params: Params, rows: Batch, batch: Batch, teacher: Params | None = None) -> Part:
-        x, learned = forward(params, rows), _chosen_targets(rows)
-        is_answer = rows["labels"] != IGNORE_INDEX
+        laid = laid_out({**rows, "learned": _chosen_targets(rows)}, mesh)
+        x, labels, learned, segments = forward(params, laid), laid["labels"], laid["learned"], laid["segments"]
+        is_answer = labels != IGNORE_INDEX
         with jax.named_scope("loss"):
-            each = losses(x, head_of(params, model), jnp.where(learned == IGNORE_INDEX, rows["labels"], learned))
-        sums = by_segment(jnp.where(is_answer, -each, 0), rows["segments"], count)
-        total, known = summed(*orpo(sums, by_segment(is_answer, rows["segments"], count), wanted), rows)
+            each = losses(x, head_of(params, model), jnp.where(learned == IGNORE_INDEX, labels, learned))
+        sums = by_segment(jnp.where(is_answer, -each, 0), segments, count)
+        total, known = summed(*orpo(sums, by_segment(is_answer, segments, count), wanted), rows)
         # a mean over tokens beside one over pairs: as a sum over pairs, by how many tokens there are for each
         tokens = jnp.sum(_chosen_targets(batch) != IGNORE_INDEX)
         entropy = jnp.sum(each, where=learned != IGNORE_INDEX) * pairs_of(batch["segments"]) / jnp.maximum(tokens, 1)

@@ -18,6 +18,7 @@ from convert.source import Source
 from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import param_count
+from model.sharding import MESH_AXES, described
 from train import cost
 from train.config import Config
 from train.metrics import flops_per_token
@@ -54,6 +55,7 @@ class Plan:
         traffic: the collectives of one device, by kind.
         gathered: bytes of a device's gathers: as compiled, and in theory (which is for full training).
         reduced: the same of its reductions.
+        passed: the same of what it passes on to its neighbour, as keys and values that go round a ring.
         temporaries: bytes that the program takes beside its arguments and results.
         program: what was compiled.
     """
@@ -72,6 +74,7 @@ class Plan:
     traffic: dict[str, hlo.Traffic]
     gathered: tuple[float, float]
     reduced: tuple[float, float]
+    passed: tuple[float, float]
     temporaries: int
     program: hlo.Program
 
@@ -82,7 +85,7 @@ class Plan:
 
 def fewest_devices(config: Config) -> int:
     """The fewest devices that [mesh] can be laid over: a size of -1 takes those that the others leave."""
-    return math.prod(max(size, 1) for size in (config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+    return math.prod(max(getattr(config.mesh, axis), 1) for axis in MESH_AXES)
 
 
 def use_virtual_devices(config: Config, devices: int | None) -> None:
@@ -146,6 +149,7 @@ def make_plan(
         traffic,
         (moved.get("all-gather", 0.0), theory["gathered"]),
         (moved.get("all-reduce", 0.0) + moved.get("reduce-scatter", 0.0), theory["reduced"]),
+        (moved.get("collective-permute", 0.0), theory["passed"]),
         memory.temp_size_in_bytes,
         program,
     )
@@ -242,7 +246,7 @@ def headline(plan: Plan) -> str:
     """What is planned, in a line."""
     config = plan.config
     devices = math.prod(plan.mesh.values())
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    mesh = described(plan.mesh)
     return (
         f"{param_count(plan.model):,} parameters on {devices} devices ({mesh}); {tokens_of(config):,} tokens a step in "
         f"{config.run.gradient_accumulation_steps} microbatches; {config.model.dtype}, remat {config.model.remat}"
@@ -264,6 +268,7 @@ def report(plan: Plan, suggestions: dict[str, Plan | None], sizes: Mapping[str, 
     """
     devices = math.prod(plan.mesh.values())
     model_flops = tokens_of(plan.config) * flops_per_token(plan.model, plan.config.data.max_length)
+    keeps = "" if plan.mesh["context"] > 1 else ", keeps the attention matrix"
     lines = [
         headline(plan),
         "",
@@ -281,19 +286,19 @@ def report(plan: Plan, suggestions: dict[str, Plan | None], sizes: Mapping[str, 
         *verdicts(plan, suggestions, sizes),
         "",
         "An estimate: compiled for CPU devices, where runs of 154M parameters in float32 peaked within 5 % of it (a "
-        "process takes 40 to 90 MiB of its own beside). This backend computes bfloat16 in float32, keeps the attention "
-        "matrix, and reduces where a GPU scatters: activations and bytes are upper bounds. A GPU is taken to give "
+        f"process takes 40 to 90 MiB of its own beside). This backend computes bfloat16 in float32{keeps}, and reduces "
+        "where a GPU scatters: activations and bytes are upper bounds. A GPU is taken to give "
         f"{USABLE:.0%} of its memory.",
     ]
     return "\n".join(lines)
 
 
 def _against_theory(plan: Plan) -> str:
-    (gathered, should_gather), (reduced, should_reduce) = plan.gathered, plan.reduced
-    return (
-        f"  gathered {gathered / 1e9:.3f} GB, in theory {should_gather / 1e9:.3f}; "
-        f"reduced {reduced / 1e9:.3f} GB, in theory {should_reduce / 1e9:.3f}"
-    )
+    amounts = {"gathered": plan.gathered, "reduced": plan.reduced}
+    if plan.mesh["context"] > 1:
+        amounts["passed round the ring"] = plan.passed
+    said = (f"{what} {moved / 1e9:.3f} GB, in theory {should / 1e9:.3f}" for what, (moved, should) in amounts.items())
+    return f"  {'; '.join(said)}"
 
 
 def _rows(plan: Plan) -> list[str]:

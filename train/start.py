@@ -61,7 +61,8 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
         PunaError: the sizes do not multiply to the number of devices.
     """
-    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    sizes = config.mesh
+    return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices, sizes.context)
 
 
 def tokenizer_of(config: Config) -> Tokenizer:

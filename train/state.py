@@ -283,6 +283,12 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
             f"run.batch_size {run.batch_size} in {run.gradient_accumulation_steps} microbatches "
             f"(run.gradient_accumulation_steps) does not divide over {ways} devices (mesh data x fsdp)"
         )
+    parts = mesh.shape["context"]
+    if parts > 1 and config.data.max_length % (2 * parts):
+        raise PunaError(
+            f"data.max_length {config.data.max_length} does not divide into two blocks for each part of mesh.context "
+            f"{parts}: choose a multiple of {2 * parts}"
+        )
     shape = (run.batch_size, config.data.max_length)
     sharding = named_sharding(mesh, ("batch", None), shape, "batch")
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for key in BATCH_KEYS}

@@ -16,6 +16,7 @@ from model.capture import captured
 from model.config import LlamaConfig
 from model.params import Params
 from model.taps import shows_parts
+from train.attention import laid_out
 from train.config import Config
 from train.objective import Batch, make_block
 from train.optim import Schedule
@@ -54,13 +55,15 @@ def make_stats(
 
     def squares(params: Params, rows: Batch) -> dict[str, Array]:
         """Sums over the tokens of a microbatch, [L] of layers."""
+        rows = laid_out(rows, mesh)
         is_there = rows["segments"] != 0
 
         def total(x: Array) -> Array:
             return jnp.sum(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1), where=is_there)
 
         dtype = config.model.dtype
-        keywords: dict[str, Any] = {"segments": rows["segments"], "dtype": dtype, "block": block}
+        keywords: dict[str, Any] = {"segments": rows["segments"], "positions": rows.get("positions")}
+        keywords |= {"dtype": dtype, "block": block}
         return captured(params, rows["tokens"], model, names, total, **keywords)[2]
 
     def stats(state: TrainState, batch: Batch) -> Mapping[str, Array]:
