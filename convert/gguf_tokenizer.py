@@ -23,8 +23,7 @@ ADDED_SCORE, UNUSED_SCORE = -1000.0, -10000.0
 class Tokens:
     """The model's tokens in the order of their ids; `kinds` are GGUF's token types, `scores` SentencePiece's.
 
-    space: whether a space is put before a text. bos: whether texts begin with BOS, where tokenizer_config.json does not
-    say it.
+    space: whether a space is put before a text.
     """
 
     model: str
@@ -34,7 +33,6 @@ class Tokens:
     scores: list[float] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
     space: bool = True
-    bos: bool = True
 
 
 def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
@@ -67,8 +65,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
             getattr(writer, f"add_{role}_token_id")(id)
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
-    says_bos = config.get("add_bos_token")
-    writer.add_add_bos_token(tokenizer.bos_id is not None and (tokens.bos if says_bos is None else bool(says_bos)))
+    writer.add_add_bos_token(tokenizer.adds_bos)
     writer.add_add_eos_token(tokenizer.eos_id is not None and config.get("add_eos_token") is True)
     says_space = config.get("add_prefix_space")
     if tokens.model == "llama" and not (tokens.space if says_space is None else says_space):
@@ -133,17 +130,16 @@ def _merges(path: Path) -> Tokens:
         texts[id] = text.encode()
     cannot = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     _check(path, [f"has {key}" for key in cannot])
-    bos = _begins(spec)
     if not model.get("byte_fallback"):
         pre = _split(spec, path)
         _check(path, ["takes whole words before merging (ignore_merges)"] * (pre != "llama-bpe" and _ignores(model)))
-        return Tokens("gpt2", pre, texts, [NORMAL] * len(texts), merges=[" ".join(p) for p in pairs], bos=bos)
+        return Tokens("gpt2", pre, texts, [NORMAL] * len(texts), merges=[" ".join(p) for p in pairs])
     space = _prefix(spec, path)
     # SentencePiece's rule: the pair that joins to the best piece merges first. So a piece scores as its first merge.
     first: dict[str, int] = {}
     for rank, pair in enumerate(pairs):
         first.setdefault("".join(pair), rank)
-    tokens = Tokens("llama", "default", texts, [NORMAL] * len(texts), [0.0] * len(texts), space=space, bos=bos)
+    tokens = Tokens("llama", "default", texts, [NORMAL] * len(texts), [0.0] * len(texts), space=space)
     for text, id in ids.items():
         tokens.scores[id] = -float(first.get(text, 0))
         if text == model.get("unk_token"):
@@ -160,14 +156,6 @@ def _ignores(model: Mapping[str, Any]) -> bool:
 def _steps(said: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
     """The steps of a sequence of normalizers or pre-tokenizers, or the one."""
     return [] if not said else said.get(key) or [said]
-
-
-def _begins(spec: Mapping[str, Any]) -> bool:
-    """Whether the post-processor puts a token before a text."""
-    for step in _steps(spec.get("post_processor"), "processors"):
-        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
-            return True
-    return False
 
 
 def _prefix(spec: Mapping[str, Any], path: Path) -> bool:

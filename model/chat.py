@@ -18,6 +18,7 @@ from model.chat_jinja import jinja_render, referenced_names
 from model.chat_sources import ALPACA, ALPACA_INPUT, ONE_SHOT, VICUNA, named_in
 from model.errors import PunaError
 from model.tokenizer import Tokenizer
+from model.vocabulary import BLANK
 
 # Role and content; a user message may carry an `input` beside its content. A checkpoint's own template may read more.
 Message = Mapping[str, Any]
@@ -99,16 +100,19 @@ def _stripped(runs: list[list[Piece]], tokenizer: Tokenizer) -> list[list[Piece]
     """`runs` without the blanks that special tokens beside them take (lstrip and rstrip, as Phi-3's roles have)."""
     for before, run in pairwise(runs):
         if before[0].special and not run[0].special and tokenizer.strips(before[0].text)[1]:
-            _strip(run, range(len(run)), str.lstrip)
+            _strip(run, range(len(run)), _FIRST_BLANKS)
     for run, after in pairwise(runs):
         if after[0].special and not run[0].special and tokenizer.strips(after[0].text)[0]:
-            _strip(run, reversed(range(len(run))), str.rstrip)
+            _strip(run, reversed(range(len(run))), _LAST_BLANKS)
     return runs
 
 
-def _strip(run: list[Piece], order: Iterable[int], strip: Callable[[str], str]) -> None:
+_FIRST_BLANKS, _LAST_BLANKS = re.compile(rf"\A{BLANK}+"), re.compile(rf"{BLANK}+\Z")
+
+
+def _strip(run: list[Piece], order: Iterable[int], blanks: re.Pattern[str]) -> None:
     for number in order:
-        run[number] = run[number]._replace(text=strip(run[number].text))
+        run[number] = run[number]._replace(text=blanks.sub("", run[number].text))
         if run[number].text:
             return
 

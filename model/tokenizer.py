@@ -15,7 +15,7 @@ from typing import Any
 
 from model.errors import PunaError
 from model.json_file import read_json
-from model.tokenizer_sources import chat_template, main_file, older_tokens, prefix_of
+from model.tokenizer_sources import begins_with_bos, chat_template, main_file, older_tokens, prefix_of
 from model.vocabulary import ROLES, AddedToken, Prefix, Vocabulary, added_token, read_vocabulary, readable
 
 TOKENIZER_FILES = (
@@ -52,8 +52,8 @@ class Tokenizer:
         unk_id: the token of what no other spells.
         pad_id: the token that fills rows up.
         chat_template: the checkpoint's own jinja template, if any.
-        adds_bos: whether a plain text to go on with begins with bos_id: where there is one, unless add_bos_token of
-            tokenizer_config.json is false.
+        adds_bos: whether a plain text to go on with begins with bos_id, as in transformers: where the post-processor of
+            tokenizer.json puts it there; without that file, unless add_bos_token of tokenizer_config.json is false.
     """
 
     def __init__(
@@ -238,7 +238,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise PunaError(f"{path}: no such tokenizer file or folder")
     if path.is_file():
         name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
-        return _assembled(path, Companions(), {name: path})
+        files = {name: path}
+        return _assembled(path, _companions(files, path, path) if name == "tokenizer.json" else Companions(), files)
     files = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
     with readable(path):
         main = main_file(files)
@@ -301,6 +302,7 @@ def _companions(files: Mapping[str, Path], folder: Path, main: Path) -> Companio
                 said[name] = read_json(path)
     config = said.get("tokenizer_config.json", {})
     names = {key: value for key, value in said.get("special_tokens_map.json", {}).items() if value}
+    add_bos = config.get("add_bos_token") is not False
     added: list[AddedToken] = []
     if path := files.get("added_tokens.json"):
         with readable(path):
@@ -308,6 +310,7 @@ def _companions(files: Mapping[str, Path], folder: Path, main: Path) -> Companio
     if path := files.get("tokenizer.json"):
         with readable(path):
             added += map(added_token, said[path.name].get("added_tokens", []))
+            add_bos = begins_with_bos(said[path.name], config, path)
     # transformers: the map overrides the configuration of old checkpoints; a table of added tokens marks a new one.
     declared = names | config if "added_tokens_decoder" in config else config | names
     with readable(folder):
@@ -327,7 +330,7 @@ def _companions(files: Mapping[str, Path], folder: Path, main: Path) -> Companio
             specials=[_content(token) for token in others if token],
             chat_template=template,
             prefix=prefix_of(main, config),
-            add_bos=config.get("add_bos_token") is not False,
+            add_bos=add_bos,
         )
 
 

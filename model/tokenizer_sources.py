@@ -105,6 +105,24 @@ def prefix_of(main: Path, config: Mapping[str, Any]) -> Prefix | None:
     return Prefix("always" if legacy or (legacy is None and is_model) else "first", forced=space is True)
 
 
+def begins_with_bos(spec: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> bool:
+    """Whether the post-processor of a tokenizer.json puts a token before a text, which transformers goes by alone.
+
+    Args:
+        spec: the object of the file.
+        config: the object of tokenizer_config.json.
+        path: the file.
+    """
+    processor = spec.get("post_processor") or {}
+    steps = processor.get("processors") or [processor]
+    templates = [step["single"] for step in steps if step.get("type") == "TemplateProcessing"]
+    begins = any("SpecialToken" in template[0] for template in templates)
+    if config.get("add_bos_token") not in (None, begins):
+        does = "puts a token before texts" if begins else "puts no token before texts"
+        _say(f"{path} {does}, as transformers does; add_bos_token in tokenizer_config.json says otherwise")
+    return begins
+
+
 def chat_template(files: Mapping[str, Path], config: Mapping[str, Any], folder: Path) -> str | None:
     """The checkpoint's own jinja template; None where it has none.
 

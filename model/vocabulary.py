@@ -32,6 +32,7 @@ USUAL_ROLES = {
 }
 MAX_VOCABULARY = 1 << 24  # far above any model's; each id below the largest takes memory
 SPACE = "▁"  # SentencePiece's mark for a space
+BLANK = r"[^\S\x1c-\x1f]"  # what is white space for the tokenizers library: Unicode's, less than Python's own
 
 # Meta's Llama 3 tokenizer: how text is cut before merging, the special tokens after the ranks, and the longest text
 # and the longest run of blanks or of non-blanks that tiktoken is given at once.
@@ -92,7 +93,7 @@ class AddedToken:
     def pattern(self) -> str:
         """A regular expression that finds the token in text, with its content as the one group."""
         word = (f"(?<!{_letters()})", f"(?!{_letters()})") if self.single_word else ("", "")
-        blanks = ("\\s*" if self.lstrip else "", "\\s*" if self.rstrip else "")
+        blanks = (f"{BLANK}*" if self.lstrip else "", f"{BLANK}*" if self.rstrip else "")
         return f"{blanks[0]}{word[0]}({re.escape(self.content)}){word[1]}{blanks[1]}"
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CORPUS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
@@ -49,6 +49,10 @@ def small_tokenizer(folder, chat_template=None, vocab_size=500):
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
     tokenizer.add_special_tokens(SPECIALS)
+    bos = SPECIALS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

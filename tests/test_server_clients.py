@@ -33,7 +33,6 @@ from infer.openapi import document
 from infer.sample import Sampling
 from model.chat import get_template
 from model.errors import PunaError
-from model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 KEY = "correct horse"
@@ -43,19 +42,7 @@ LENGTH = 100  # tokens that lm-eval may use: fewer than the server's, so that it
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A chat model whose tokenizer.json begins every text with the beginning-of-text token, as Llama 3's does."""
-    folder = chat_model(tmp_path_factory.mktemp("clients"))
-    path, begin = folder / "tokenizer.json", "<|begin_of_text|>"
-    bos = load_tokenizer(folder).bos_id
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    first = {"SpecialToken": {"id": begin, "type_id": 0}}
-    processor = {
-        "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {begin: {"id": begin, "ids": [bos], "tokens": [begin]}},
-    }
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": processor}))
-    return folder
+    return chat_model(tmp_path_factory.mktemp("clients"))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ its conversion takes a text that begins with a space as one that does not: such 
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tokenizer import CHATML, small_tokenizer
 from test_tokenizer import trained_sentencepiece
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from model.chat import encode_prompt, get_template
@@ -116,7 +117,28 @@ NAMES = [
     *(f"ByteLevel, add_prefix_space {prefix}" for prefix in (True, False)),
 ]
 PARTS = [
-    *("a", "e", " ", "  ", "\n", "\t", ".", "'s", " ,", "the", "llama", " herd", "s", "é", "🦙", "ﬁ", "\u3000", "▁"),
+    *(
+        "a",
+        "e",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        ".",
+        "'s",
+        " ,",
+        "the",
+        "llama",
+        " herd",
+        "s",
+        "é",
+        "🦙",
+        "ﬁ",
+        "\u3000",
+        "▁",
+        "\x1f",
+        "\x85",
+    ),
     *("<|x|>", " <|x|>", "<|x|> ", "<|y|>", "<s>", "</s>", "<0x41>", "[PAD]"),
 ]
 strings = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=8).map("".join)
@@ -124,8 +146,7 @@ strings = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=8).map
 
 def is_converted_alike(text: str) -> bool:
     """Whether transformers' conversion of a SentencePiece model reads a text as SentencePiece does."""
-    after = [token + space for token in (">", "herd") for space in " ▁"]
-    return not text.startswith((" ", "▁")) and not any(part in text for part in after)
+    return re.search(r"(?:^|(?:>|herd)\s*)[ ▁]", text) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,6 +205,35 @@ def test_tokens_that_transformers_does_not_read_are_said(tmp_path, caplog):
     assert ours.added_id("<|y|>") is None and "<|y|>" not in theirs.get_vocab() and ours.added_id("<|x|>") == 420
     (said,) = (record.getMessage() for record in caplog.records if record.name.startswith("model"))
     assert said.endswith("the table in tokenizer_config.json is, and has no '<|y|>' of that id")
+
+
+POST_PROCESSORS = {
+    "none": None,
+    "begins": processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]),
+    "ends": processors.TemplateProcessing(single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 2)]),
+}
+POST_PROCESSORS["one of several"] = processors.Sequence([processors.ByteLevel(), POST_PROCESSORS["begins"]])
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+@pytest.mark.parametrize("says", [None, True, False])
+@pytest.mark.parametrize("name", POST_PROCESSORS)
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None])
+def test_a_tokenizer_json_begins_texts_as_its_post_processor_does(
+    folders, tmp_path, caplog, kind, name, says, has_model
+):
+    library = Tokenizer.from_file(str(folders["legacy False, add_prefix_space None"] / "tokenizer.json"))
+    library.post_processor = POST_PROCESSORS[name]
+    library.save(str(tmp_path / "tokenizer.json"))
+    if has_model:
+        (tmp_path / "tokenizer.model").write_bytes(trained_sentencepiece())
+    given = {**LLAMA, "tokenizer_class": kind, "add_bos_token": says}
+    config = {key: value for key, value in given.items() if value is not None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = both(tmp_path)
+    assert ours.adds_bos == (theirs("the llama").input_ids[0] == ours.bos_id)
+    is_said = "add_bos_token in tokenizer_config.json says otherwise" in caplog.text
+    assert is_said == (says is not None and says != ours.adds_bos)
 
 
 def test_texts_begin_without_bos_where_the_folder_says_so(folders):
