@@ -14,8 +14,9 @@ from convert.checkpoint import Checkpoint, WriteOptions
 from convert.formats import open_model
 from convert.lazy import LazyTensor, concatenate, from_array
 from convert.save import write_model
+from convert.tokenizer_files import has_tokenizer
 from model.errors import PunaError
-from model.tokenizer import load_tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer
 from model.vocabulary import is_ranks, parse_sentencepiece
 
 INITS = ("mean", "zero")
@@ -87,11 +88,14 @@ def resize(
         What was written.
 
     Raises:
-        PunaError: as `resized` does, and as reading and writing models do.
+        PunaError: as `resized` does, and as reading and writing models do; or a token that the model's own tokenizer
+            has is another one in `tokenizer`.
     """
     check_apart(dst, tokenizer)
-    tok = load_tokenizer(tokenizer)
-    checkpoint = resized(open_model(model), tok.vocab_size, init, multiple)
+    tok, opened = load_tokenizer(tokenizer), open_model(model)
+    checkpoint = resized(opened, tok.vocab_size, init, multiple)
+    if has_tokenizer(opened.folder):
+        _check_grown(load_tokenizer(opened.folder), tok, tokenizer)
     if checkpoint.config.pad_token_id is None:
         checkpoint = replace(checkpoint, config=replace(checkpoint.config, pad_token_id=tok.pad_id))
     write_model(Path(dst), checkpoint, WriteOptions(tokenizer=tok, bar=bar), overwrite)
@@ -122,6 +126,19 @@ def resized(checkpoint: Checkpoint, vocab_size: int, init: str = "mean", multipl
         if name in tensors and new:
             tensors[name] = concatenate([tensors[name], _new_rows(tensors[name], axis, new, init)], axis)
     return replace(checkpoint, config=replace(checkpoint.config, vocab_size=rows + new), tensors=tensors)
+
+
+def _check_grown(old: Tokenizer, new: Tokenizer, where: str | Path) -> None:
+    """Raises PunaError unless every token of `old` that spells text is the same one in `new`, so that each row keeps
+    its meaning. Special tokens may have other names: reserved ones are named when they are used."""
+    named = {id: text.encode() for text, id in new.special_tokens.items()}
+    for id in range(min(old.vocab_size, new.vocab_size)):
+        was, now = old.token_bytes(id), named.get(id) or new.token_bytes(id)
+        if was not in (b"", now):
+            raise PunaError(
+                f"{where}: token {id} is {now!r:.80}, and {was!r:.80} in the model's own tokenizer, so that rows would "
+                "stand for other tokens: give a tokenizer grown from the model's"
+            )
 
 
 def _new_rows(tensor: LazyTensor, axis: int, count: int, init: str) -> LazyTensor:

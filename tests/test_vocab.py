@@ -224,6 +224,13 @@ def test_a_wrong_request_writes_nothing(models, tmp_path, tokenizer, options, wo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tokenizer_that_did_not_grow_from_the_models_own_is_refused(models, tmp_path):
+    other = train(tmp_path / "other.model", "three birds sing in a tall tree at dawn " * 3, 310)
+    with pytest.raises(PunaError, match=r"other.model: token \d+ is .* in the model's own tokenizer"):
+        resize(models["llama"], tmp_path / "resized", other)
+    assert not (tmp_path / "resized").exists()
+
+
 def test_the_commands(command, tmp_path):  # noqa: F811
     base, extra = (
         train(tmp_path / "a.model", "the quick brown fox", 280),
