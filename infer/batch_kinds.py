@@ -6,11 +6,11 @@ time stamps, and ids are made from content, so that a job that was interrupted e
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from infer.batch_openai import CHAT, COMPLETIONS, BadBody, read_body, shown
+from infer.batch_openai import ACTING, CHAT, COMPLETIONS, BadBody, read_body, shown
 from infer.engine import Progress, Request
 from infer.load import sampling
 from model.chat import Message, Template, encode_prompt, get_template, stop_ids
@@ -71,6 +71,7 @@ class Kind:
         write: of a line and its answers, the line of the output.
         check: raises PunaError for what `keys` cannot say.
         turns: how many answers a line takes, one after the other.
+        adds: the keys of an answer that keeps all the keys of its line.
         templates: the conversation templates where --template is not given, the first that there is;
             "chat_template" is the model's own.
         sampling: the settings where the command line gives none.
@@ -84,6 +85,7 @@ class Kind:
     write: Callable[[Record, Sequence[Progress], Settings], Record]
     check: Callable[[Record], None] = lambda record: None
     turns: Callable[[Record], int] = lambda record: 1
+    adds: Set[str] = frozenset()
     templates: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     on_error: Callable[[Record, PunaError], Record] | None = None
@@ -93,7 +95,18 @@ class Kind:
 
 
 def check_record(record: Record, kind: Kind) -> None:
-    """Raises PunaError unless `record` is a line of this kind."""
+    """Raises PunaError unless `record` is a line of this kind, with no key that would act in a line of another."""
+    _check_keys(record, kind)
+    if kind.name != "openai" and (acting := sorted(ACTING & record.keys())):
+        raise PunaError(
+            f"{acting[0]!r} is a setting, which lines of kind {kind.name} do not have: give it for all lines on the "
+            "command line, write lines of kind openai, or rename the key"
+        )
+    if lost := sorted(kind.adds & record.keys()):
+        raise PunaError(f"{lost[0]!r} is a key that the answer is written under: rename it, so that it is not lost")
+
+
+def _check_keys(record: Record, kind: Kind) -> None:
     for key, types in kind.keys.items():
         if key not in record:
             raise PunaError(f"key {key!r} is missing: a line of kind {kind.name} has {', '.join(kind.keys)}")
@@ -333,7 +346,7 @@ KINDS = {
             "vicuna", {"question_id": _ID, "text": (str,)}, "question_id", _ask_vicuna, _write_vicuna,
             templates=("chat_template", "vicuna_v1.1"), sampling={"temperature": 0.7},
         ),
-        Kind("prompt", {"prompt": (str,)}, None, _ask_prompt, _write_prompt),
+        Kind("prompt", {"prompt": (str,)}, None, _ask_prompt, _write_prompt, adds={"completion", "finish_reason"}),
     )
 }  # fmt: skip
 
@@ -342,7 +355,7 @@ def kind_of(record: Record) -> Kind | None:
     """The kind whose keys a line has, with values of their types; the first of the table where several fit."""
     for kind in KINDS.values():
         try:
-            check_record(record, kind)
+            _check_keys(record, kind)
         except PunaError:
             continue
         return kind

@@ -16,6 +16,12 @@ _UNSUPPORTED = (
 )
 
 
+# What changes an answer where a body has it, and nothing in lines of other kinds.
+ACTING = {*ChatRequest.model_fields, *CompletionRequest.model_fields, "max_new_tokens", "min_new_tokens", "system"} - {
+    *("model", "prompt", "messages", "user", "metadata", "store"),
+}  # fmt: skip
+
+
 class BadBody(PunaError):
     """A body that cannot be met; `param` is its field."""
 
