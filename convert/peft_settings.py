@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.errors import PunaError
+from model.lora import check_pattern
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 REMEDY = "load base and adapter in peft, merge_and_unload(), save_pretrained(), and convert what that wrote"
@@ -27,6 +28,9 @@ _STARTS = ("gaussian", "eva", "orthogonal", "mica")  # those that choose A and B
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
     """Raises PunaError for a setting that is active and not honoured, and says how to go on."""
+    if settings.get("puna") == {}:
+        raise PunaError(f"{where}: puna names no part of a model: remove it")
+    _check_names(settings, where)
     if (kind := settings.get("peft_type", "LORA")) != ("PUNA_LORA" if "puna" in settings else "LORA"):
         raise PunaError(f"{where}: peft_type {kind!r} is not supported, LORA is: where peft can merge it, {REMEDY}")
     if (bias := settings.get("bias", "none")) not in ("none", "all", "lora_only"):
@@ -46,6 +50,23 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     if unknown := sorted(active.keys() - _TOLD):
         said = ", ".join(f"{key} = {active[key]!r}" for key in unknown)
         raise PunaError(f"{where}: {said} is active and not supported: {REMEDY}")
+
+
+def _check_names(settings: Mapping[str, Any], where: str) -> None:
+    """Raises PunaError where modules are named by what is no name, and no pattern of names."""
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        said = settings.get(key)
+        is_list = isinstance(said, list) and all(isinstance(name, str) for name in said)
+        if not (said is None or is_list or (isinstance(said, str) and key != "modules_to_save")):
+            kinds = "a list of names" if key == "modules_to_save" else "a list of names, or one pattern"
+            raise PunaError(f"{where}: {key} is {said!r:.80}: expected {kinds}")
+        if isinstance(said, str):
+            check_pattern(said, f"{where}: {key}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(said := settings.get(key) or {}, dict):
+            raise PunaError(f"{where}: {key} is {said!r:.80}: expected patterns of names and their numbers")
+        for pattern in said:
+            check_pattern(pattern, f"{where}: {key}")
 
 
 def is_targeted(module: str, settings: Mapping[str, Any], is_tied: bool = False) -> bool:

@@ -122,6 +122,8 @@ class LlamaConfig:
         """
         given = {key: value for key, value in config.items() if value is not None}
         pieces = given.pop("puna", None)
+        if pieces == {}:
+            raise PunaError("config.json: puna names no part of a model: remove it")
         if (kind := given.get("model_type", "llama")) != ("llama" if pieces is None else "puna"):
             raise PunaError(f"config.json: model_type {kind!r} is not supported; Puna reads 'llama'")
         if (act := given.pop("hidden_act", "silu")) not in ("silu", "swish"):

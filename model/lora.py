@@ -203,9 +203,11 @@ def add(
     check_saved_modules(modules_to_save, targets)
     specs, depth = param_specs(config), config.num_hidden_layers
     modules = [f"model.layers.{i}.{MODULES[name]}" for name in weights for i in range(depth)]
-    for pattern in rank_pattern | alpha_pattern:
-        if not any(_matches(pattern, module) for module in modules):
-            raise PunaError(f"pattern {pattern!r} matches no adapted module; targets are {targets!r}")
+    for setting, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        for pattern in patterns:
+            check_pattern(pattern, f"lora {setting}")
+            if not any(_matches(pattern, module) for module in modules):
+                raise PunaError(f"lora {setting}: {pattern!r} matches no adapted module; targets are {targets!r}")
     layers = dict(params["layers"])
     for name in weights:
         names = [f"model.layers.{i}.{MODULES[name]}" for i in range(depth)]
@@ -252,18 +254,19 @@ def check_saved_modules(modules: Sequence[str], targets: Sequence[str] | str) ->
 
 
 def _matches(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def check_pattern(pattern: str, setting: str) -> None:
+    """Raises PunaError, naming the setting, for a pattern that is no regular expression."""
     try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+        re.compile(f"(.*\\.)?({pattern})$")
     except re.error as error:
-        raise PunaError(f"pattern {pattern!r} is no regular expression: {error}") from None
+        raise PunaError(f"{setting}: {pattern!r} is no regular expression: {error}") from None
 
 
 def module_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern, a regular expression, that ends the name `module`, as peft chooses it.
-
-    Raises:
-        PunaError: a pattern is no regular expression.
-    """
+    """The value of the first pattern, a regular expression, that ends the name `module`, as peft chooses it."""
     return next((value for pattern, value in patterns.items() if _matches(pattern, module)), default)
 
 

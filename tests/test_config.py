@@ -100,6 +100,7 @@ REFUSED = [
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs high_freq_factor, low_freq_factor"),
     ({"rope_scaling": {"factor": 8.0}}, "factor given, but rope_type is default"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"puna": {}}, "puna names no part of a model: remove it"),
     ({"num_key_value_heads": 5}, "num_attention_heads 32 is not a multiple of num_key_value_heads 5"),
     ({"hidden_size": 100, "head_dim": None}, "hidden_size 100 does not divide by num_attention_heads 32"),
     ({"head_dim": 33}, "head_dim 33 is odd"),

@@ -223,7 +223,8 @@ def test_unstacked_adapters_compute_the_same():
         ({"rank": 10**6}, "rank 1000000 of self_attn.q_proj: more than"),
         ({"alpha": float("nan")}, "alpha"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha"),
-        ({"rank_pattern": {"(": 2}}, "is no regular expression"),
+        ({"rank_pattern": {"(": 2}}, r"lora rank_pattern: '\(' is no regular expression"),
+        ({"alpha_pattern": {"[": 2.0}}, r"lora alpha_pattern: '\[' is no regular expression"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, said):

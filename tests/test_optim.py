@@ -172,7 +172,10 @@ def test_a_pattern_scales_the_rate_of_the_modules_that_it_ends():
     assert scales["layers"]["wq"].reshape(-1).tolist() == [0.5, 0.0, 0.5]
     assert scales["layers"]["mlp_norm"].shape == (3, 1) and scales["layers"]["wo"].reshape(-1).tolist() == [1, 0, 1]
     assert rate_scales(OptimConfig(), model, params) is None
-    for pattern, named in (("q_porj", "'q_porj' matches no module that is trained"), ("(", "is no regular expression")):
+    for pattern, named in (
+        ("q_porj", "'q_porj' matches no module that is trained"),
+        ("(", r"optim.learning_rate_pattern: '\(' is no"),
+    ):
         with pytest.raises(PunaError, match=named):
             rate_scales(OptimConfig(learning_rate_pattern={pattern: 2.0}), model, params)
 

@@ -19,7 +19,7 @@ from jax import Array
 from convert.names import parameters
 from model.config import LlamaConfig
 from model.errors import PunaError
-from model.lora import module_value
+from model.lora import check_pattern, module_value
 from model.pieces import load_function
 from train.config import OptimConfig
 
@@ -183,6 +183,8 @@ def rate_scales(optim: OptimConfig, model: LlamaConfig, params: Any) -> Any:
     """
     if not (patterns := optim.learning_rate_pattern):
         return None
+    for pattern in patterns:
+        check_pattern(pattern, "optim.learning_rate_pattern")
     modules = {each.name: each.hf.removesuffix(".weight").removesuffix(".bias") for each in parameters(model)}
     matched: set[str] = set()
 
