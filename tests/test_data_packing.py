@@ -296,6 +296,11 @@ def test_an_eval_path_is_read_with_the_same_settings(tokenizer, config, tmp_path
     assert found.evaluation is not None and len(found.evaluation) == 5 and len(found.train[0]) == 50
 
 
+def test_an_eval_path_that_is_not_there_is_named(tokenizer, config, tmp_path):
+    with pytest.raises(PunaError, match="data.eval_path '/nowhere' does not exist"):
+        load_dataset(config(eval_path="/nowhere"), tokenizer)
+
+
 def test_an_eval_path_that_is_trained_on_is_refused(tokenizer, config, tmp_path):
     for name in ("train", "test"):
         (tmp_path / "clone").mkdir(exist_ok=True)

@@ -243,7 +243,7 @@ def _first_read(source: DataSource, tokenizer: Tokenizer, faults: Faults) -> tup
     first = next(rows, None)
     if first is None:
         faults.check()
-        raise PunaError(f"data.path {source.path!r} holds no records")
+        raise PunaError(f"{source.path} holds no records")
     options = source.template or "auto", source.format or "auto", source.columns, source.response_template or ""
     try:
         return encoder(first.record, tokenizer, *options), itertools.chain([first], rows)

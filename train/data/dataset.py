@@ -189,7 +189,7 @@ def _check_apart(path: str, trained: Sequence[DataSource]) -> None:
     """Refuses a data.eval_path of which a file, or the very Hub data set, is trained on."""
     for source in trained:
         files = {file.resolve() for file in source_files(source.path)}
-        shared = sorted(files & {file.resolve() for file in source_files(path)})
+        shared = sorted(files & {file.resolve() for file in source_files(path, "data.eval_path")})
         if shared or path == source.path:
             raise PunaError(
                 f"data.eval_path {path!r} is trained on too ({shared[0] if shared else path}): name other data or "

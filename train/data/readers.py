@@ -89,16 +89,20 @@ def read_rows(path: str, faults: Faults) -> Iterator[SourceRecord]:
         yield from read_hub(path)
 
 
-def source_files(path: str) -> list[Path]:
+def source_files(path: str, setting: str = "data.path") -> list[Path]:
     """The files that `path` stands for, sorted; none for a Hub data set.
+
+    Args:
+        path: as data.path has it.
+        setting: what names it, for the message.
 
     Raises:
         PunaError: there is nothing of that name, or nothing in it that we read.
     """
-    return _found(path).files
+    return _found(path, setting).files
 
 
-def _found(path: str) -> Split:
+def _found(path: str, setting: str = "data.path") -> Split:
     place, split = at_home(path), None
     if not place.exists():
         for colon in re.finditer(":", path):
@@ -108,13 +112,13 @@ def _found(path: str) -> Split:
         return files_of_split(place, split, READERS)
     if place.is_file():
         if split is not None:
-            raise PunaError(f"data.path {path!r}: one file has no splits; leave out ':{split}'")
+            raise PunaError(f"{setting} {path!r}: one file has no splits; leave out ':{split}'")
         if place.suffix.lower() not in READERS:
             raise PunaError(f"{path} is of no kind that can be read: use one of {', '.join(READERS)}")
         return Split([place], [])
     if is_hub_id(path):
         return Split([], [])
-    raise PunaError(f"data.path {path!r} does not exist, and is no Hub data set (org/name[@revision][:split])")
+    raise PunaError(f"{setting} {path!r} does not exist, and is no Hub data set (org/name[@revision][:split])")
 
 
 # --- text
@@ -354,7 +358,7 @@ def load_hub(path: str) -> Any:
     try:
         return datasets.load_dataset(name, revision=revision, split=split or "train")
     except Exception as error:  # the library raises errors of many kinds for what is missing, private or offline
-        raise PunaError(f"data.path {path!r} could not be loaded from the Hub: {error}") from error
+        raise PunaError(f"the data set {path!r} could not be loaded from the Hub: {error}") from error
 
 
 READERS: dict[str, Callable[[Path, Faults], Iterator[SourceRecord]]] = {
