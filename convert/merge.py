@@ -22,6 +22,7 @@ from convert.lazy import Index, LazyTensor, from_array, narrowed
 from convert.names import parameters
 from convert.peft import Adapter, Factors, load_finite, read_adapter
 from convert.save import write_model
+from convert.source import find_source
 from convert.tokenizer_files import has_tokenizer, tokenizer_folder
 from convert.vocab import resized
 from model.errors import PunaError
@@ -95,6 +96,24 @@ def merge_adapters(
     own = None if tokens == checkpoint.folder else _Files(tokens)
     write_model(destination, target, replace(options, tokenizer=own), overwrite)
     return errors
+
+
+def open_merged(path: str | Path) -> Checkpoint:
+    """The model that `path` names, with its own adapters merged where it is an adapter or a run that trained one. Its
+    weights are unread, and each is summed when it is read.
+
+    Raises:
+        PunaError: as `find_source` does, and where an adapter does not fit.
+    """
+    found = find_source(path)
+    if not found.adapters:
+        return found.checkpoint
+    checkpoint = found.checkpoint.as_floats()
+    for adapter in found.adapters:
+        checkpoint = with_adapter(checkpoint, adapter)
+    return replace(
+        checkpoint, folder=tokenizer_folder(checkpoint.folder, [adapter.folder for adapter in found.adapters])
+    )
 
 
 class _Files:

@@ -14,8 +14,9 @@ import numpy as np
 
 from cli.files import check_apart
 from convert.checkpoint import Checkpoint, WriteOptions
-from convert.formats import check_options, open_model
+from convert.formats import check_options
 from convert.lazy import Index, LazyTensor, narrowed
+from convert.merge import open_merged
 from convert.save import write_model
 from model.errors import PunaError
 
@@ -114,8 +115,8 @@ def average(
     check(how, len(models), base is not None)
     check_options(format, options)
     check_apart(destination, *models, *([] if base is None else [base]))
-    opened = [open_model(path).as_floats() for path in models]
-    under = None if base is None else open_model(base).as_floats()
+    opened = [open_merged(path).as_floats() for path in models]
+    under = None if base is None else open_merged(base).as_floats()
     first = under or opened[0]
     for other in opened:
         _check_alike(first, other)

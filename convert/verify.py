@@ -10,10 +10,11 @@ import numpy as np
 
 from cli.progress import progress
 from convert.checkpoint import Checkpoint
-from convert.formats import FORMATS, open_model
+from convert.formats import FORMATS
 from convert.generation import IDS, asked, id_list
 from convert.lazy import LazyTensor, contiguous
 from convert.load import load_params
+from convert.merge import open_merged
 from convert.names import parameters
 from convert.verify_tokenizer import compare_tokenizers
 from model.config import LlamaConfig
@@ -28,7 +29,7 @@ def compare(a: str | Path, b: str | Path, tokens: int = 32, atol: float = 0.0) -
     """Print how far the models at `a` and `b` are from each other.
 
     Args:
-        a: a model of any format, or a Hub id.
+        a: a model of any format, a Hub id, a training run, or an adapter, which is merged into its base.
         b: the other one.
         tokens: the length of the random text whose logits are compared; 0 compares none.
         atol: the largest difference of a tensor that counts as equal; of logits it is LOGITS_ATOL at least.
@@ -37,7 +38,7 @@ def compare(a: str | Path, b: str | Path, tokens: int = 32, atol: float = 0.0) -
         True where no tensor, no logit, no field of the config that says how the model computes, starts or stops, and
         nothing of the tokenizers differs. Tied embeddings count as a head of their own.
     """
-    first, second = open_model(a), open_model(b)
+    first, second = open_merged(a), open_merged(b)
     same = _compare_configs(first, second)
     same = _compare_generation(first, second) and same
     same = _compare_tensors(first, second, atol) and same

@@ -16,6 +16,7 @@ from convert import load_model, save_model
 from convert.merge import merge_adapters
 from convert.peft import read_adapter
 from convert.source import find_source
+from convert.verify import compare
 from infer.commands.generate import _asking
 from infer.load import find_model
 from infer.sample import Sampling
@@ -155,6 +156,8 @@ def test_an_adapter_folder_is_a_model(folder, adapted, tmp_path):
     found = find_source(adapted / "checkpoints" / "4")
     merge_adapters(found.base, found.adapters, tmp_path / "step")
     assert_equal(load_model(tmp_path / "merged"), load_model(tmp_path / "step"))
+    assert compare(adapted, tmp_path / "merged") and compare(tmp_path / "step", adapted / "checkpoints" / "4")
+    assert not compare(adapted, base)
     lost = tmp_path / "lost"
     shutil.copytree(adapted / "final", lost)
     said = json.loads((lost / "adapter_config.json").read_text())
