@@ -11,7 +11,7 @@ import pytest
 
 from model.errors import PunaError
 from train.metrics import read_metrics
-from train.sweep import sweep, values_of
+from train.sweep import device_shares, sweep, values_of
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs/tiny.toml"
@@ -93,3 +93,35 @@ def test_stopped_and_failing_a_sweep_is_the_runs_themselves(tmp_path):
     out, err = last.communicate(timeout=120)
     assert last.returncode == 0 and "done before" in err, err
     assert (good / "config.toml").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_one_after_the_other(tmp_path):
+    rates = ["1e-3", "3e-3", "1e-2"]
+    several = train(tmp_path, "out", "--sweep", f"optim.learning_rate={','.join(rates)}", "--at-once", "2")
+    out, err = several.communicate(timeout=240)
+    assert several.returncode == 0, err
+    assert [line.split()[0] for line in out.splitlines() if line.endswith("done")] == rates
+    alone = train(tmp_path, "alone", f"optim.learning_rate={rates[1]}")
+    _, said = alone.communicate(timeout=120)
+    assert alone.returncode == 0, said
+    assert losses(tmp_path / f"out/optim.learning_rate={rates[1]}") == losses(tmp_path / "alone")
+    assert "step 6/6" in (tmp_path / f"out/optim.learning_rate={rates[1]}.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "at_once, gpus, words", [(0, "0,1", "give 1 or more"), (3, "0,1,2,3", "does not divide the 4")]
+)
+def test_gpus_that_cannot_be_shared_out_are_refused(monkeypatch, at_once, gpus, words):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    with pytest.raises(PunaError, match=f"--at-once {at_once}.*{words}"):
+        device_shares(at_once)
+
+
+def test_gpus_are_shared_out_by_the_names_that_are_visible(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-ab,1")
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in device_shares(2)] == ["3,5", "GPU-ab,1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_shares(2) == [{}, {}]

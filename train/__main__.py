@@ -7,6 +7,7 @@ import typer
 
 from cli.command import main
 from cli.files import at_home
+from model.errors import PunaError
 from train.config import load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -24,14 +25,17 @@ def run(
     axes: Annotated[
         list[str] | None, typer.Option("--sweep", metavar="KEY=A,B", help="Run all values; several make a grid.")
     ] = None,
+    at_once: Annotated[int, typer.Option(metavar="N", help="Runs of --sweep at the same time, sharing the GPUs.")] = 1,
 ) -> None:
     """Train, or resume what run.output_dir holds."""
+    if at_once != 1 and not axes:
+        raise PunaError("--at-once is for the runs of --sweep: give --sweep too, or leave it out")
     if axes:
         from rich.console import Console
 
         from train.sweep import sweep
 
-        table, all_done = sweep(config, overrides or (), axes)
+        table, all_done = sweep(config, overrides or (), axes, at_once)
         Console().print(table)
         raise typer.Exit(0 if all_done else 1)
     from train.loop import run as train

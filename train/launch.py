@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from cli.gpu import gpu_count, unset
 from convert import manifest
@@ -179,8 +180,11 @@ class Supervisor:
             child.send_signal(signal.SIGTERM)
 
 
-def start_process(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A child in its own process group, with SIGTERM held back until JAX's notifier is there to hear it."""
+def start_process(
+    command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """A child in its own process group, with SIGTERM held back until JAX's notifier is there to hear it. What it prints
+    goes to `output`, where given."""
     parent = os.getpid()
 
     def in_child() -> None:
@@ -189,7 +193,7 @@ def start_process(command: Sequence[str], env: Mapping[str, str]) -> subprocess.
             os._exit(EXIT_FAILED)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    return subprocess.Popen(command, env=env, process_group=0, preexec_fn=in_child)
+    return subprocess.Popen(command, env=env, process_group=0, preexec_fn=in_child, stdout=output, stderr=output)
 
 
 def _environment(run_dir: Path, address: str, processes: int, index: int) -> dict[str, str]:

@@ -1,11 +1,13 @@
-"""A grid of runs: each combination of values in its own folder, one process after the other, compared in the end."""
+"""A grid of runs: each combination of values in its own folder and its own process, compared in the end."""
 
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from cli.files import atomic_path, write_json
+from cli.gpu import gpu_count
 from model.errors import PunaError
 from model.json_file import read_json
 from train.config import Config, load_config
@@ -25,11 +28,12 @@ from train.schema import flat
 
 PICTURE = "sweep.png"
 _FINISHED = "sweep.json"
+_POLL_SECONDS = 0.05
 # A value ends at a comma that stands outside of quotes, lists and tables.
 _VALUE = re.compile(r"""(?:"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[^,])+""")
 
 
-def sweep(path: str | Path, overrides: Sequence[str], axes: Sequence[str]) -> tuple[Table, bool]:
+def sweep(path: str | Path, overrides: Sequence[str], axes: Sequence[str], at_once: int = 1) -> tuple[Table, bool]:
     """Runs every combination of the values, each in its own folder under run.output_dir.
 
     Runs that have finished with these settings are not run again; one that has not is resumed. A run that fails does
@@ -39,14 +43,17 @@ def sweep(path: str | Path, overrides: Sequence[str], axes: Sequence[str]) -> tu
         path: the TOML file.
         overrides: `section.key=value` each, for all runs.
         axes: `section.key=value,value,...` each.
+        at_once: how many runs go at the same time, each on its part of the GPUs. What several print is in NAME.log
+            beside the folder of each.
 
     Returns:
         The table of all runs, and whether every one of them finished.
 
     Raises:
-        PunaError: an axis or a combination is wrong; nothing has been run then.
-        Preempted: a signal came; the step of the run under way is saved.
+        PunaError: an axis or a combination is wrong, or the GPUs cannot be shared out; nothing has been run then.
+        Preempted: a signal came; the steps of the runs under way are saved.
     """
+    shares = device_shares(at_once)
     folder = Path(load_config(path, overrides).run.output_dir)
     grid = [list(choice) for choice in product(*map(values_of, axes))]
     names = [_folder_name(choice) for choice in grid]
@@ -59,24 +66,31 @@ def sweep(path: str | Path, overrides: Sequence[str], axes: Sequence[str]) -> tu
     ]
     configs = [load_config(path, each) for each in arguments]
 
-    outcomes, children = {}, Children()
-    with children:
-        for number, (name, each, config) in enumerate(zip(names, arguments, configs, strict=True), 1):
-            which = f"run {number} of {len(names)}, {name}"
-            if _is_finished(folder, name, config):
-                _say(f"{which}: done before")
-                outcomes[name] = "done"
-                continue
-            _say(which)
-            _record(folder, name, None)
-            code = children.run([sys.executable, "-m", "train", "run", str(path), *each])
+    outcomes, waiting = {}, []
+    for number, (name, each, config) in enumerate(zip(names, arguments, configs, strict=True), 1):
+        which = f"run {number} of {len(names)}, {name}"
+        if _is_finished(folder, name, config):
+            _say(f"{which}: done before")
+            outcomes[name] = "done"
+        else:
+            waiting.append((name, which, [sys.executable, "-m", "train", "run", str(path), *each]))
+    with Children(shares, None if at_once == 1 else folder) as children:
+        while waiting or children.running:
+            while waiting and children.has_room:
+                name, which, command = waiting.pop(0)
+                _say(which)
+                _record(folder, name, None)
+                children.start(name, command)
+            name, code = children.wait()
             if code == EXIT_PREEMPTED or children.signals:
+                children.stop()
                 raise Preempted
             if code == 0:
-                _record(folder, name, config)
+                _record(folder, name, configs[names.index(name)])
             else:
-                _say(f"{which}: failed with exit code {code}")
+                _say(f"{name}: failed with exit code {code}")
             outcomes[name] = "failed" if code else "done"
+    outcomes = {name: outcomes[name] for name in names}
 
     measured = [folder / name for name in names if (folder / name / "metrics.jsonl").exists()]
     if measured:
@@ -127,37 +141,94 @@ def comparison(folder: Path, grid: Mapping[str, Sequence[str]], outcomes: Mappin
     return shown
 
 
-class Children:
-    """Runs commands one after the other. Within its block, the first SIGINT or SIGTERM lets the one under way save
-    its step and stop, and the second kills it."""
+def device_shares(at_once: int) -> list[dict[str, str]]:
+    """The environment of each of so many runs at once: an equal part of this host's GPUs, where there are any.
 
-    def __init__(self) -> None:
+    Raises:
+        PunaError: the GPUs cannot be shared out so.
+    """
+    if at_once < 1:
+        raise PunaError(f"--at-once {at_once}: give 1 or more")
+    gpus = gpu_count(os.environ)
+    if at_once == 1 or not gpus:
+        return [{}] * at_once
+    if gpus % at_once:
+        raise PunaError(f"--at-once {at_once} does not divide the {gpus} GPUs of this host")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    each = gpus // at_once
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[i * each : (i + 1) * each])} for i in range(at_once)]
+
+
+class Children:
+    """Commands that run side by side. Within its block, the first SIGINT or SIGTERM lets those under way save their
+    step and stop, and the second kills them. Leaving the block waits for all.
+
+    Args:
+        shares: what is added to the environment of each; as many run at once.
+        logs: the folder for what each prints, as NAME.log; None leaves it the terminal.
+
+    Attributes:
+        running: the processes by name.
+        signals: how many came.
+    """
+
+    def __init__(self, shares: Sequence[Mapping[str, str]], logs: Path | None = None) -> None:
         self.signals = 0
-        self._signal: Callable[[int], None] = lambda number: None
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._free, self._shares = list(shares), dict[str, Mapping[str, str]]()
+        self._logs = logs
 
     def __enter__(self) -> "Children":
         self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception: object) -> None:
+        for child in self.running.values():
+            child.wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str]) -> int:
-        """The exit code of the command, below 0 where a signal ended it; it is not started after a signal."""
-        if self.signals:
-            return EXIT_PREEMPTED
-        child = start_process(command, os.environ)
-        self._signal = child.send_signal
+    @property
+    def has_room(self) -> bool:
+        """Whether another may be started: no signal came, and one of the shares is free."""
+        return bool(self._free) and not self.signals
+
+    def start(self, name: str, command: Sequence[str]) -> None:
+        """Starts a command."""
+        share = self._shares[name] = self._free.pop(0)
+        if self._logs is None:
+            child = start_process(command, {**os.environ, **share})
+        else:
+            self._logs.mkdir(parents=True, exist_ok=True)
+            with (self._logs / f"{name}.log").open("ab") as log:
+                child = start_process(command, {**os.environ, **share}, log)
+        self.running[name] = child
         if self.signals:  # it came while the command started
             child.send_signal(signal.SIGTERM)
-        return child.wait()
+
+    def wait(self) -> tuple[str, int]:
+        """The name of a command that has ended, the first that does, and its exit code, below 0 where a signal ended
+        it; EXIT_PREEMPTED where none was started after a signal."""
+        while self.running:
+            for name, child in self.running.items():
+                if (code := child.poll()) is not None:
+                    del self.running[name]
+                    self._free.append(self._shares.pop(name))
+                    return name, code
+            time.sleep(_POLL_SECONDS)
+        return "", EXIT_PREEMPTED
+
+    def stop(self) -> None:
+        """Lets those that run save their step and stop."""
+        for child in self.running.values():
+            child.send_signal(signal.SIGTERM)
 
     def _forward(self, number: int, frame: object) -> None:
         self.signals += 1
         if self.signals == 1:
-            _say(f"{signal.Signals(number).name}: the run saves its step and stops")
-        self._signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
+            _say(f"{signal.Signals(number).name}: each run saves its step and stops")
+        for child in self.running.values():
+            child.send_signal(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
 
 
 def _folder_name(overrides: Sequence[str]) -> str:
