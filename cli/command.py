@@ -1,8 +1,9 @@
 """How every command ends: errors in one line, and an exit code for each outcome.
 
 0 done; 1 a check found a difference, or the work failed (`JobFailed`, a full or failing disk); 2 the request was wrong
-(`PunaError`, a path that is not there or may not be used), or the command was interrupted. `--debug` anywhere on the
-command line shows the traceback instead. An error of any other kind is a fault of our own, and keeps its traceback.
+(`PunaError`, a path that is not there or may not be used); 130 and 143 interrupted by SIGINT and SIGTERM, as a shell
+has it (128 and the signal's number). `--debug` anywhere on the command line shows the traceback instead. An error of
+any other kind is a fault of our own, and keeps its traceback.
 """
 
 import errno
@@ -83,6 +84,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _exit_code(error: BaseException) -> int:
+    if isinstance(error, Interrupted):
+        return 128 + signal.Signals[str(error)]
     failed = isinstance(error, JobFailed) or (isinstance(error, OSError) and error.errno not in _WRONG_PATH)
     return 1 if failed else 2
 

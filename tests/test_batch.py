@@ -22,7 +22,7 @@ from cli.command import Interrupted
 from convert import load_model, save_model
 from infer.__main__ import app
 from infer.batch import Answers, Files, Line, decode, fingerprint, parse_shard, read_lines, survey
-from infer.batch_kinds import KINDS, Settings, line_seed
+from infer.batch_kinds import KINDS, Settings, check_record, kind_of, line_seed
 from infer.batch_openai import BadBody, read_body
 from infer.batch_output import Output
 from infer.engine import Engine
@@ -109,7 +109,7 @@ def chat(loaded, template, *texts):
 
 def prompts(count, seed=0):
     rng = random.Random(seed)
-    return [{"prompt": " ".join(rng.choices(WORDS, k=rng.randrange(1, 12))), "n": i} for i in range(count)]
+    return [{"prompt": " ".join(rng.choices(WORDS, k=rng.randrange(1, 12))), "row": i} for i in range(count)]
 
 
 # --- texts and forms
@@ -250,6 +250,23 @@ def test_what_a_body_may_not_say_is_named(body, param):
     with pytest.raises(BadBody) as error:
         read_body("/v1/completions" if "prompt" in body else "/v1/chat/completions", body)
     assert error.value.param == param
+
+
+@pytest.mark.parametrize(
+    "line, key",
+    [
+        ({"prompt": "a", "max_tokens": 3}, "max_tokens"),
+        ({"prompt": "a", "temperature": 5, "row": 1}, "temperature"),
+        ({"prompt": "a", "stop": ["b"]}, "stop"),
+        ({"prompt": "a", "completion": "the reference"}, "completion"),
+        ({"idx": 1, "Instruction": "a", "top_p": 0.5}, "top_p"),
+    ],
+)
+def test_a_line_whose_keys_would_act_or_be_lost_is_rejected(line, key):
+    kind = kind_of(line)
+    assert kind is not None and kind.name == ("prompt" if "prompt" in line else "wizardlm")
+    with pytest.raises(PunaError, match=f"'{key}' is a (setting|key)"):
+        check_record(line, kind)
 
 
 def test_a_body_is_read_as_openai_means_it():
@@ -612,7 +629,7 @@ def test_shards_together_are_the_whole(run, tmp_path):
     parts = [run(lines, *flags, "--shard", f"{i}/3", out=f"{i}.jsonl") for i in range(3)]
     by_line = sorted(dumped(answer) for part in parts for answer in part)
     assert by_line == sorted(map(dumped, whole))
-    assert [answer["n"] for answer in parts[1]] == [1, 4, 7, 10, 0, 3]  # lines 2, 5, ... of those that are good
+    assert [answer["row"] for answer in parts[1]] == [1, 4, 7, 10, 0, 3]  # lines 2, 5, ... of those that are good
     rejects = [line for i in range(3) for line in read(tmp_path / f"{i}.rejects.jsonl") or []]
     assert sorted(map(dumped, rejects)) == sorted(map(dumped, read(tmp_path / "out.rejects.jsonl")))
 
@@ -652,7 +669,7 @@ def test_killed_a_job_ends_with_the_same_bytes(folder, tmp_path, count, kills):
                 pass
         process.send_signal(kind)
         _, said = process.communicate()
-        assert process.returncode == (2 if kind == signal.SIGTERM else -signal.SIGKILL), (number, said)
+        assert process.returncode == (143 if kind == signal.SIGTERM else -signal.SIGKILL), (number, said)
     assert f"interrupted by SIGTERM: what is done is in {part}, and the same command goes on from there" in said
     process = start(folder, tmp_path, "out.jsonl")
     output, said = process.communicate()

@@ -302,4 +302,4 @@ def test_sigterm_ends_the_program_in_a_line(terminal, server):
         opened.expect("Once upon")
         os.kill(opened.process.pid, signal.SIGTERM)
         shown, code = opened.end()
-    assert code == 2 and "interrupted by SIGTERM" in shown
+    assert code == 143 and "interrupted by SIGTERM" in shown

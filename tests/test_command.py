@@ -171,7 +171,10 @@ def test_an_interrupted_command_removes_its_output(start, tmp_path, number):
     assert len(list((tmp_path / "work").iterdir())) == 1
     process.send_signal(number)
     _, errors = process.communicate()
-    assert (process.returncode, errors) == (2, f"interrupted by {number.name}: unfinished output was removed\n")
+    assert (process.returncode, errors) == (
+        128 + number,
+        f"interrupted by {number.name}: unfinished output was removed\n",
+    )
     assert list((tmp_path / "work").iterdir()) == []
 
 

@@ -412,7 +412,7 @@ def test_an_interrupted_conversion_leaves_nothing(sharded, tmp_path, command, mo
 
     monkeypatch.setattr("convert.lazy.LazyTensor.load", interrupted)
     code, _, errors = command("model", sharded, tmp_path / "out", "--to", format)
-    assert code == 2 and errors[-1] == "interrupted by SIGINT: unfinished output was removed"
+    assert code == 130 and errors[-1] == "interrupted by SIGINT: unfinished output was removed"
     assert list(tmp_path.iterdir()) == []
 
 
