@@ -1,4 +1,4 @@
-"""Writes docs/figures.md from benchmarks/results/*.json: one table for each benchmark, nothing measured here.
+"""Writes docs/figures.md and docs/scaling.md from benchmarks/results/*.json; nothing is measured here.
 
 python benchmarks/figures.py            or `make figures`
 """
@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
+SCALING = ROOT / "docs" / "scaling.md"
 
 HEAD = """# Figures
 
@@ -265,9 +266,69 @@ def gpu_check(result: dict[str, Any]) -> str:
     )
 
 
+SCALING_HEAD = """# From one GPU to thousands
+
+What a training step costs on H100s of 80 GB, before there is one. Written by `make figures` from
+`benchmarks/results/scaling.json`, which `python benchmarks/scaling.py` makes: it compiles the real step of
+`train run` with XLA's own compiler for that GPU, as `python -m train plan CONFIG --gpu h100 --devices N` does for a
+config of yours. **Nothing here was measured.** Memory and bytes are what the compiler has laid out; times are an
+estimate from it.
+
+What is assumed:
+
+- {assumed}. The data sheet: 989 TFLOP/s in bfloat16, 3.35 TB/s, 450 GB/s of NVLink to the other GPUs of a host.
+- Between hosts, eight adapters of 400 Gb/s a host carry each byte into the host once: 400 GB/s. No latency, no
+  contention, no slow host. A cluster that shares its network, or rings of thousands of GPUs, are slower than this.
+- bfloat16 arithmetic, cuDNN's attention, `remat = "full"`; AdamW in float32 on float32 weights for full training,
+  bfloat16 or nf4 base weights under adapters of rank 16. All weights are sharded over `fsdp`, copies of that over
+  `data`; no tensor or pipeline parallelism.
+- Kernels are not autotuned.
+
+"Published" is what another system reports of the same model, length and number of GPUs; its batch, remat and
+parallelism differ from ours. It says whether the assumptions are of the right size, not which system is faster.
+"""
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """The text of docs/scaling.md."""
+    costs, published = [], []
+    for row in result["rows"]:
+        what = [row["model"], row["method"], f"{row['devices']:,}"]
+        mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1) or "-"
+        speed = f"{row['tokens_per_second']:,.0f}"
+        memory = [f"{row['state_gib']:.1f}", f"{row['total_gib']:.1f}", "yes" if row["fits"] else "no"]
+        moved = [f"{row['gathered_gb']:.1f}", f"{row['reduced_gb']:.1f}", f"{row['waited_ms']:.0f}"]
+        times = [f"{row['step_ms']:,.0f}", speed, f"{row['of_peak']:.0%}"]
+        costs.append([*what, mesh, f"{row['rows']} x {row['length']}", *memory, *moved, *times])
+        if row["published"]:
+            ratio = f"{row['published'] / row['tokens_per_second']:.2f}"
+            published.append([*what, row["length"], speed, f"{row['published']:,}", ratio, row["source"]])
+    head = ["model", "method", "GPUs", "mesh", "rows of a GPU", "state, GiB", "all, GiB", "fits"]
+    head += ["gathered, GB", "reduced, GB", "waited, ms", "step, ms", "tokens/s/GPU", "MFU"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["setting"]["versions"].items())
+    return (
+        "\n\n".join(
+            [
+                SCALING_HEAD.format(assumed=result["setting"]["assumed"]).strip(),
+                f"`{result['setting']['command']}`, {versions}",
+                table(head, costs),
+                "Memory is of one GPU; `fits` leaves 8 % of it to the driver. Gathered and reduced are the bytes that "
+                "each GPU takes part in, a step; waited is what runs beside nothing else. MFU is 6 N + 6 L H D S FLOP "
+                "a token (4 N for frozen weights) of the bfloat16 peak.",
+                "## Beside what others measured",
+                table(
+                    ["model", "method", "GPUs", "tokens", "estimate", "published", "of the estimate", "source"],
+                    published,
+                ),
+            ]
+        )
+        + "\n"
+    )
+
+
 def page() -> str:
     """The text of docs/figures.md."""
-    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json") if path.stem != "scaling"}
     parts = [
         decode(results["decode"]),
         train(results["train"]),
@@ -286,3 +347,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    SCALING.write_text(scaling(json.loads((RESULTS / "scaling.json").read_text())))

@@ -145,7 +145,7 @@ def test_perplexity_is_transformers_over_sliding_windows(model, theirs, tmp_path
     tokenizer, _ = theirs
     nats = count = 0
     for text in texts:
-        ids, done = [tokenizer.bos_token_id, *tokenizer.encode(text)], 1
+        ids, done = tokenizer.encode(text), 1  # the first is the beginning-of-text token
         for begin in range(0, len(ids), 20):
             end = min(begin + 50, len(ids))
             if end > done:

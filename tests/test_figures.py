@@ -9,9 +9,18 @@ def test_the_page_is_what_the_results_say():
     assert figures.PAGE.read_text() == figures.page()
 
 
+def test_the_page_of_scaling_is_what_its_result_says():
+    result = json.loads((figures.RESULTS / "scaling.json").read_text())
+    assert figures.SCALING.read_text() == figures.scaling(result)
+    result["rows"][0]["step_ms"] = 98765.4
+    assert "| 98,765 |" in figures.scaling(result)
+
+
 def test_every_result_is_on_the_page(tmp_path, monkeypatch):
     """Without any one of the files there is no page."""
     for absent in figures.RESULTS.glob("*.json"):
+        if absent.stem == "scaling":
+            continue
         folder = tmp_path / absent.stem
         folder.mkdir()
         for path in figures.RESULTS.glob("*.json"):

@@ -101,7 +101,7 @@ def test_runs_side_by_side_are_those_one_after_the_other(tmp_path):
     several = train(tmp_path, "out", "--sweep", f"optim.learning_rate={','.join(rates)}", "--at-once", "2")
     out, err = several.communicate(timeout=240)
     assert several.returncode == 0, err
-    assert [line.split()[0] for line in out.splitlines() if line.endswith("done")] == rates
+    assert [line.split()[0] for line in out.splitlines() if line.split()[-1:] == ["done"]] == rates
     alone = train(tmp_path, "alone", f"optim.learning_rate={rates[1]}")
     _, said = alone.communicate(timeout=120)
     assert alone.returncode == 0, said
