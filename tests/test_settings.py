@@ -81,6 +81,7 @@ OPTIM = {
     "max_grad_norm": (0.0, {}),
     "z_loss": (1e-2, {}),
     "offload": (True, {}),
+    "master": ("none", {"model": {"param_dtype": "bfloat16"}}),
 }
 LORA = {
     "rank": (4, {}),
@@ -133,6 +134,8 @@ UNREAD = [  # the value, what makes that nothing reads it, and the remedy
     ("optim.learning_rate_pattern", {"lm_head": 0.5}, {"optim": {"optimizer": "a:b"}}),
     ("optim.decay_ratio", 0.2, {}),
     ("optim.min_lr_ratio", 0.2, {"optim": {"lr_scheduler_type": "constant"}}),
+    ("optim.master", "float32", {}),
+    ("optim.master", "none", {"model": {"param_dtype": "bfloat16"}, "lora": {}}),
     ("run.eval_steps", 5, {}),
     ("run.keep_every", 5, {"run": {"save_steps": 0}}),
     ("data.seed", 5, {}),

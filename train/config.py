@@ -20,6 +20,7 @@ from train.data.config import check as check_data
 from train.distill import DistillConfig
 from train.distill import check as check_distill
 from train.hints import meant
+from train.master import check_master
 from train.preference import PreferenceConfig
 from train.preference import check as check_preference
 from train.schema import PathText, flat, read, settings
@@ -113,6 +114,9 @@ class OptimConfig:
         max_grad_norm: longer gradients are scaled down to it; 0 turns clipping off. [arXiv:1211.5063]
         z_loss: the weight of log(Z)^2 in the loss; 1e-4 in its paper. [PaLM, arXiv:2204.02311]
         offload: keeps the optimizer state in host memory between steps. [ZeRO-Offload, arXiv:2101.06840]
+        master: how weights in bfloat16 (model.param_dtype) take updates smaller than they can tell: "stochastic" rounds
+            these and the optimizer's state at random, right in the mean; "float32" updates a float32 copy, which with
+            AdamW takes 8 more bytes a weight; "none" rounds to the nearest, which loses them. [arXiv:2010.06192]
     """
 
     optimizer: str = "adamw"
@@ -131,6 +135,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     z_loss: float = 0.0
     offload: bool = False
+    master: Literal["stochastic", "float32", "none"] = "stochastic"
 
 
 @dataclass(frozen=True)
@@ -430,6 +435,7 @@ def _check(config: Config) -> None:
         if config.preference is not None:
             raise PunaError("[distill] and [preference] are both given: keep one of them")
     _refuse_unread(config)
+    check_master(optim.master, model.param_dtype, config.lora is not None and not config.lora.modules_to_save)
     if config.lora is not None:
         target_weights(config.lora.targets)
         check_saved_modules(config.lora.modules_to_save, config.lora.targets)

@@ -21,6 +21,7 @@ from model.params import param_count
 from model.sharding import MESH_AXES, described
 from train import cost
 from train.config import Config
+from train.master import describe_master
 from train.metrics import flops_per_token
 from train.optim import make_schedule
 from train.start import base_of, mesh_of, model_of, tokenizer_of, with_adapter_settings
@@ -274,6 +275,7 @@ def report(plan: Plan, suggestions: dict[str, Plan | None], sizes: Mapping[str, 
         "",
         "memory of a device (estimate)",
         *_rows(plan),
+        *of_master(plan),
         "",
         f"FLOPs a step: {plan.flops:.3g} in the program ({plan.flops / devices:.3g} a device), "
         f"{model_flops:.3g} of the model",
@@ -291,6 +293,15 @@ def report(plan: Plan, suggestions: dict[str, Plan | None], sizes: Mapping[str, 
         f"{USABLE:.0%} of its memory.",
     ]
     return "\n".join(lines)
+
+
+def of_master(plan: Plan) -> list[str]:
+    """A line on what weights in bfloat16 are kept with, and what another choice takes; none for other weights."""
+    config = plan.config
+    if config.model.param_dtype != "bfloat16" or config.lora is not None:
+        return []
+    averages = 2 * plan.parameters if config.run.ema else 0
+    return [f"  {describe_master(config.optim.master, plan.parameters, plan.optimizer + plan.host - averages)}"]
 
 
 def _against_theory(plan: Plan) -> str:

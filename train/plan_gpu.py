@@ -11,6 +11,7 @@ from train.plan import (
     fewest_devices,
     headline,
     make_plan,
+    of_master,
     report,
     suggest,
     tokens_of,
@@ -75,6 +76,7 @@ def gpu_report(plan: Plan, name: str, suggestions: dict[str, Plan | None]) -> st
             "",
             "memory of a device, as the compiler has laid it out",
             *rows,
+            *of_master(plan),
             "",
             "collectives of a device, a step",
             *(

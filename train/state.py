@@ -25,6 +25,7 @@ from model.layout import tree_shardings
 from model.params import LINEARS, Params, abstract_params, init_params
 from model.quantize import quantizer
 from model.sharding import named_sharding
+from train import master
 from train.config import Config, QuantizeConfig
 from train.objective import BATCH_KEYS, reads_reference
 from train.optim import make_optimizer
@@ -162,7 +163,7 @@ def make_state(config: Config, model: LlamaConfig, params: Params) -> TrainState
     return TrainState(
         step=jnp.int32(0),
         params=trained,
-        opt_state=make_optimizer(config.optim).init(trained),
+        opt_state=master.init(config.optim.master, make_optimizer(config.optim).init, trained),
         skipped=jnp.int32(0),
         seed=jnp.uint32(config.run.seed),
         frozen=frozen,

@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model import cpu
 from model.config import LlamaConfig
 from model.params import Params
-from train.config import Config
+from train import master
+from train.config import Config, OptimConfig
 from train.data.encode import IGNORE_INDEX
 from train.objective import Batch, make_objective
 from train.optim import (
@@ -103,13 +104,8 @@ def make_advance(
         norm = global_norm(grads)
         rate = schedule(state.step)
         clipped = clip(grads, norm, config.optim.max_grad_norm)
-        updates, new_opt_state = optimizer.update(clipped, opt_state, state.params)
-        if owns_learning_rate(config.optim):
-            params = optax.apply_updates(state.params, updates)
-        else:
-            if (scales := rate_scales(config.optim, model, state.params)) is not None:
-                updates = jax.tree.map(jnp.multiply, updates, scales)
-            params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates)
+        move = partial(moved, config.optim, model, optimizer, rate)
+        params, new_opt_state = master.updated(config.optim.master, move, clipped, opt_state, state.params, key)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if may_overflow(config.optim):
@@ -137,6 +133,24 @@ def make_advance(
         return new, metrics, grads
 
     return advance
+
+
+def moved(
+    optim: OptimConfig,
+    model: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    rate: Array,
+    grads: Params,
+    opt_state: Any,
+    params: Params,
+) -> tuple[Params, Any]:
+    """The parameters and the optimizer's state after an update, not yet rounded to a parameter's dtype."""
+    updates, new = optimizer.update(grads, opt_state, params)
+    if owns_learning_rate(optim):
+        return optax.apply_updates(params, updates), new
+    if (scales := rate_scales(optim, model, params)) is not None:
+        updates = jax.tree.map(jnp.multiply, updates, scales)
+    return jax.tree.map(lambda p, u: p - rate * u, params, updates), new
 
 
 def averaged(ema: Params, params: Params, decay: float) -> Params:
