@@ -227,6 +227,8 @@ class RunConfig:
         from_checkpoint: a step of another run's checkpoints, as runs/long/checkpoints/800: weights, optimizer and the
             number of the step come from there, and the schedule and the data go on from it. With wsd, a cooldown.
         max_skipped_steps: so many non-finite updates in a row end the run.
+        step_timeout: seconds without a finished step after which every process writes its stacks and ends with 86; 10
+            times the median step, and 300 at least, by default; 0: none.
         report_to: where metrics go beside metrics.jsonl. [transformers]
         deterministic: asks the backend for bitwise repeatable kernels.
         profile_steps: the first and the last step of a trace in output_dir/profile, for xprof or Perfetto.
@@ -250,6 +252,7 @@ class RunConfig:
     ema: float = 0.0
     from_checkpoint: PathText | None = None
     max_skipped_steps: int = 10
+    step_timeout: float | None = None
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     deterministic: bool = False
     profile_steps: tuple[int, ...] = ()
@@ -298,6 +301,7 @@ MAY_CHANGE = (
     "run.eval_steps",
     "run.stats_steps",
     "run.max_skipped_steps",
+    "run.step_timeout",
     "run.report_to",
     "run.deterministic",
     "run.profile_steps",
@@ -389,6 +393,7 @@ def _check(config: Config) -> None:
         "optim.z_loss": optim.z_loss,
         **{f"optim.learning_rate_pattern {name!r}": value for name, value in optim.learning_rate_pattern.items()},
         "run.keep_every": run.keep_every,
+        "run.step_timeout": run.step_timeout or 0,
     }
     for name, value in not_negative.items():
         if value < 0:

@@ -32,7 +32,8 @@ EXIT_FAILED, EXIT_WRONG, EXIT_PREEMPTED, EXIT_PEER_LOST = 1, 2, 85, 86
 _HEARTBEAT_SECONDS, _CONNECT_SECONDS, _SHARED_SECONDS = 30, 300, 60
 _HOST_BYTES = 256
 HEARTBEAT_FILE = ".alive"
-_BEFORE_A_STEP = {".lock", HEARTBEAT_FILE, "checkpoints", "config.toml", "metrics.jsonl", COMPANIONS}
+RANKS = "ranks"  # of the run directory: what each process was last seen doing, and its stacks where a step was stuck
+_BEFORE_A_STEP = {".lock", HEARTBEAT_FILE, RANKS, "checkpoints", "config.toml", "metrics.jsonl", COMPANIONS}
 _SLURM_REMEDY = (
     "start with srun, which sets them all; or unset SLURM_PROCID, and give COORDINATOR_ADDRESS, NUM_PROCESSES and "
     "PROCESS_ID where there are several processes"
@@ -66,7 +67,7 @@ def initialize() -> None:
             rendezvous.meet(address, count, index or 0, timeout, process_hosts(os.environ))
         except rendezvous.MissingProcesses as error:
             print(f"error: {error}", file=sys.stderr)
-            _leave(EXIT_PEER_LOST)
+            leave(EXIT_PEER_LOST)
     if count == 1:  # the devices of one CPU process need no TCP between them
         jax.config.update("jax_cpu_collectives_implementation", None)
     jax.distributed.initialize(
@@ -99,22 +100,22 @@ def leaving() -> Iterator[None]:
     try:
         yield
     except Preempted:
-        _leave(EXIT_PREEMPTED)
+        leave(EXIT_PREEMPTED)
     except PunaError as error:
         if jax.process_count() == 1:
             raise
         print(f"error: {error}", file=sys.stderr)
-        _leave(EXIT_FAILED if isinstance(error, JobFailed) else EXIT_WRONG)
+        leave(EXIT_FAILED if isinstance(error, JobFailed) else EXIT_WRONG)
     except jax.errors.JaxRuntimeError:
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        _leave(EXIT_PEER_LOST)
+        leave(EXIT_PEER_LOST)
     except BaseException:
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        _leave(EXIT_FAILED)
+        leave(EXIT_FAILED)
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -366,7 +367,8 @@ def _whole(env: Mapping[str, str], name: str) -> int:
     return int(env[name])
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
+    """End this process with a code, without waiting for others and without Python's exit handlers."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

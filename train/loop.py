@@ -49,6 +49,7 @@ from train.state import (
 )
 from train.stats import make_stats
 from train.step import make_evaluation, make_step
+from train.watchdog import Watchdog
 
 Evaluate = Callable[[TrainState, Batch], tuple[Mapping[str, Array], Array]]
 ROWS_NAMED = 20
@@ -196,6 +197,7 @@ def train(config: Config) -> None:
         batches = (to_devices(partial(sampler.batch, number), sharding, shape) for number in range(done, total))
         ready = stack.enter_context(prefetch(batches))
         profile = stack.enter_context(Profile(run.profile_steps, run_dir / "profile"))
+        watch = stack.enter_context(Watchdog(run_dir, run.step_timeout, done))
 
         def save(number: int, state: TrainState) -> None:
             checkpoints.kept = {best["step"]} if best else set()
@@ -208,13 +210,18 @@ def train(config: Config) -> None:
         # --- the loop
         try:
             for number, rows in enumerate(ready, done + 1):
-                seen = stats(state, rows) if stats is not None and number % run.stats_steps == 0 else {}
+                watch.begins(number)
+                seen: Mapping[str, Array] = {}
+                if stats is not None and number % run.stats_steps == 0:
+                    with watch.paused():  # it may be compiled
+                        seen = stats(state, rows)
                 with profile.step(number):
                     state, metrics = step(state, rows)
                 record.push(number, {**metrics, **seen}, due=bool(seen))
+                watch.finished(number - 1)
                 is_best = False
                 if datasets.evaluation and (number == total or run.eval_steps and number % run.eval_steps == 0):
-                    with record.paused():
+                    with record.paused(), watch.paused(number):
                         means = held_out_means(evaluate, state, datasets, config, sharding)
                     record.add(**means)
                     loss = means["eval_loss"]
@@ -223,16 +230,19 @@ def train(config: Config) -> None:
                 stopping = distributed.reached_preemption(number)
                 if checkpoints.due(number) or is_best or stopping or number == total:
                     record.flush()
-                    with record.paused():
+                    with record.paused(), watch.paused(number):
                         save(number, state)
                         if first:
                             painter.paint(last=stopping or number == total)
                 profile.after(number, state)
                 if stopping:
+                    watch.close()
                     checkpoints.wait()
                     raise distributed.Preempted
+            watch.close()
             record.check(total, int(jax.device_get(state.skipped)))
         except NonFinite:  # the state is that of the last update that was finite
+            watch.close()
             save(int(jax.device_get(state.step)), state)
             checkpoints.wait()
             raise
