@@ -147,7 +147,8 @@ def moved(
     """The parameters and the optimizer's state after an update, not yet rounded to a parameter's dtype."""
     updates, new = optimizer.update(grads, opt_state, params)
     if owns_learning_rate(optim):
-        return optax.apply_updates(params, updates), new
+        applied: Any = optax.apply_updates(params, updates)
+        return applied, new
     if (scales := rate_scales(optim, model, params)) is not None:
         updates = jax.tree.map(jnp.multiply, updates, scales)
     return jax.tree.map(lambda p, u: p - rate * u, params, updates), new

@@ -127,8 +127,9 @@ class Watchdog:
             except OSError:  # a full disk, or storage that went away: the next round may write again
                 pass
             since, limit = self._since, self.limit()
-            is_late = since is not None and limit is not None and time.monotonic() - since > limit
-            if is_late and self._gives_up(since, limit):
+            if since is None or limit is None or time.monotonic() - since <= limit:
+                continue
+            if self._gives_up(since, limit):
                 return
 
     def _tell(self, answers: str = "", where: str = "") -> None:
