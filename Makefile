@@ -67,8 +67,11 @@ gpu-check: .venv-gpu/.gpu
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=0
 
-bench: $(VENV)/.dev
-	for name in decode train quantized lora checkpoint convert speculative serve; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+# The CPU set, each beside its peers. Those that are not tests' own come last on the path: all run on the same JAX.
+bench: $(VENV)/.dev build/peers/.installed
+	export PYTHONPATH=$$PWD/build/peers/first; \
+	for name in decode train jax_peer quantized lora checkpoint convert speculative serve; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/figures.py
 
 # docs/figures.md, from what the benchmarks wrote.
 figures:
@@ -110,6 +113,11 @@ clean:
 	$(MAKE) --no-print-directory interpreter PYTHON=python3.12
 	$(shell $(MAKE) --no-print-directory --silent which PYTHON=python3.12) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install --quiet --no-compile --editable ".[gpu-plan]" pytest
+	@touch $@
+
+build/peers/.installed:
+	$(FOUND) -m pip install --quiet --no-compile --target build/peers google-tunix
+	$(FOUND) -m pip install --quiet --no-compile --no-deps --target build/peers/first xllamacpp
 	@touch $@
 
 $(BIN)/python:

@@ -76,6 +76,27 @@ def train(result: dict[str, Any]) -> str:
     )
 
 
+def jax_peer(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        speeds = [row[side]["tokens_per_second"] for side in ("puna", "tunix")]
+        sizes = [row[side]["peak_mib"] for side in ("puna", "tunix")]
+        size = {"C15": "15M", "C110": "110M"}[row["shape"]]
+        ratios = f"{speeds[0] / speeds[1]:.2f}", f"{sizes[0] / sizes[1]:.2f}"
+        rows.append([size, *(f"{speed:.0f}" for speed in speeds), ratios[0], *sizes, ratios[1]])
+    both = [", ".join(f"{loss:.5f}" for loss in losses) for losses in result["rows"][0]["losses"].values()]
+    return section(
+        "Training beside another LLaMA in JAX, float32",
+        result["setting"]["command"],
+        result["setting"],
+        "tunix's Llama3 (Flax NNX, optax), from the same weights on the same rows; its first losses beside ours: "
+        f"{both[0]} and {both[1]}"
+        '. Tokens a second, and MiB of the process. Ours has `remat = "dots"`, tunix keeps all it computes; both with '
+        "huge pages.",
+        table(["model", "puna", "tunix", "speed", "puna, MiB", "tunix, MiB", "memory"], rows),
+    )
+
+
 def lora(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
@@ -332,6 +353,7 @@ def page() -> str:
     parts = [
         decode(results["decode"]),
         train(results["train"]),
+        jax_peer(results["jax_peer"]),
         lora([results["lora"], results["lora_huge"]]),
         quantized(results["quantized"]),
         quantized_7b(results["quantized_7b"]),
