@@ -6,7 +6,7 @@ Replies go to stdout, everything else to stderr.
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -84,9 +84,15 @@ class Chat:
     def _answer(self, before: Conversation, user: str, attempt: int) -> None:
         """Asks for the reply to `user` that follows `before`; an interrupted one is kept as far as it came."""
         pieces: list[str] = []
+        is_cut_off = False
+
+        def written(reply: Generator[str, None, bool]) -> Iterator[str]:
+            nonlocal is_cut_off
+            is_cut_off = yield from reply
+
         try:
             with closing(self.speaker.reply(before.asking(user), attempt)) as reply:
-                for piece in reply:
+                for piece in written(reply):
                     pieces.append(piece)
                     self.write(piece)
         except KeyboardInterrupt:
@@ -97,6 +103,8 @@ class Chat:
                 self.write("\n")
             raise
         self.write("\n")
+        if is_cut_off:
+            note("the reply was cut off: it has the most tokens that one may have (--max-new-tokens)")
         exchange = Exchange(user, "".join(pieces))
         self.conversation, self._attempt = replace(before, exchanges=(*before.exchanges, exchange)), attempt
 

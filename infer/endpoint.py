@@ -32,8 +32,8 @@ class Endpoint:
         """The same: a server writes messages as it does."""
         return self
 
-    def reply(self, messages: Sequence[Message], attempt: int = 0) -> Generator[str]:
-        """The answer to the last message as it comes."""
+    def reply(self, messages: Sequence[Message], attempt: int = 0) -> Generator[str, None, bool]:
+        """The answer to the last message as it comes, and then whether it was cut off at the most tokens."""
         settings = dict(self.settings)
         if "seed" in settings:
             settings["seed"] += attempt
@@ -50,6 +50,7 @@ class Endpoint:
                             yield choice.delta.content.encode(errors="replace").decode()
         if finish is None:
             raise JobFailed(f"{self.client.base_url}: the reply broke off")
+        return finish == "length"
 
     def complete(self, messages: Sequence[Message], attempt: int = 0) -> tuple[str, list[int], str]:
         """The whole answer to the last message, how many tokens the server read and wrote for it (0 if unsaid), and

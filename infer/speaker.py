@@ -28,12 +28,15 @@ class Speaker(Protocol):
     @property
     def template(self) -> str | None: ...
 
-    def reply(self, messages: Sequence[Message], attempt: int = 0) -> Generator[str]:
+    def reply(self, messages: Sequence[Message], attempt: int = 0) -> Generator[str, None, bool]:
         """The answer to the last message, piece by piece; closing the generator stops it.
 
         Args:
             messages: system (perhaps), user and assistant in turn, user.
             attempt: how often this answer was given before: another seed each time.
+
+        Returns:
+            Whether the answer was cut off because it had as many tokens as an answer may have.
 
         Raises:
             PunaError: the messages cannot be answered, or no longer.
@@ -128,7 +131,7 @@ class LocalModel:
         """The same with another template. Raises PunaError where it cannot be used."""
         return replace(self, template=choose_template(name, self.tokenizer))
 
-    def reply(self, messages: Sequence[Message], attempt: int = 0) -> Generator[str]:
+    def reply(self, messages: Sequence[Message], attempt: int = 0) -> Generator[str, None, bool]:
         """The answer without white space at its ends. The oldest exchanges that do not fit are left out, aloud."""
         template = get_template(self.template, self.tokenizer)
         fitting = fit(messages, template, self.tokenizer, self.engine.length - self.max_new_tokens)
@@ -150,10 +153,13 @@ class LocalModel:
             stop_ids=tuple(dict.fromkeys((*stop_ids(template, self.tokenizer), *self.eos_ids))),
             stop=template.stop,
         )
-        yield from stripped(self._pieces(request))
+        ended: list[str | None] = []
+        yield from stripped(self._pieces(request, ended.append))
+        return ended == ["length"]
 
-    def _pieces(self, request: Request) -> Generator[str]:
-        """The text of a request as it comes. The engine's thread sends what there is so far after every token."""
+    def _pieces(self, request: Request, end: Callable[[str | None], None]) -> Generator[str]:
+        """The text of a request as it comes; `end` hears why it ended. The engine's thread sends what there is so far
+        after every token."""
         sent: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
         progress = self.engine.submit(request, lambda progress: sent.put((progress.text, progress.finish)))
         shown, finish = 0, None
@@ -168,6 +174,7 @@ class LocalModel:
                 sent.get()
         if progress.error is not None:
             raise JobFailed(f"the model failed: {type(progress.error).__name__}: {progress.error}")
+        end(progress.finish)
 
 
 def stripped(pieces: Iterable[str]) -> Iterator[str]:

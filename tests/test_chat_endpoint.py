@@ -128,6 +128,15 @@ def test_the_server_is_asked_what_was_said(talk, server):
     assert second["messages"] == [system, user("Hi"), assistant("Hello 羊?"), user("Why?")]
 
 
+def test_a_reply_that_the_server_cut_off_is_said_to_be(talk, server):
+    last = {"index": 0, "delta": {"content": " two"}, "finish_reason": "length"}
+    head = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [last]}
+    server.script = [["one", head]]
+    said, lines, code = talk("Hi", "Why?")
+    assert (said, code) == ("one two\nYou said: Why?\n", 0)
+    assert len(lines) == 1 and lines[0].startswith("the reply was cut off")
+
+
 def test_settings_are_sent_where_they_are_given(talk, server):
     settings = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "seed": 3,

@@ -188,6 +188,18 @@ def test_rows_of_one_batch_use_their_own_adapters(params, form):
     assert [progress.tokens for progress in again[::-1]] == [progress.tokens for progress in together]
 
 
+def test_adapters_over_a_mesh_are_those_of_one_device(params):
+    trees = [adapted(quantized_linears(params), seed, rank=2 + seed, dora=seed == 1) for seed in range(2)]
+    mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+    asked = [Request(OPENINGS[0][:12], 8, Sampling(temperature=0.5, seed=1), adapter=i) for i in (-1, 0, 1)]
+    texts = []
+    for devices in (None, mesh):
+        apart = [per_layer(tree if devices is None else place(tree, CONFIG, devices)) for tree in trees]
+        engine = Engine(side_by_side(apart, product), CONFIG, rows=4, chunk=16, least_window=64, mesh=devices)
+        texts.append([progress.tokens for progress in list(run_all(engine, asked))[-1]])
+    assert texts[0] == texts[1] and len(set(map(tuple, texts[0]))) == 3
+
+
 def quantized_linears(params):
     layers = {name: quantize(w, "nf4") if name in LINEARS else w for name, w in params["layers"].items()}
     return params | {"layers": layers}
