@@ -129,7 +129,7 @@ def survey(path: Path, name: str = "auto", shard: tuple[int, int] = (0, 1)) -> S
 
 def _survey(path: Path, name: str, shard: tuple[int, int]) -> Survey:
     kind, told_by = KINDS.get(name), None
-    digests, numbers, count = bytearray(), array("Q"), 0
+    digests, numbers, count, fault = bytearray(), array("Q"), 0, ""
     for number, raw in read_lines(path):
         count += (number - 1) % shard[1] == shard[0]
         if kind is not None and kind.id is None and told_by is not None:
@@ -138,18 +138,21 @@ def _survey(path: Path, name: str, shard: tuple[int, int]) -> Survey:
             record = decode(raw)
             kind = kind or kind_of(record)
             if kind is None:
-                continue
+                raise PunaError(f"no kind has lines with these keys: {', '.join(record) or 'none'}")
             check_record(record, kind)
-        except PunaError:
+        except PunaError as error:
+            fault = fault or f"{path}:{number}: {error}"
             continue  # said when its turn to be answered comes
         told_by = told_by or number
         if kind.id is not None:
             digests += hashlib.blake2b(json.dumps(record[kind.id]).encode(), digest_size=16).digest()
             numbers.append(number)
     if kind is None:
+        if not fault:
+            raise PunaError(f"{path} holds no line")
         raise PunaError(
             f"{path} holds no line of a kind that we know: give kind='openai', 'wizardlm', 'mt_bench', 'vicuna' or "
-            f"'prompt', and the rejects will say what is wrong with each line"
+            f"'prompt', and the rejects will say what is wrong with each line. {fault}"
         )
     return Survey(kind, told_by, "", count, _doubled(digests, numbers))
 
