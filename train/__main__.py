@@ -1,4 +1,4 @@
-"""python -m train: run, launch, export, plan, preview, settings, plot, prepare."""
+"""python -m train: run, launch, export, plan, check-mup, preview, settings, plot, prepare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -89,6 +89,28 @@ def plan(
 
     read = load_config(config, overrides or ())
     print(cost_report(read, devices) if gpu is None else plan_for(read, gpu, devices))
+
+
+@app.command()
+def check_mup(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    widths: Annotated[str, typer.Option(help="Values of model.hidden_size.")] = "64,128,256",
+    steps: Annotated[int, typer.Option(help="How many each model is trained for.")] = 4,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", parser=at_home, metavar="FILE", help="The picture to write.")
+    ] = Path("check_mup.png"),
+) -> None:
+    """Say how far activations move in some steps of models of several widths; 1 where that depends on the width."""
+    from rich.console import Console
+
+    from train.check_mup import check_mup as check
+    from train.check_mup import widths_of
+
+    table, is_steady = check(load_config(config, overrides or ()), widths_of(widths), steps, output)
+    Console().print(table)
+    print(output)
+    raise typer.Exit(0 if is_steady else 1)
 
 
 @app.command()

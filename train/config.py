@@ -21,6 +21,7 @@ from train.distill import DistillConfig
 from train.distill import check as check_distill
 from train.hints import meant
 from train.master import check_master
+from train.mup import check as check_mup
 from train.preference import PreferenceConfig
 from train.preference import check as check_preference
 from train.schema import PathText, flat, read, settings
@@ -49,6 +50,10 @@ class ModelConfig:
         attention_bias: biases in the products of attention. [transformers]
         mlp_bias: biases in the products of the MLP. [transformers]
         initializer_range: standard deviation of fresh weights. [transformers]
+        parametrization: "mup" scales fresh weights and their learning rates with the width, so that the best rate of a
+            narrow model is that of a wide one. [Tensor Programs V, arXiv:2203.03466]
+        mup_base_hidden_size: with mup, the hidden_size at which both parametrizations are the same.
+        mup_base_head_dim: with mup, the head_dim at that size; the model's own by default: wide models have more heads.
         dtype: what is computed in.
         param_dtype: how weights are kept (float32 masters by default); gradients and optimizer state follow it.
         remat: what the backward pass recomputes: nothing, all but products, or whole blocks. [arXiv:1604.06174]
@@ -78,6 +83,9 @@ class ModelConfig:
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     initializer_range: float | None = None
+    parametrization: Literal["standard", "mup"] = "standard"
+    mup_base_hidden_size: int = 256
+    mup_base_head_dim: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
@@ -377,6 +385,8 @@ def _check(config: Config) -> None:
         "run.max_skipped_steps": run.max_skipped_steps,
         "run.keep_last": run.keep_last,
         **({} if model.loss_chunk is None else {"model.loss_chunk": model.loss_chunk}),
+        "model.mup_base_hidden_size": model.mup_base_hidden_size,
+        **({} if model.mup_base_head_dim is None else {"model.mup_base_head_dim": model.mup_base_head_dim}),
         "optim.adam_epsilon": optim.adam_epsilon,
         **(_positive_lora(config.lora) if config.lora else {}),
     }
@@ -439,6 +449,7 @@ def _check(config: Config) -> None:
         check_distill(config.distill)
         if config.preference is not None:
             raise PunaError("[distill] and [preference] are both given: keep one of them")
+    check_mup(model, optim.optimizer, config.lora is not None)
     _refuse_unread(config)
     check_master(optim.master, model.param_dtype, config.lora is not None and not config.lora.modules_to_save)
     if config.lora is not None:
@@ -499,6 +510,8 @@ def _refuse_unread(config: Config) -> None:
         ("optim.adam_beta1", "optim.optimizer", is_adafactor),
         ("optim.adam_beta2", "optim.optimizer", is_adafactor),
         ("optim.adam_epsilon", "optim.optimizer", is_adafactor),
+        ("model.mup_base_hidden_size", "model.parametrization", model.parametrization != "mup"),
+        ("model.mup_base_head_dim", "model.parametrization", model.parametrization != "mup"),
         ("optim.muon_momentum", "optim.optimizer", optim.optimizer != "muon"),
         ("optim.learning_rate_pattern", "optim.optimizer", ":" in optim.optimizer),
         ("optim.decay_ratio", "optim.lr_scheduler_type", optim.lr_scheduler_type != "wsd"),

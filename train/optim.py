@@ -81,7 +81,9 @@ def owns_learning_rate(optim: OptimConfig) -> bool:
     return ":" in optim.optimizer
 
 
-def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    optim: OptimConfig, schedule: Schedule | None = None, scales: Any = None
+) -> optax.GradientTransformation:
     """The optimizer that [optim] names.
 
     adamw (arXiv:1711.05101), muon (see `scale_by_muon`) over the matrices of the layers with AdamW for the rest, or
@@ -92,6 +94,7 @@ def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> opta
     Args:
         optim: the settings.
         schedule: the learning rate at every step; None, where only the state's shapes matter, for a constant one.
+        scales: what AdamW's updates are multiplied by, a tree of numbers like the parameters; None for 1.
 
     Raises:
         PunaError: there is no such function, or it gives no optax transformation.
@@ -120,11 +123,22 @@ def make_optimizer(optim: OptimConfig, schedule: Schedule | None = None) -> opta
         )
     else:
         scale = optax.scale_by_adam(optim.adam_beta1, optim.adam_beta2, optim.adam_epsilon)
+        scale = scale if scales is None else _multiplied(scale, scales)
         if optim.optimizer == "muon":
             scale = optax.chain(
                 optax.masked(scale_by_muon(optim.muon_momentum), _matrices), optax.masked(scale, _others)
             )
     return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay, mask=decay_mask))
+
+
+def _multiplied(transformation: optax.GradientTransformation, scales: Any) -> optax.GradientTransformation:
+    """A transformation whose updates are multiplied by a tree of numbers, with the same state."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        updates, state = transformation.update(updates, state, params)
+        return jax.tree.map(lambda u, by: (u * by).astype(u.dtype), updates, scales), state
+
+    return optax.GradientTransformation(transformation.init, update)
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:

@@ -27,6 +27,7 @@ from model.quantize import quantizer
 from model.sharding import named_sharding
 from train import master
 from train.config import Config, QuantizeConfig
+from train.mup import scaled_start
 from train.objective import BATCH_KEYS, reads_reference
 from train.optim import make_optimizer
 from train.preference import most_segments
@@ -74,7 +75,8 @@ def base_params(config: Config, model: LlamaConfig, mesh: Mesh, base: Source | N
     """
     dtype = config.model.param_dtype
     if base is None:
-        return quantize_linears(init_params(model, jax.random.key(config.run.seed), dtype, mesh), config.quantize)
+        fresh = init_params(model, jax.random.key(config.run.seed), dtype, mesh)
+        return quantize_linears(scaled_start(config.model, model, fresh), config.quantize)
     checkpoint = base.checkpoint
     if config.lora is None:
         checkpoint = replace(checkpoint, quantized={})  # what trains is float

@@ -22,6 +22,7 @@ from model.params import Params
 from train import master
 from train.config import Config, OptimConfig
 from train.data.encode import IGNORE_INDEX
+from train.mup import update_scales
 from train.objective import Batch, make_objective
 from train.optim import (
     Schedule,
@@ -85,7 +86,8 @@ def make_advance(
     row_segments: int | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Params]]:
     """What `make_step` compiles, which returns the gradients before clipping too. See there."""
-    objective, optimizer = make_objective(config, model, mesh, row_segments), make_optimizer(config.optim, schedule)
+    objective = make_objective(config, model, mesh, row_segments)
+    optimizer = make_optimizer(config.optim, schedule, update_scales(config.model, model))
     on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
     offload = config.optim.offload
 
