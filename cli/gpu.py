@@ -5,6 +5,7 @@ the data sheets and the CUDA device properties; only autotuning needs the GPU it
 """
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 
+from cli.said import say_once
 from model.errors import PunaError
 
 # What programs on GPUs start with where the user has not said otherwise: JAX would take three quarters of the memory,
@@ -41,6 +43,23 @@ def gpu_count(environment: Mapping[str, str]) -> int:
     except (OSError, subprocess.CalledProcessError):
         return 0
     return sum(line.startswith("GPU ") for line in listing.splitlines())
+
+
+def set_defaults() -> None:
+    """Gives this process what of ENVIRONMENT nobody has set, where it has a GPU, and says so once.
+
+    Call it before a device is used.
+    """
+    if gpu_count(os.environ) and (own := unset(os.environ)):
+        os.environ.update(own)
+        if (level := own.get("JAX_OPTIMIZATION_LEVEL")) is not None:  # which JAX has read when it was imported
+            jax.config.update("jax_optimization_level", level)
+        say_once(described(own))
+
+
+def described(own: Mapping[str, str]) -> str:
+    """What is said of variables that we set."""
+    return f"for GPUs, and where the environment says nothing: {' '.join(f'{k}={v}' for k, v in own.items())}"
 
 
 @dataclass(frozen=True)

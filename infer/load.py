@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
+from cli.gpu import set_defaults
 from cli.said import say_once
 from convert.adapter_fit import adapted_config
 from convert.adapters import apply_adapters
@@ -303,7 +304,8 @@ def sampling(generation: dict[str, Any], **given: Any) -> Sampling:
 def start_mesh(text: str | None) -> Mesh | None:
     """The mesh that an option asks for, on the first devices; None without the option.
 
-    On a CPU as many virtual devices are made, so this comes before any other use of JAX.
+    On a CPU as many virtual devices are made, and on GPUs the process gets the settings that are best for them, so
+    this comes before any other use of JAX.
 
     Args:
         text: sizes of MESH_AXES, as `tensor=2` or `fsdp=2,tensor=2`; None where the option is not given.
@@ -311,6 +313,7 @@ def start_mesh(text: str | None) -> Mesh | None:
     Raises:
         PunaError: an unknown axis, a size that is no number above 0, or more devices than there are.
     """
+    set_defaults()
     if text is None:
         return None
     sizes = dict(_axis(part, text) for part in text.split(","))

@@ -1,6 +1,7 @@
 """Compiled programs are read as XLA writes them: on texts of its CPU and GPU compilers, cut to what matters."""
 
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -149,3 +150,21 @@ def test_what_is_set_for_gpus_is_what_nobody_has_set():
     assert gpu.unset({"XLA_CLIENT_MEM_FRACTION": "0.5"}).keys() == {"JAX_OPTIMIZATION_LEVEL"}
     assert gpu.unset(dict.fromkeys(gpu.ENVIRONMENT, "")) == {}
     assert gpu.gpu_count({"CUDA_VISIBLE_DEVICES": "2,3"}) == 2 and gpu.gpu_count({"JAX_PLATFORMS": "cpu"}) == 0
+
+
+def test_a_process_with_a_gpu_sets_what_nobody_has_set_and_says_so_once(monkeypatch, capsys):
+    level = jax.config.jax_optimization_level
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_OPTIMIZATION_LEVEL"):
+        monkeypatch.setenv(name, "")  # so that what is set here goes again
+        monkeypatch.delenv(name)
+    try:
+        for _ in range(2):
+            gpu.set_defaults()
+        assert jax.config.jax_optimization_level == "O1"
+        assert {name: os.environ[name] for name in gpu.ENVIRONMENT} == gpu.ENVIRONMENT
+    finally:
+        jax.config.update("jax_optimization_level", level)
+    own = "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 JAX_OPTIMIZATION_LEVEL=O1"
+    assert capsys.readouterr().err == f"for GPUs, and where the environment says nothing: {own}\n"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from cli.gpu import gpu_count, unset
+from cli.gpu import described, gpu_count, unset
 from convert import manifest
 from model.errors import PunaError
 from train.distributed import EXIT_FAILED, EXIT_PREEMPTED, EXIT_WRONG, HEARTBEAT_FILE, free_port
@@ -57,7 +57,7 @@ def launch(
     shares = _device_shares(processes, cpu_devices)
     own = unset(os.environ) if cpu_devices is None and gpu_count(os.environ) else {}
     if own:
-        _say(f"for GPUs, and where the environment says nothing: {' '.join(f'{k}={v}' for k, v in own.items())}")
+        _say(described(own))
     command = [sys.executable, "-m", "train", "run", *arguments]
 
     def start() -> list[subprocess.Popen[bytes]]:
