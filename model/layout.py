@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from model import cpu
 from model.config import LlamaConfig
 from model.errors import PunaError
+from model.fp8 import Fp8Array
 from model.lora import LoraArray, lora_shardings
 from model.params import LINEARS, Params, ParamSpec, param_specs, unstack
 from model.quantize import QuantizedArray, quantize, quantized_shardings
@@ -19,7 +20,7 @@ from model.sharding import named_sharding
 from model.tiles import TiledArray, can_tile, tiled
 from model.transposed import TransposedArray
 
-Weight = Array | TransposedArray | QuantizedArray | TiledArray | LoraArray | SelectedLora
+Weight = Array | TransposedArray | QuantizedArray | TiledArray | Fp8Array | LoraArray | SelectedLora
 
 
 def per_layer(params: Params) -> Params:

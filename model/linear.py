@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from model import cpu, lora
+from model.fp8 import Fp8Array, fp8_product
 from model.layout import Weight
 from model.lora import LoraArray
 from model.quantize import QuantizedArray
@@ -81,6 +82,8 @@ def product(x: Array, w: Weight, out_dtype: DTypeLike | None = None) -> Array:
     match w:
         case QuantizedArray():
             return quantized_matmul(x, w).astype(out_dtype or x.dtype)
+        case Fp8Array():
+            return fp8_product(x, w.weight).astype(out_dtype or x.dtype)
         case TiledArray():
             return tiled_product(x, w).astype(out_dtype or x.dtype)
         case LoraArray():

@@ -189,6 +189,28 @@ STEPS = {
 }
 
 
+def eight_bit_products(plan: Plan) -> int:
+    """How many kernels of a step multiply two arrays of 8-bit floats."""
+    total = 0
+    for run in plan.program.runs:
+        for name, computation in plan.program.computations_of(run):
+            for one in computation.values() if name else (run.instruction,):
+                if one.opcode == "dot" or one.target.startswith("__cublas"):
+                    kinds = [computation[each].shape.split("[")[0] for each in one.operands[:2] if each in computation]
+                    total += run.times * (len(kinds) == 2 and all(kind.startswith("f8") for kind in kinds))
+    return total
+
+
+def test_products_in_8_bit_floats_are_kernels_of_two_of_them(found):
+    """Of seven weights a layer: forward, forward again under remat, and both gradients."""
+    plan = training("llama3.2-1b", rows=4, model=frozen(remat="full", matmul="fp8"))
+    a_layer = eight_bit_products(plan) / plan.model.num_hidden_layers
+    found("1B fp8, 4 rows, remat full: products of two 8-bit floats a layer", a_layer, None)
+    assert a_layer >= 3 * len(LINEARS)
+    found("1B fp8, 4 rows, remat full: temporaries", plan.temporaries / GIB, None, "GiB")
+    found("1B fp8, 4 rows, remat full: all that it takes", plan.total / GIB, None, "GiB")
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_of_one_gpu(found, name):
     """4,096 tokens a row. The bounds of memory are what an earlier program of ours took."""

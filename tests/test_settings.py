@@ -61,6 +61,7 @@ MODEL = {
     "dtype": ("bfloat16", {}),
     "param_dtype": ("bfloat16", {}),
     "remat": ("full", {}),
+    "matmul": ("fp8", {}),
     "loss_chunk": (16, {}),
     "block": ("configs.ablations.parallel_block:block", {}),
     "attention": ("test_settings:causal", {}),

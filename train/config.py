@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from model.attention import ATTENTIONS
 from model.errors import PunaError
+from model.fp8 import check_matmul
 from model.lora import check_saved_modules, target_weights
 from model.quantize import quantizer
 from train.data.config import DataConfig, sources
@@ -57,6 +58,8 @@ class ModelConfig:
         dtype: what is computed in.
         param_dtype: how weights are kept (float32 masters by default); gradients and optimizer state follow it.
         remat: what the backward pass recomputes: nothing, all but products, or whole blocks. [arXiv:1604.06174]
+        matmul: the layers' linear products are in `dtype`, or in "fp8": activations, weights and gradients are scaled
+            and rounded to 8-bit floats, which NVIDIA's GPUs from Hopper on multiply fast. [arXiv:2209.05433]
         loss_chunk: rows of logits alive at a time; 512 on CPUs and 2,048 on others by default.
         block: a "module:function" in place of LLaMA's block.
         attention: "auto" is "ring" where mesh.context splits rows, else "cudnn" on NVIDIA GPUs, where dtype is
@@ -89,6 +92,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    matmul: Literal["dtype", "fp8"] = "dtype"
     loss_chunk: int | None = None
     block: str | None = None
     attention: str = "auto"
@@ -451,6 +455,7 @@ def _check(config: Config) -> None:
             raise PunaError("[distill] and [preference] are both given: keep one of them")
     check_mup(model, optim.optimizer, config.lora is not None)
     _refuse_unread(config)
+    check_matmul(model.matmul, config.quantize is not None, config.lora is not None and config.lora.dora)
     check_master(optim.master, model.param_dtype, config.lora is not None and not config.lora.modules_to_save)
     if config.lora is not None:
         target_weights(config.lora.targets)

@@ -14,6 +14,7 @@ from model import lora
 from model.config import LlamaConfig
 from model.cudnn import Attend
 from model.errors import PunaError
+from model.fp8 import in_fp8
 from model.llama import SPLIT_SEQUENCE, block_of, head_of, hidden
 from model.params import Params
 from model.pieces import checked, load_function
@@ -96,7 +97,7 @@ def make_forward(config: Config, model: LlamaConfig, mesh: Mesh, row_segments: i
     def forward(params: Params, rows: Batch) -> Array:
         attend = None if own_attend is None else own_attend(rows["segments"])
         x, _ = hidden(
-            params,
+            as_computed(config, params),
             rows["tokens"],
             model,
             positions=rows.get("positions"),
@@ -108,6 +109,11 @@ def make_forward(config: Config, model: LlamaConfig, mesh: Mesh, row_segments: i
         return x
 
     return forward
+
+
+def as_computed(config: Config, params: Params) -> Params:
+    """Parameters whose products are computed as model.matmul says."""
+    return in_fp8(params) if config.model.matmul == "fp8" else params
 
 
 def make_block(config: Config, model: LlamaConfig, mesh: Mesh, attend: Attend | None = None) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from model.params import Params
 from model.taps import shows_parts
 from train.attention import laid_out
 from train.config import Config
-from train.objective import Batch, make_block
+from train.objective import Batch, as_computed, make_block
 from train.optim import Schedule
 from train.state import TrainState, join
 from train.step import make_advance, microbatches
@@ -69,7 +69,7 @@ def make_stats(
     def stats(state: TrainState, batch: Batch) -> Mapping[str, Array]:
         new, _, grads = advance(state, batch)
         changes = jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), new.params, state.params)
-        params = join(state.params, state.frozen)
+        params = as_computed(config, join(state.params, state.frozen))
         _, sums = jax.lax.scan(lambda _, rows: (None, squares(params, rows)), None, microbatches(batch, count))
         tokens = jnp.maximum(1, jnp.sum(batch["segments"] != 0))
         found: dict[str, Array] = {}
