@@ -289,6 +289,7 @@ def base(folder: Path) -> None:
         shutil.copytree(SHARED / "stories260k-derived" / "hf_sharded", folder / "base", dirs_exist_ok=True)
         print(f"{folder / 'base'}: stories260K, a trained LLaMA of 260 thousand parameters")
         return
+    (folder / "text").mkdir(exist_ok=True)
     from_nothing(folder / "text")
     train_tokenizer(folder / "text" / "text.txt", folder / "text" / "tokenizer.model", 512)
 
