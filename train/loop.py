@@ -234,7 +234,9 @@ def train(config: Config) -> None:
                         save(number, state)
                         if first:
                             painter.paint(last=stopping or number == total)
-                profile.after(number, state)
+                if profile.is_open:
+                    with watch.paused():  # writing a trace takes a while
+                        profile.after(number, state)
                 if stopping:
                     watch.close()
                     checkpoints.wait()
