@@ -21,6 +21,7 @@ All were measured on 2 cores of an AMD EPYC without a GPU: `gguf.py`, `lora.py`,
 `speculative.py` on one with AVX-512, the rest on one without it. A ratio "of X" is our figure divided by X's. Times
 vary by a few percent from run to run; the two sides of a ratio were measured in turn, in the same run.
 """
+CEILINGS = {"read": "the measured read", "bf16": "the measured bfloat16 product", "sheet": "the data sheet"}
 MALLOC = {
     "default": "as glibc has it",
     "huge": "with huge pages",
@@ -347,6 +348,30 @@ def scaling(result: dict[str, Any]) -> str:
     )
 
 
+def gpu_dry_run(result: dict[str, Any]) -> str:
+    compiled = [row for row in result["rows"] if "roofline_ms" in row]
+    tiny = {row["name"]: row for row in result["rows"] if "ms" in row or "skipped" in row}
+    rows = [
+        [
+            row["name"],
+            f"{row['gib']:.2f}",
+            f"{row['temporaries_gib']:.2f}",
+            f"{row['roofline_ms']:.2f}",
+            f"{row['predicted']:.2f} of {CEILINGS[row['of']]}",
+            "no, for GPUs alone" if "skipped" in tiny.get(row["name"], {}) else "yes",
+        ]
+        for row in compiled
+    ]
+    return section(
+        "The programs that benchmarks/gpu.py measures, compiled for an H100",
+        result["setting"]["command"],
+        result["setting"],
+        "No GPU ran them. The time is a roofline of the compiled program; what part of a ceiling it should reach was "
+        "written down before. Every program runs on CPU too, in tiny shapes, but where it is one for GPUs alone.",
+        table(["program", "GiB", "of them temporaries", "roofline, ms", "predicted", "ran in tiny shapes"], rows),
+    )
+
+
 def page() -> str:
     """The text of docs/figures.md."""
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json") if path.stem != "scaling"}
@@ -363,6 +388,7 @@ def page() -> str:
         convert(results["convert"]),
         checkpoint(results["checkpoint"]),
         gpu_check(results["gpu_check"]),
+        gpu_dry_run(results["gpu_dry_run"]),
     ]
     return "\n\n".join([HEAD.strip(), *parts]) + "\n"
 
