@@ -4,6 +4,7 @@ from functools import partial
 
 from cli.gpu import GIB, REMEDY, USABLE, devices_of, gpu_named, has_compiler
 from cli.roofline import estimate, is_attention, table
+from model.ring import MOST_QUERIES
 from train.config import Config
 from train.metrics import flops_per_token
 from train.plan import (
@@ -101,6 +102,10 @@ def gpu_report(plan: Plan, name: str, suggestions: dict[str, Plan | None]) -> st
 def _attention(plan: Plan) -> str:
     """Which attention the program has, and how often it runs."""
     calls = [run for run in plan.program.runs if is_attention(run)]
+    if plan.mesh["context"] > 1:
+        return (
+            f"a ring of XLA's blocks; the scores of {MOST_QUERIES} queries with a block of keys are in memory at a time"
+        )
     if not calls:
         return "XLA's, which keeps the scores of all queries and keys in memory; cuDNN's needs model.dtype=bfloat16"
     backward = sum(run.times for run in calls if "Backward" in run.instruction.target)
