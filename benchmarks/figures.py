@@ -1,4 +1,5 @@
-"""Writes docs/figures.md and docs/scaling.md from benchmarks/results/*.json; nothing is measured here.
+"""Writes docs/figures.md, docs/scaling.md and a table of docs/finetuning.md from benchmarks/results/*.json; nothing is
+measured here.
 
 python benchmarks/figures.py            or `make figures`
 """
@@ -13,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
 SCALING = ROOT / "docs" / "scaling.md"
+FITS = ROOT / "docs" / "finetuning.md"
+CARDS = (24, 40, 80, 141)  # GB
 
 HEAD = """# Figures
 
@@ -372,6 +375,20 @@ def gpu_dry_run(result: dict[str, Any]) -> str:
     )
 
 
+def with_fits(page: str, result: dict[str, Any]) -> str:
+    """The text of docs/finetuning.md with the table of what fits as the result has it."""
+    columns = [("full", 1), ("full", 8), ("LoRA", 1), ("QLoRA nf4", 1)]
+    rows: dict[str, dict[tuple[str, int], str]] = {}
+    for row in result["fits"]:
+        card = next((f"{size} GB" for size in CARDS if row["total_gib"] <= 0.92 * size * 1e9 / 2**30), "none")
+        cell = f"{row['state_gib']:.1f}, {row['total_gib']:.1f}: **{card}**"
+        rows.setdefault(row["model"], {})[row["method"], row["devices"]] = cell
+    head = ["model", *(f"{method}, {count} GPU{'s' * (count > 1)}" for method, count in columns)]
+    made = table(head, [[model, *(cells[column] for column in columns)] for model, cells in rows.items()])
+    before, after = page.index("| model | full"), page.index("\n\nA total")
+    return page[:before] + made + page[after:]
+
+
 def page() -> str:
     """The text of docs/figures.md."""
     results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json") if path.stem != "scaling"}
@@ -395,4 +412,6 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    SCALING.write_text(scaling(json.loads((RESULTS / "scaling.json").read_text())))
+    compiled = json.loads((RESULTS / "scaling.json").read_text())
+    SCALING.write_text(scaling(compiled))
+    FITS.write_text(with_fits(FITS.read_text(), compiled))

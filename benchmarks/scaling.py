@@ -3,7 +3,8 @@
     python benchmarks/scaling.py                    on Python 3.12 with the extra gpu-plan; about an hour on two cores
     python benchmarks/scaling.py --only 8B
 
-Writes results/scaling.json, of which benchmarks/figures.py makes docs/scaling.md. Each case is compiled in a process of
+Writes results/scaling.json, of which benchmarks/figures.py makes docs/scaling.md and the table of what fits in
+docs/finetuning.md. Each case is compiled in a process of
 its own, for so many GPUs, as `train plan --gpu h100` does it.
 """
 
@@ -54,7 +55,7 @@ class Case:
         """What tables call it."""
         kind = "LoRA " if "lora" in self.sections else ""
         kind = "QLoRA " if "quantize" in self.sections else kind
-        return f"{kind}{self.model}, {self.devices} GPUs, {self.length} tokens"
+        return f"{kind}{self.model}, {self.devices} GPUs, {self.rows} x {self.length} tokens"
 
 
 LORA = {"lora": {"rank": 16}}
@@ -75,6 +76,14 @@ CASES = (
     Case("llama2-70b", 2048, 4096, 2, mesh={"data": 8}, published=1_159, source=DGXC),
     Case("llama3.1-405b", 512, 8192, 1),
     Case("llama3.1-405b", 2048, 8192, 1, mesh={"data": 2}),
+)
+MODELS = ("llama3.2-1b", "llama3.2-3b", "llama3-8b", "llama2-13b", "llama3-70b")
+QLORA = LORA | BF16 | {"quantize": {}}
+# What fits which GPU: docs/finetuning.md's table, a column each.
+FITS = tuple(
+    Case(model, devices, 4096, 1, sections)
+    for model in MODELS
+    for devices, sections in ((1, {}), (8, {}), (1, LORA | BF16), (1, QLORA))
 )
 
 
@@ -128,15 +137,15 @@ def main() -> None:
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case is not None:
-        print(json.dumps(cost(CASES[options.case])))
+        print(json.dumps(cost((*CASES, *FITS)[options.case])))
         return
     import jax
 
     from cli.roofline import ASSUMED
 
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
-    known = {row["case"]: row for row in rows}
-    for number, case in enumerate(CASES):
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "fits": []}
+    known = {row["case"]: row for row in (*found["rows"], *found["fits"])}
+    for number, case in enumerate((*CASES, *FITS)):
         if options.only and options.only.lower() not in case.name.lower():
             continue
         print(case.name, file=sys.stderr, flush=True)
@@ -147,8 +156,8 @@ def main() -> None:
         known[case.name] = json.loads(done.stdout)
         setting: dict[str, Any] = {"command": "python benchmarks/scaling.py", "versions": {"jax": jax.__version__}}
         setting["assumed"] = ASSUMED[0].upper() + ASSUMED[1:]
-        kept = [known[each.name] for each in CASES if each.name in known]
-        RESULT.write_text(json.dumps({"setting": setting, "rows": kept}, indent=1) + "\n")
+        kept = [[known[each.name] for each in cases if each.name in known] for cases in (CASES, FITS)]
+        RESULT.write_text(json.dumps({"setting": setting, "rows": kept[0], "fits": kept[1]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
