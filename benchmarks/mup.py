@@ -20,11 +20,12 @@ import numpy as np
 
 from cli.picture import picture
 from train.check_mup import at_width
-from train.config import Config, load_config
+from train.config import load_config
 from train.data import Datasets, Sampler, load_dataset
 from train.loader import to_devices
 from train.loop import held_out_means
 from train.optim import make_schedule
+from train.sections import Config
 from train.start import mesh_of, model_of, prepare, tokenizer_of
 from train.state import abstract_batch, abstract_state, base_params, init_state, shardings_of
 from train.step import make_evaluation, make_step

@@ -18,11 +18,12 @@ from model.errors import PunaError
 from model.sharding import make_mesh
 from model.tokenizer import load_tokenizer
 from train import distributed, loop
-from train.config import Config, read_config
+from train.config import read_config
 from train.data import IGNORE_INDEX
 from train.data.toy import make_examples, write_tokenizer
 from train.metrics import read_metrics
 from train.objective import make_objective
+from train.sections import Config
 from train.state import abstract_batch, abstract_teacher, shardings_of, teacher_params
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

@@ -16,10 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from convert import manifest
 from model import LlamaConfig, init_params, make_mesh
 from train import cost, distributed, loop, master
-from train.config import Config, load_config, read_config
+from train.config import load_config, read_config
 from train.data.toy import make_examples, write_tokenizer
 from train.metrics import read_metrics
 from train.optim import decay_mask, make_schedule
+from train.sections import Config
 from train.state import abstract_batch, abstract_state, init_state, shardings_of
 from train.step import make_advance
 

@@ -16,9 +16,9 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.params import init_params
 from model.sharding import make_mesh
-from train.config import Config, ModelConfig, OptimConfig
 from train.data import DataConfig
 from train.optim import clip, decay_mask, global_norm, make_optimizer, make_schedule, rate_scales
+from train.sections import Config, ModelConfig, OptimConfig
 from train.state import abstract_state, shardings_of
 
 STEPS, WARMUP = 40, 4

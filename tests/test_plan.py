@@ -18,8 +18,9 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from convert import save_model
 from model import LlamaConfig, init_params
 from train import cost, plan_gpu
-from train.config import Config, QuantizeConfig, read_config
+from train.config import read_config
 from train.plan import alternatives, differences, make_plan, report, suggest, use_virtual_devices
+from train.sections import Config, QuantizeConfig
 from train.start import base_of, mesh_of
 from train.state import abstract_base, base_params, quantize_linears
 

@@ -19,13 +19,14 @@ from model.errors import PunaError
 from model.sharding import make_mesh
 from model.tokenizer import load_tokenizer
 from train import distributed, loop, reference
-from train.config import Config, read_config
+from train.config import read_config
 from train.data import IGNORE_INDEX, encode, load_dataset
 from train.data.preference import as_pair
 from train.data.toy import write_tokenizer
 from train.metrics import read_metrics
 from train.objective import make_log_probs, make_objective
 from train.optim import make_schedule
+from train.sections import Config
 from train.state import abstract_batch, abstract_state, init_state, shardings_of
 from train.step import make_step
 

@@ -14,10 +14,11 @@ from model.config import PRESETS
 from model.errors import PunaError
 from model.pieces import Pieces, load_function
 from model.tokenizer import load_tokenizer
-from train.config import Config, load_config, read_config, refuse_changes
+from train.config import load_config, read_config, refuse_changes
 from train.data.toy import write_tokenizer
 from train.objective import make_objective
 from train.schema import dump
+from train.sections import Config
 from train.start import mesh_of, model_of, tokenizer_of
 
 ROOT = Path(__file__).parent.parent

@@ -14,11 +14,12 @@ from convert import load_model
 from model.errors import PunaError
 from model.tokenizer import load_tokenizer
 from train import distributed, loop
-from train.config import Config, read_config
+from train.config import read_config
 from train.data import load_dataset
 from train.data.toy import make_examples, write_tokenizer
 from train.metrics import flops_per_token, read_metrics
 from train.metrics_logger import NonFinite
+from train.sections import Config
 
 pytestmark = pytest.mark.slow
 

@@ -19,10 +19,11 @@ from model.errors import PunaError
 from model.params import init_params
 from model.pieces import Pieces
 from model.sharding import make_mesh
-from train.config import Config, read_config
+from train.config import read_config
 from train.loss import IGNORE_INDEX
 from train.objective import make_objective
 from train.optim import make_schedule
+from train.sections import Config
 from train.start import model_of
 from train.state import TrainState, abstract_batch, abstract_state, init_state, shardings_of
 from train.step import make_step

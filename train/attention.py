@@ -14,7 +14,7 @@ from model.errors import PunaError
 from model.ring import make_ring, zigzag
 from model.rope import positions_of
 from model.sharding import constrain
-from train.config import Config
+from train.sections import Config
 
 SPLIT = ("tokens", "labels", "segments", "positions", "learned")  # what batches hold of each token
 

@@ -25,11 +25,11 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.llama import logits
 from model.params import Params
-from train.config import Config
 from train.data import Sampler, load_dataset
 from train.loader import to_devices
 from train.objective import Batch, make_block
 from train.optim import make_schedule
+from train.sections import Config
 from train.start import mesh_of, model_of, prepare, tokenizer_of
 from train.state import abstract_batch, abstract_state, base_params, init_state, shardings_of
 from train.step import make_step

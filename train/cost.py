@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from model.config import LlamaConfig
 from model.params import LINEARS, param_specs
-from train.config import Config
+from train.sections import Config
 
 
 def flops(jaxpr: Jaxpr | ClosedJaxpr, platform: str = "cpu") -> float:

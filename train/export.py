@@ -21,8 +21,8 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.json_file import read_json
 from model.tokenizer import TOKENIZER_FILES, Tokenizer
-from train.config import Config
 from train.data import Datasets
+from train.sections import Config
 from train.state import TrainState, join
 
 

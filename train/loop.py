@@ -21,7 +21,7 @@ from model.sharding import described
 from train import distributed, resume
 from train.attention import describe_attention
 from train.checkpoint import Checkpoints, read_checkpoint
-from train.config import LORA_LEARNING_RATE, Config
+from train.config import LORA_LEARNING_RATE
 from train.data import Datasets, Sampler, in_order, load_dataset
 from train.export import Exporter, export_step
 from train.integrity import CheckpointError
@@ -36,6 +36,7 @@ from train.profile import Profile
 from train.reference import with_reference
 from train.reporters import REPORTERS, Reporter
 from train.schema import dump, flat
+from train.sections import Config
 from train.start import base_of, mesh_of, model_of, prepare, tokenizer_of, with_adapter_settings
 from train.state import (
     TrainState,

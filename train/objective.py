@@ -19,11 +19,11 @@ from model.llama import SPLIT_SEQUENCE, block_of, head_of, hidden
 from model.params import Params
 from model.pieces import checked, load_function
 from train.attention import attend_of, laid_out, make_attend
-from train.config import Config
 from train.data.encode import IGNORE_INDEX
 from train.distill import DistillConfig, slopes_of
 from train.loss import make_loss, make_token_losses
 from train.preference import PreferenceConfig, by_segment, dpo, most_segments, orpo, pairs_of
+from train.sections import Config
 
 Batch = Mapping[str, Array]
 Forward = Callable[[Params, Batch], Array]

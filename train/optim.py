@@ -21,7 +21,7 @@ from model.config import LlamaConfig
 from model.errors import PunaError
 from model.lora import check_pattern, module_value
 from model.pieces import load_function
-from train.config import OptimConfig
+from train.sections import OptimConfig
 
 Schedule = Callable[[Array], Array]
 MUON_RMS = 0.2  # of an update of AdamW, about (arXiv:2502.16982)

@@ -20,10 +20,10 @@ from model.errors import PunaError
 from model.params import param_count
 from model.sharding import MESH_AXES, described
 from train import cost
-from train.config import Config
 from train.master import describe_master
 from train.metrics import flops_per_token
 from train.optim import make_schedule
+from train.sections import Config
 from train.start import base_of, mesh_of, model_of, tokenizer_of, with_adapter_settings
 from train.state import abstract_batch, abstract_state, abstract_teacher, shardings_of
 from train.step import make_step

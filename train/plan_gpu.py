@@ -5,7 +5,6 @@ from functools import partial
 from cli.gpu import GIB, REMEDY, USABLE, devices_of, gpu_named, has_compiler
 from cli.roofline import estimate, is_attention, table
 from model.ring import MOST_QUERIES
-from train.config import Config
 from train.metrics import flops_per_token
 from train.plan import (
     Plan,
@@ -19,6 +18,7 @@ from train.plan import (
     use_virtual_devices,
     verdicts,
 )
+from train.sections import Config
 
 
 def plan_for(config: Config, name: str, devices: int | None = None) -> str:

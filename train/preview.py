@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.text import Text
 
 from model.tokenizer import Tokenizer
-from train.config import Config
 from train.data import IGNORE_INDEX, PackedDataset, Sampler, load_dataset
+from train.sections import Config
 from train.start import prepare, tokenizer_of
 
 TRAINED, MASKED = (

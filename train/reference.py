@@ -19,12 +19,12 @@ from model.config import LlamaConfig
 from model.params import Params
 from model.pieces import code_fingerprint
 from train import integrity
-from train.config import Config
 from train.data import Datasets, PackedDataset, in_order
 from train.data.dataset import cache_folder
 from train.loader import prefetch, to_devices
 from train.objective import make_log_probs
 from train.preference import most_segments
+from train.sections import Config
 from train.state import abstract_batch
 
 # The code that makes the numbers: what another version of it wrote is not taken for this one's.

@@ -17,13 +17,14 @@ from model.params import Params
 from model.pieces import code_fingerprint
 from model.tokenizer import Tokenizer
 from train import integrity
-from train.config import Config, read_config, refuse_changes
+from train.config import read_config, refuse_changes
 from train.data import Datasets, Sampler
 from train.data.cache import tokenizer_hash
 from train.data.config import sources
 from train.objective import reads_reference
 from train.optim import make_schedule, owns_learning_rate
 from train.schema import flat
+from train.sections import Config
 
 Inputs = dict[str, Any]  # as JSON: what each input was, by its name
 

@@ -4,8 +4,8 @@ import textwrap
 from collections.abc import Sequence
 
 from model.errors import PunaError
-from train.config import Config
 from train.schema import Setting, not_a_setting, settings
+from train.sections import Config
 
 WIDTH = 100
 
@@ -48,7 +48,7 @@ def as_markdown() -> str:
         "# Settings",
         "",
         "What a TOML file of `python -m train run` may say. `python -m train settings [NAME]` prints the same, and",
-        "`make settings` writes this page, from the docstrings of its sections (`train/config.py`).",
+        "`make settings` writes this page, from the docstrings of its sections (`train/sections.py`).",
     ]
     for setting in settings(Config):
         if not setting.source:

@@ -18,7 +18,8 @@ from model.lora import SAVED_MODULES
 from model.pieces import Pieces, load_function
 from model.sharding import make_mesh
 from model.tokenizer import Tokenizer
-from train.config import Config, LoraConfig, ModelConfig, refuse_quantized_training
+from train.checks import refuse_quantized_training
+from train.sections import Config, LoraConfig, ModelConfig
 
 # What may differ from a checkpoint that is trained further: how positions are read, not the shape of any weight.
 _OVERRIDABLE = ("max_position_embeddings", "rope_theta", "rope_scaling")

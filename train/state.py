@@ -26,11 +26,11 @@ from model.params import LINEARS, Params, abstract_params, init_params
 from model.quantize import quantizer
 from model.sharding import named_sharding
 from train import master
-from train.config import Config, QuantizeConfig
 from train.mup import scaled_start
 from train.objective import BATCH_KEYS, reads_reference
 from train.optim import make_optimizer
 from train.preference import most_segments
+from train.sections import Config, QuantizeConfig
 
 
 @struct.dataclass

@@ -17,9 +17,9 @@ from model.config import LlamaConfig
 from model.params import Params
 from model.taps import shows_parts
 from train.attention import laid_out
-from train.config import Config
 from train.objective import Batch, as_computed, make_block
 from train.optim import Schedule
+from train.sections import Config
 from train.state import TrainState, join
 from train.step import make_advance, microbatches
 

@@ -20,7 +20,6 @@ from model import cpu
 from model.config import LlamaConfig
 from model.params import Params
 from train import master
-from train.config import Config, OptimConfig
 from train.data.encode import IGNORE_INDEX
 from train.mup import update_scales
 from train.objective import Batch, make_objective
@@ -34,6 +33,7 @@ from train.optim import (
     rate_scales,
     stays_finite,
 )
+from train.sections import Config, OptimConfig
 from train.state import TrainState, join
 
 Metrics = Mapping[str, Array]

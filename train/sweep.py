@@ -19,12 +19,13 @@ from cli.files import atomic_path, write_json
 from cli.gpu import gpu_count
 from model.errors import PunaError
 from model.json_file import read_json
-from train.config import Config, load_config
+from train.config import load_config
 from train.distributed import EXIT_PREEMPTED, Preempted
 from train.launch import start_process
 from train.metrics import read_metrics
 from train.plot import plot
 from train.schema import flat
+from train.sections import Config
 
 PICTURE = "sweep.png"
 _FINISHED = "sweep.json"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from model import init_params
 from model.config import PRESETS
-from train.config import QuantizeConfig
+from train.sections import QuantizeConfig
 from train.state import quantize_linears
 
 VOCAB = 49_954

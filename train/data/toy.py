@@ -13,8 +13,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from model.errors import PunaError
-from train.config import Config
 from train.data.cache import write_once
+from train.sections import Config
 
 Example = dict[str, str]
 TRAIN_EXAMPLES, HELD_OUT_EXAMPLES = 30_000, 300
