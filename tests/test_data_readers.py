@@ -214,5 +214,5 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_said(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(PunaError, match="data.path 'org/none' could not be loaded from the Hub: offline"):
+    with pytest.raises(PunaError, match="the data set 'org/none' could not be loaded from the Hub: offline"):
         read("org/none")

@@ -157,7 +157,7 @@ def test_what_a_run_leaves(settings):
 
     transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "final")
-    assert tokenizer.decode(tokenizer("sort cab = ").input_ids) == "sort cab = "
+    assert tokenizer.decode(tokenizer("sort cab = ").input_ids) == "<s>sort cab = "
 
 
 def test_the_best_checkpoint_is_kept_and_exported(settings, monkeypatch):
