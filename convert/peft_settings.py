@@ -61,7 +61,7 @@ def _check_names(settings: Mapping[str, Any], where: str) -> None:
             kinds = "a list of names" if key == "modules_to_save" else "a list of names, or one pattern"
             raise PunaError(f"{where}: {key} is {said!r:.80}: expected {kinds}")
         if isinstance(said, str):
-            check_pattern(said, f"{where}: {key}")
+            check_pattern(said, f"{where}: {key}", is_whole=True)
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(said := settings.get(key) or {}, dict):
             raise PunaError(f"{where}: {key} is {said!r:.80}: expected patterns of names and their numbers")

@@ -257,10 +257,11 @@ def _matches(pattern: str, module: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
-def check_pattern(pattern: str, setting: str) -> None:
-    """Raises PunaError, naming the setting, for a pattern that is no regular expression."""
+def check_pattern(pattern: str, setting: str, is_whole: bool = False) -> None:
+    """Raises PunaError, naming the setting, for a pattern that is no regular expression: of the end of a module's name,
+    or of the whole."""
     try:
-        re.compile(f"(.*\\.)?({pattern})$")
+        re.compile(pattern if is_whole else rf"(.*\.)?({pattern})$")
     except re.error as error:
         raise PunaError(f"{setting}: {pattern!r} is no regular expression: {error}") from None
 

@@ -458,6 +458,7 @@ def test_magnitudes_of_another_shape_are_refused(adapter, shape):
         {"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"},
         {"target_modules": "All-Linear"},
         {"target_modules": r".*\.self_attn\.[qv]_proj"},
+        {"target_modules": r"(?i).*\.SELF_ATTN\.[qv]_proj"},
         {"target_modules": [f"model.layers.{i}.self_attn.q_proj" for i in range(3)], "layers_to_transform": 1},
     ],
     ids=str,

@@ -10,9 +10,8 @@ Width is counted from a base model, which is as ever. Table 8 of the paper says,
 
 and that scores are divided by the width of a head, not by its root. No factor stays in the forward pass here: to Adam a
 weight with a factor is the weight that has it inside, whose fresh numbers and whose updates are that many times as
-large (the paper's appendix J.2.1). So the model is a plain LLaMA at every step, and its export is one. Weight decay is
-not
-scaled: it shrinks a weight by the same part at every width.
+large (the paper's appendix J.2.1). So the model is a plain LLaMA at every step, and its export is one. Weight decay
+is not scaled: it shrinks a weight by the same part at every width.
 """
 
 import math

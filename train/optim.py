@@ -258,8 +258,7 @@ def may_overflow(optim: OptimConfig) -> bool:
     """Whether finite gradients and finite parameters can become parameters that are not.
 
     Adam's update is at most its mean gradient divided by epsilon, and gradients whose norm is finite in float32 are
-    below 1.9e19. So with usual settings they cannot, and the step need not look at every new parameter, which takes 5 %
-    of a step on CPU.
+    below 1.9e19. So with usual settings they cannot, and the step need not read every new parameter once more.
     """
     usual = optim.optimizer == "adamw" and optim.adam_epsilon >= 1e-15 and not optim.learning_rate_pattern
     return not (usual and optim.learning_rate <= 1 and optim.learning_rate * optim.weight_decay <= 1)

@@ -220,9 +220,10 @@ class Children:
         return "", EXIT_PREEMPTED
 
     def stop(self) -> None:
-        """Lets those that run save their step and stop."""
-        for child in self.running.values():
-            child.send_signal(signal.SIGTERM)
+        """Lets those that run save their step and stop, where no signal has told them yet."""
+        if not self.signals:
+            for child in self.running.values():
+                child.send_signal(signal.SIGTERM)
 
     def _forward(self, number: int, frame: object) -> None:
         self.signals += 1
